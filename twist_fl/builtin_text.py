@@ -1,0 +1,43 @@
+"""Real English text that every CPython carries, for runs without a network or a data set.
+
+The language reference (`pydoc_data.topics`) and the docstrings of the standard library, about 2 MB. The text
+depends on the Python version; its hash is part of a run's identity.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydoc_data.topics import topics
+
+_SHORTEST = 200
+"""Characters below which a docstring is a label rather than text."""
+_SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "pydoc_data"}
+
+
+def documents() -> Iterator[str]:
+    """Topics of the language reference, then one document per standard library module: its docstrings."""
+    for name in sorted(topics):
+        yield topics[name]
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(library.rglob("*.py")):
+        if not _SKIP.intersection(path.relative_to(library).parts):
+            text = "\n\n".join(doc for doc in _docstrings(path) if len(doc) >= _SHORTEST)
+            if text:
+                yield text
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return  # a handful of templates under the library are not Python
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            doc = ast.get_docstring(node, clean=False)
+            if doc:
+                yield inspect.cleandoc(doc)

@@ -1,0 +1,291 @@
+"""Every knob of a run, with its unit and default, and how a run's configuration is put together.
+
+A configuration is the defaults below, then a preset of `conf/` (which holds only what differs), then
+`key=value` overrides. Defaults are the paper's (section 5) where the paper has one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+Algorithm = Literal["twist", "fedavg"]
+OptimizerState = Literal["reset", "client", "server"]
+
+
+class ConfigError(ValueError):
+    """The user's configuration cannot be run; the message names the value, the constraint and the fix."""
+
+
+@dataclass
+class ModelConfig:
+    """A GPT-2: a pretrained checkpoint, or sizes for one from scratch."""
+
+    pretrained: str | None = None
+    """Name on the Hugging Face hub, or a folder; the sizes below are then read from it."""
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_positions: int = 1024
+    dropout: float = 0.1
+
+
+@dataclass
+class DataConfig:
+    """Text, tokenizer and windows."""
+
+    source: Literal["builtin", "files", "wikitext"] = "builtin"
+    """builtin: the Python documentation this interpreter carries; files: `path`; wikitext: Salesforce/wikitext."""
+    path: str | None = None
+    """files: a text file or a folder; wikitext: a local copy of the data set (default: the hub)."""
+    name: str = "wikitext-103-raw-v1"
+    """wikitext: the configuration of the data set."""
+    train_glob: str = "*train*"
+    """files: which files of the folder to train on; if none matches, all text is split by `test_fraction`."""
+    test_glob: str = "*test*"
+    test_fraction: float = 0.1
+    """Share of documents kept for evaluation where the source has no test split of its own."""
+    tokenizer: str | None = None
+    """Folder, or name on the hub; null trains a byte-level BPE of `vocab_size` on the training text."""
+    vocab_size: int = 2048
+    window: int = 1024
+    """Tokens per training sequence."""
+
+
+@dataclass
+class BlueprintConfig:
+    """What is divided, and how much of it a worker holds."""
+
+    setting: Literal["attn", "ffn", "both"] = "both"
+    num_sub: list[int] = field(default_factory=lambda: [6])
+    """Blocks held per divided layer: one number for all workers, or one per worker."""
+    num_sub_ffn: list[int] | None = None
+    """The same for FFN blocks, where it differs from `num_sub`."""
+    ffn_blocks: int | None = None
+    """FFN blocks per layer (R); null: as many as heads."""
+    undivided_first: int = 2
+    undivided_last: int = 2
+    common: list[int] = field(default_factory=list)
+    """Block ids that every worker holds (C)."""
+    scale: Literal["sqrt", "linear", "none"] = "sqrt"
+
+
+@dataclass
+class TrainConfig:
+    """Local training and its budget."""
+
+    workers: int = 4
+    interval: int = 15
+    """Batches between two aggregations."""
+    batch_size: int = 2
+    """Windows per batch and worker."""
+    epochs: int = 3
+    rounds: int | None = None
+    """Number of intervals; null: as many as `epochs` of a worker's shard need."""
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    optimizer_state: OptimizerState = "reset"
+    """reset: new every interval; client: shared parameters' moments stay with the client; server: they travel."""
+    weighting: Literal["workers", "tokens"] = "workers"
+    """Mean over workers, or weighted by the tokens each trained on."""
+    device: str = "auto"
+    threads: int | None = None
+    """CPU threads per worker; null: cores / workers."""
+
+
+@dataclass
+class EvalConfig:
+    """Perplexity on the test split."""
+
+    every: int = 20
+    """Rounds between two evaluations of the full model while training; 0: only at the end."""
+    batch_size: int = 8
+    max_windows: int | None = None
+    """Windows of the test split to use; null: all."""
+    tickets: int = 20
+    """Random tickets per size."""
+    sizes: list[int] = field(default_factory=lambda: [8, 6, 4, 3])
+    """Ticket sizes, in blocks per divided layer."""
+
+
+@dataclass
+class FlowerConfig:
+    """How the run uses Flower."""
+
+    round_timeout: float = 3600.0
+    """Seconds after which a round goes on without the replies still missing."""
+    poll_interval: float = 0.05
+    """Seconds between two looks for replies."""
+    cpus_per_worker: float | None = None
+    """Simulation: CPU cores reserved per worker; null: cores / workers, at least 1."""
+    gpus_per_worker: float = 0.0
+    """Simulation: share of a GPU per worker, for example 0.25 for four workers on one."""
+
+
+@dataclass
+class DeviceConfig:
+    """An edge device a ticket is shipped to."""
+
+    name: str = "device"
+    memory_mb: float = 0.0
+    """Memory for the model, in MB of 10^6 bytes: weights in float32 plus the KV cache of one full context."""
+
+
+@dataclass
+class DeployConfig:
+    devices: list[DeviceConfig] = field(default_factory=list)
+    new_tokens: int = 32
+    """Tokens generated to measure latency."""
+
+
+@dataclass
+class Config:
+    name: str = "run"
+    algorithm: Algorithm = "twist"
+    """twist, or fedavg: the same code with every blueprint full."""
+    seed: int = 0
+    dir: str | None = None
+    """Folder of the run; null: ~/twist_fl_runs/NAME."""
+    checkpoint_every: int = 20
+    """Rounds between two checkpoints."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    blueprint: BlueprintConfig = field(default_factory=BlueprintConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    flower: FlowerConfig = field(default_factory=FlowerConfig)
+    deploy: DeployConfig = field(default_factory=DeployConfig)
+
+
+def conf_dir() -> Path:
+    """The presets: beside the package in a source tree, inside it in a wheel."""
+    package = Path(__file__).resolve().parent
+    beside = package.parent / "conf"
+    return beside if beside.is_dir() else package / "app" / "conf"
+
+
+def presets() -> list[str]:
+    return sorted(path.stem for path in conf_dir().glob("*.yaml"))
+
+
+def load_config(preset: str | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Defaults, then the preset (a name, or a YAML file), then `key=value` overrides.
+
+    Raises ConfigError for an unknown preset or key (with the nearest one) or a value out of range.
+    """
+    layers: list[Any] = []
+    if preset:
+        file = Path(preset)
+        if file.suffix != ".yaml":
+            file = conf_dir() / f"{preset}.yaml"
+            if preset not in presets():
+                raise ConfigError(f"no preset {preset!r}{_nearest(preset, presets())}; presets: {', '.join(presets())}")
+        elif not file.is_file():
+            raise ConfigError(f"no file {preset!r}: give a preset ({', '.join(presets())}) or an existing YAML file")
+        layers.append(OmegaConf.load(file))
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"override {override!r} is not of the form key=value, for example train.lr=1e-3")
+    layers.append(OmegaConf.from_dotlist(list(overrides)))
+    return from_layers(layers)
+
+
+def from_layers(layers: Sequence[Any]) -> Config:
+    """Merge plain mappings over the defaults and check the result."""
+    merged = OmegaConf.structured(Config)
+    for layer in layers:
+        plain = OmegaConf.to_container(layer) if OmegaConf.is_config(layer) else layer
+        if not isinstance(plain, dict):
+            raise ConfigError(f"a configuration is a mapping of keys to values, not {plain!r}")
+        _check_keys(plain, Config, "")
+        for key in ("num_sub", "num_sub_ffn"):
+            section = plain.get("blueprint")
+            if isinstance(section, dict) and isinstance(section.get(key), int):
+                section[key] = [section[key]]
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.create(plain))
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    _check_values(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def from_yaml(text: str) -> Config:
+    return from_layers([OmegaConf.create(text)])
+
+
+def _nearest(word: str, words: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, words, n=1)
+    return f", did you mean {close[0]!r}?" if close else ""
+
+
+def _check_keys(given: dict[Any, Any], schema: Any, prefix: str) -> None:
+    known = {f.name: f for f in fields(schema)}
+    defaults = schema()
+    for key, value in given.items():
+        if key not in known:
+            near = _nearest(str(key), list(known)) or f"; known here: {', '.join(known)}"
+            raise ConfigError(f"unknown key {prefix + str(key)!r}{near}")
+        default = getattr(defaults, key)
+        if is_dataclass(default):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{prefix}{key} is a section: set one of its keys, for example {prefix}{key}."
+                                  f"{fields(default)[0].name}=...")
+            _check_keys(value, type(default), f"{prefix}{key}.")
+
+
+def _check_values(config: Config) -> None:
+    train, data, evaluation = config.train, config.data, config.eval
+    positive = {
+        "train.workers": train.workers,
+        "train.interval": train.interval,
+        "train.batch_size": train.batch_size,
+        "train.epochs": train.epochs,
+        "train.rounds": train.rounds,
+        "train.lr": train.lr,
+        "train.threads": train.threads,
+        "data.window": data.window - 1,
+        "eval.batch_size": evaluation.batch_size,
+        "eval.max_windows": evaluation.max_windows,
+        "eval.tickets": evaluation.tickets,
+        "checkpoint_every": config.checkpoint_every,
+        "flower.round_timeout": config.flower.round_timeout,
+        "flower.poll_interval": config.flower.poll_interval,
+        "flower.cpus_per_worker": config.flower.cpus_per_worker,
+        "deploy.new_tokens": config.deploy.new_tokens,
+    }
+    for key, value in positive.items():
+        if value is not None and value <= 0:
+            least = 2 if key == "data.window" else "more than 0"
+            raise ConfigError(f"{key} must be {least}, got {value + (key == 'data.window')}")
+    if not 0 < data.test_fraction < 1:
+        raise ConfigError(f"data.test_fraction={data.test_fraction} must lie between 0 and 1, for example 0.1")
+    if not 0 <= config.model.dropout < 1:
+        raise ConfigError(f"model.dropout={config.model.dropout} must lie in [0, 1)")
+    if config.model.pretrained is None and config.model.n_embd % config.model.n_head:
+        raise ConfigError(
+            f"model.n_embd={config.model.n_embd} must be a multiple of model.n_head={config.model.n_head}: use "
+            f"{max(1, round(config.model.n_embd / config.model.n_head)) * config.model.n_head}"
+        )
+    if data.source == "files" and not data.path:
+        raise ConfigError("data.source=files needs data.path: a text file or a folder")
+    for key, given in (("num_sub", config.blueprint.num_sub), ("num_sub_ffn", config.blueprint.num_sub_ffn)):
+        if given is not None and len(given) not in (1, train.workers):
+            raise ConfigError(
+                f"blueprint.{key}={given} has {len(given)} entries for train.workers={train.workers}: give one, or one each"
+            )

@@ -1,0 +1,67 @@
+"""Appendix C: parameters, bytes and memory, exactly, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from twist_fl.blocks import Layout
+from twist_fl.blueprint import Blueprint, Division, draw_round, full_blueprint
+
+BYTES_PER_PARAM = 4
+TRAINING_BYTES_PER_PARAM = 16
+"""Weight, gradient and Adam's two moments in float32: the memory column of Table 2, less about 0.06 GiB."""
+RUNTIME_GIB = 0.06
+PAPER_EXCHANGES = 45_700
+"""Optimiser steps of the paper's runs: Table 2 counts one exchange a step, for TwIST and DDP alike."""
+
+
+def state_bytes(layout: Layout, blueprint: Blueprint | None = None) -> int:
+    """Bytes of a subnet's parameters in float32, one direction; of the full model if no blueprint is given."""
+    return BYTES_PER_PARAM * layout.num_params(blueprint)
+
+
+def round_bytes(layout: Layout, blueprints: Iterable[Blueprint]) -> int:
+    """Bytes of weights that one round moves, both directions, all workers."""
+    return sum(2 * state_bytes(layout, blueprint) for blueprint in blueprints)
+
+
+def moment_bytes(layout: Layout, blueprints: Iterable[Blueprint]) -> int:
+    """What `train.optimizer_state=server` adds to a round: Adam's two moments, both directions."""
+    return 2 * round_bytes(layout, blueprints)
+
+
+def training_gib(layout: Layout, blueprint: Blueprint | None = None) -> float:
+    """Memory column of Table 2, in GiB: weights, gradients and moments plus the runtime's constant."""
+    return TRAINING_BYTES_PER_PARAM * layout.num_params(blueprint) / 2**30 + RUNTIME_GIB
+
+
+@dataclass(frozen=True)
+class RunCost:
+    """What a whole run costs a worker, on paper. `exchange` = sending a subnet out and back once."""
+
+    num_params: int
+    subnet_params: int
+    rounds: int
+    steps: int
+    tb_per_interval: float
+    tb_per_step: float
+    memory_gib: float
+
+
+def run_cost(layout: Layout, division: Division | None, rounds: int, steps: int) -> RunCost:
+    """Cost per worker of `rounds` intervals, `steps` optimiser steps in all; `division` None is FedAvg or DDP.
+
+    `tb_per_step` is Table 2's counting (one exchange per optimiser step), `tb_per_interval` what TwIST moves.
+    """
+    blueprint = draw_round(layout, division, 0, 0)[0] if division else full_blueprint(layout)
+    exchange = 2 * state_bytes(layout, blueprint) / 1e12
+    return RunCost(
+        num_params=layout.num_params(),
+        subnet_params=layout.num_params(blueprint),
+        rounds=rounds,
+        steps=steps,
+        tb_per_interval=rounds * exchange,
+        tb_per_step=steps * exchange,
+        memory_gib=training_gib(layout, blueprint),
+    )

@@ -1,0 +1,95 @@
+"""Exact perplexity: of a full model, of one ticket, of a distribution of tickets (spec, section 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import exp
+from statistics import fmean, stdev
+
+import torch
+from torch import nn
+
+from twist_fl.blocks import Layout
+from twist_fl.blueprint import Blueprint, Division, draw_ticket
+from twist_fl.data import Windows
+from twist_fl.subnet import ModelCache
+from twist_fl.train import next_token_loss
+
+
+def mean_nll(model: nn.Module, windows: Windows, batch_size: int) -> float:
+    """Negative log-likelihood in nats per predicted token over all of `windows`, an exact token mean."""
+    model.eval()
+    device = next(model.parameters()).device
+    total = 0.0
+    with torch.inference_mode():
+        for start in range(0, len(windows), batch_size):
+            batch = torch.tensor(windows[start : start + batch_size], dtype=torch.int64, device=device)
+            total += float(next_token_loss(model, batch, reduction="sum"))
+    return total / (len(windows) * (windows.shape[1] - 1))
+
+
+def perplexity(model: nn.Module, windows: Windows, batch_size: int) -> float:
+    """exp(total negative log-likelihood / number of predicted tokens)."""
+    return exp(mean_nll(model, windows, batch_size))
+
+
+def subnet_perplexity(
+    models: ModelCache, state: Mapping[str, torch.Tensor], blueprints: Sequence[Blueprint], windows: Windows, batch_size: int
+) -> float:
+    """The workers' subnets: each with its blocks and scale, test losses averaged over workers (section 4.2)."""
+    return exp(fmean(mean_nll(models.load_sliced(b, state), windows, batch_size) for b in blueprints))
+
+
+@dataclass(frozen=True)
+class Tickets:
+    """Perplexities of random tickets of one size."""
+
+    num_sub: tuple[int, int]
+    """(heads, FFN blocks) per divided layer."""
+    num_params: int
+    perplexities: tuple[float, ...]
+
+    def summary(self) -> dict[str, object]:
+        values = self.perplexities
+        spread = stdev(values) if len(values) > 1 else 0.0
+        return asdict(self) | {"mean": fmean(values), "std": spread, "min": min(values), "max": max(values)}
+
+
+def ticket_sizes(layout: Layout, division: Division, size: int) -> tuple[int, int]:
+    """(heads, FFN blocks) of a ticket of `size` heads out of all, with the same share of FFN blocks.
+
+    A kind that the setting does not divide is whole. Raises ValueError if the share is not a whole block.
+    """
+    heads, ffn_blocks = layout.num_blocks
+    of = heads if division.divides("attn") else ffn_blocks
+    if not 1 <= size <= of:
+        raise ValueError(f"a ticket of {size} blocks is impossible: choose 1 to {of}")
+    ffn = size * ffn_blocks / of
+    if division.divides("ffn") and ffn != int(ffn):
+        legal = [n for n in range(1, of + 1) if n * ffn_blocks % of == 0]
+        raise ValueError(f"{size} of {of} blocks is no whole number of the {ffn_blocks} FFN blocks: choose one of {legal}")
+    return (size if division.divides("attn") else heads, int(ffn) if division.divides("ffn") else ffn_blocks)
+
+
+def ticket_distribution(
+    models: ModelCache,
+    state: Mapping[str, torch.Tensor],
+    division: Division,
+    num_sub: tuple[int, int],
+    windows: Windows,
+    *,
+    tickets: int,
+    seed: int,
+    batch_size: int,
+    on_ticket: Callable[[], None] = lambda: None,
+) -> Tickets:
+    """Perplexity of `tickets` random tickets; the same seed gives the same tickets for any model."""
+    values = []
+    for draw in range(tickets):
+        blueprint = draw_ticket(models.layout, division, num_sub, seed, draw)
+        values.append(perplexity(models.load_sliced(blueprint, state), windows, batch_size))
+        on_ticket()
+    return Tickets(num_sub, models.layout.num_params(blueprint), tuple(values))
+
+

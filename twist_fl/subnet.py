@@ -1,0 +1,124 @@
+"""Slice a state by a blueprint, and build the physically smaller model that holds the slice (section 3.2).
+
+A state is a dict of tensors named as in the Hugging Face model, without the tied head. A subnet is the
+same model class with narrower projections; scale and mask are one factor on the input of each output
+projection, so the shared output bias is never scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GPT2Config, PreTrainedModel
+
+from twist_fl.blocks import KINDS, Layout
+from twist_fl.blueprint import Blueprint, Scale
+from twist_fl.modeling_subnet import SubnetGPT2LMHeadModel
+
+State = dict[str, torch.Tensor]
+
+
+def slice_state(layout: Layout, state: Mapping[str, torch.Tensor], blueprint: Blueprint) -> State:
+    """The parameters `blueprint` names: block ones as one concatenated sub-matrix, shared ones as they are.
+
+    Parameters held whole are not copied.
+    """
+    return {param.name: _take(layout, param.name, state[param.name], blueprint) for param in layout.params}
+
+
+def _take(layout: Layout, name: str, tensor: torch.Tensor, blueprint: Blueprint) -> torch.Tensor:
+    param = layout.by_name[name]
+    held = layout.held(param, blueprint)
+    if held is None:
+        return tensor
+    return tensor.index_select(param.dim, torch.tensor(param.index(held), device=tensor.device))
+
+
+def get_state(model: nn.Module) -> State:
+    """The model's own parameters, not copied; a tied head appears once, as the embedding."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def load_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Copy `state` into the model's parameters in place. Raises KeyError if one is missing."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(state[name])
+
+
+def build_model(
+    config: GPT2Config, layout: Layout, blueprint: Blueprint, scale: Scale, device: str = "cpu"
+) -> PreTrainedModel:
+    """The subnet as a real, smaller model with uninitialised parameters, its scale attached as hooks.
+
+    The full blueprint gives the plain full model, without any hook.
+    """
+    heads, ffn_blocks = blueprint.shape
+    neurons = (config.n_inner or 4 * config.n_embd) // layout.num_blocks[1]
+    sized = type(config)(
+        **config.to_dict() | {"heads_per_layer": list(heads), "neurons_per_layer": [n * neurons for n in ffn_blocks]}
+    )
+    with torch.device("meta"):
+        model = SubnetGPT2LMHeadModel(sized)  # type: ignore[no-untyped-call]
+    model.to_empty(device=device)
+    model.tie_weights()
+    attach_factors(model, layout, lambda kind, layer: blueprint.factor(kind, layer, scale))
+    return model
+
+
+def attach_factors(
+    model: nn.Module, layout: Layout, factor: Callable[[Any, int], float | torch.Tensor]
+) -> list[torch.utils.hooks.RemovableHandle]:
+    """Multiply the input of each output projection by `factor(kind, layer)`.
+
+    A number scales a physical subnet; a vector over the projection's input scales and masks a full model.
+    The number 1 attaches nothing.
+    """
+    handles = []
+    for kind in KINDS:
+        for layer in range(layout.num_layers):
+            value = factor(kind, layer)
+            if isinstance(value, float) and value == 1.0:
+                continue
+            projection = model.get_submodule(layout.outputs[kind].format(layer=layer))
+            handles.append(projection.register_forward_pre_hook(_multiplier(value)))
+    return handles
+
+
+def _multiplier(factor: float | torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor]], tuple[torch.Tensor]]:
+    return lambda _module, inputs: (inputs[0] * factor,)
+
+
+def fold_scale(layout: Layout, state: Mapping[str, torch.Tensor], blueprint: Blueprint, scale: Scale) -> State:
+    """The slice with each scale folded into its output projection's weight: for models without hooks."""
+    folded = slice_state(layout, state, blueprint)
+    for kind in KINDS:
+        for layer in range(layout.num_layers):
+            factor = blueprint.factor(kind, layer, scale)
+            if factor != 1.0:
+                name = layout.outputs[kind].format(layer=layer) + ".weight"
+                folded[name] = folded[name] * factor
+    return folded
+
+
+class ModelCache:
+    """One physical model per shape, kept warm between rounds: new weights are copied into it."""
+
+    def __init__(self, config: GPT2Config, layout: Layout, scale: Scale, device: str = "cpu") -> None:
+        self.config, self.layout, self.scale, self.device = config, layout, scale, device
+        self._models: dict[object, PreTrainedModel] = {}
+
+    def load(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+        """The model of `blueprint`'s shape, holding `state` (already sliced)."""
+        if blueprint.shape not in self._models:
+            self._models[blueprint.shape] = build_model(self.config, self.layout, blueprint, self.scale, self.device)
+        model = self._models[blueprint.shape]
+        load_state(model, state)
+        return model
+
+    def load_sliced(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+        """As `load`, from the full state."""
+        return self.load(blueprint, slice_state(self.layout, state, blueprint))
