@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 Algorithm = Literal["twist", "fedavg"]
 OptimizerState = Literal["reset", "client", "server"]
@@ -125,6 +126,8 @@ class FlowerConfig:
     """Seconds after which a round goes on without the replies still missing."""
     poll_interval: float = 0.05
     """Seconds between two looks for replies."""
+    wait_for_nodes: float = 30.0
+    """Seconds to wait for as many nodes as workers; after that those present share the workers."""
     cpus_per_worker: float | None = None
     """Simulation: CPU cores reserved per worker; null: cores / workers, at least 1."""
     gpus_per_worker: float = 0.0
@@ -154,7 +157,7 @@ class Config:
     """twist, or fedavg: the same code with every blueprint full."""
     seed: int = 0
     dir: str | None = None
-    """Folder of the run; null: ~/twist_fl_runs/NAME."""
+    """Folder of the run; null: runs/NAME below the current folder, or ~/twist_fl_runs/NAME under `flwr run`."""
     checkpoint_every: int = 20
     """Rounds between two checkpoints."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -191,11 +194,17 @@ def load_config(preset: str | None = None, overrides: Sequence[str] = ()) -> Con
                 raise ConfigError(f"no preset {preset!r}{_nearest(preset, presets())}; presets: {', '.join(presets())}")
         elif not file.is_file():
             raise ConfigError(f"no file {preset!r}: give a preset ({', '.join(presets())}) or an existing YAML file")
-        layers.append(OmegaConf.load(file))
+        try:
+            layers.append(OmegaConf.load(file))
+        except YAMLError as error:
+            raise ConfigError(f"{str(file)!r} is not YAML: {error}") from error
     for override in overrides:
         if "=" not in override:
             raise ConfigError(f"override {override!r} is not of the form key=value, for example train.lr=1e-3")
-    layers.append(OmegaConf.from_dotlist(list(overrides)))
+        try:
+            layers.append(OmegaConf.from_dotlist([override]))
+        except YAMLError as error:
+            raise ConfigError(f"the value of {override!r} is not YAML: quote it or close its brackets") from error
     return from_layers(layers)
 
 
@@ -215,7 +224,10 @@ def from_layers(layers: Sequence[Any]) -> Config:
             merged = OmegaConf.merge(merged, OmegaConf.create(plain))
         except OmegaConfBaseException as error:
             raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    config = OmegaConf.to_object(merged)
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
     _check_values(config)
     return config
@@ -266,13 +278,28 @@ def _check_values(config: Config) -> None:
         "checkpoint_every": config.checkpoint_every,
         "flower.round_timeout": config.flower.round_timeout,
         "flower.poll_interval": config.flower.poll_interval,
+        "flower.wait_for_nodes": config.flower.wait_for_nodes,
         "flower.cpus_per_worker": config.flower.cpus_per_worker,
         "deploy.new_tokens": config.deploy.new_tokens,
     }
     for key, value in positive.items():
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # NaN is not
             least = 2 if key == "data.window" else "more than 0"
             raise ConfigError(f"{key} must be {least}, got {value + (key == 'data.window')}")
+    not_negative = {
+        "seed": config.seed,
+        "blueprint.undivided_first": config.blueprint.undivided_first,
+        "blueprint.undivided_last": config.blueprint.undivided_last,
+        "train.eps": train.eps,
+        "train.weight_decay": train.weight_decay,
+        "eval.every": evaluation.every,
+    }
+    for key, value in not_negative.items():
+        if not value >= 0:
+            raise ConfigError(f"{key}={value} must be 0 or more")
+    for key, value in (("train.beta1", train.beta1), ("train.beta2", train.beta2)):
+        if not 0 <= value < 1:
+            raise ConfigError(f"{key}={value} must lie in [0, 1)")
     if not 0 < data.test_fraction < 1:
         raise ConfigError(f"data.test_fraction={data.test_fraction} must lie between 0 and 1, for example 0.1")
     if not 0 <= config.model.dropout < 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ class Job:
     layout: Layout
     division: Division
     corpus: Corpus
+    run_id: str
+    """Random name of the run: clients keep its optimiser state under it."""
 
     @property
     def total_batches(self) -> int:
@@ -67,7 +70,8 @@ class Job:
 
     def to_json(self) -> str:
         """What a worker needs to rebuild this job without reading the hub or the text again."""
-        fields = {"config": to_yaml(self.config), "model": self.model_config.to_dict(), "corpus": self.corpus.digest}
+        fields: dict[str, object] = {"config": to_yaml(self.config), "model": self.model_config.to_dict(), "corpus": self.corpus.digest}
+        fields["run_id"] = self.run_id
         return json.dumps(fields, sort_keys=True)
 
 
@@ -75,7 +79,7 @@ def make_job(config: Config) -> Job:
     """Resolve `config`, reading model configuration and text. Raises ConfigError before anything starts."""
     corpus = load_corpus(config.data, config.train.workers)
     config.train.threads = config.train.threads or max(1, (os.cpu_count() or 1) // config.train.workers)
-    return _make_job(config, _model_config(config, corpus), corpus)
+    return _make_job(config, _model_config(config, corpus), corpus, uuid.uuid4().hex)
 
 
 def job_from_json(text: str) -> Job:
@@ -91,10 +95,10 @@ def job_from_json(text: str) -> Job:
             f"this machine's text or tokenizer is not the server's (hash {corpus.digest}, expected {fields['corpus']}): "
             "give every node the same data"
         )
-    return _make_job(config, GPT2Config(**fields["model"]), corpus)
+    return _make_job(config, GPT2Config(**fields["model"]), corpus, fields["run_id"])
 
 
-def _make_job(config: Config, model_config: GPT2Config, corpus: Corpus) -> Job:
+def _make_job(config: Config, model_config: GPT2Config, corpus: Corpus, run_id: str) -> Job:
     blueprint, workers = config.blueprint, config.train.workers
     heads = blueprint.num_sub * (workers if len(blueprint.num_sub) == 1 else 1)
     ffn = blueprint.num_sub_ffn or blueprint.num_sub
@@ -111,7 +115,7 @@ def _make_job(config: Config, model_config: GPT2Config, corpus: Corpus) -> Job:
         division.check(layout)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return Job(config, model_config, layout, division, corpus)
+    return Job(config, model_config, layout, division, corpus, run_id)
 
 
 def _model_config(config: Config, corpus: Corpus) -> GPT2Config:

@@ -1,0 +1,117 @@
+"""A run's folder: what it is (`job.json`), what happened (`events.jsonl`), and checkpoints to resume from exactly.
+
+A checkpoint is a folder that is renamed into place when it is whole; the two newest are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from twist_fl.blocks import Kind
+from twist_fl.config import ConfigError
+from twist_fl.files import new_folder, save_tensors, write_text
+from twist_fl.job import Job, job_from_json
+from twist_fl.rounds import RunState
+from twist_fl.train import MOMENTS, Moments
+
+_KEPT = 2
+
+
+class RunFolder:
+    def __init__(self, path: Path) -> None:
+        self.path = path.expanduser().resolve()
+
+    @property
+    def job_file(self) -> Path:
+        return self.path / "job.json"
+
+    @property
+    def events_file(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def results_file(self) -> Path:
+        return self.path / "results.json"
+
+    def create(self, job: Job) -> None:
+        """Start a new run here. Raises ConfigError if the folder already holds one."""
+        if self.job_file.exists():
+            raise ConfigError(
+                f"{self.path} already holds a run: resume it with `twist-fl train --resume {self.path}`, "
+                "or choose another folder with dir=..."
+            )
+        write_text(job.to_json(), self.job_file)
+
+    def job(self) -> Job:
+        """The run's job. Raises ConfigError if there is no run here."""
+        if not self.job_file.is_file():
+            raise ConfigError(f"{self.path} holds no run (no job.json): give the folder of a run that was started")
+        return job_from_json(self.job_file.read_text())
+
+    def log(self, event: str, **fields: Any) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with self.events_file.open("a") as file:
+            file.write(json.dumps({"event": event, **fields}) + "\n")
+
+    def events(self, event: str | None = None) -> list[dict[str, Any]]:
+        """Events in order; a last line cut off by a crash is left out."""
+        if not self.events_file.exists():
+            return []
+        lines = self.events_file.read_text().splitlines(keepends=True)
+        found = [json.loads(line) for line in lines if line.endswith("\n")]
+        return [entry for entry in found if event is None or entry["event"] == event]
+
+    def checkpoints(self) -> list[Path]:
+        """Whole checkpoints, oldest first."""
+        return sorted((self.path / "checkpoints").glob("round-*"))
+
+    def save(self, state: RunState) -> None:
+        folder = self.path / "checkpoints" / f"round-{state.round:06d}"
+        fields = {
+            "round": state.round,
+            "cursors": state.cursors,
+            "debt": sorted(state.debt),
+            "moment_step": state.moments.step if state.moments else None,
+        }
+        with new_folder(folder) as making:
+            save_tensors(state.params, making / "model.safetensors")
+            if state.moments:
+                tensors = {f"{m}/{name}": t for m in MOMENTS for name, t in state.moments.values[m].items()}
+                save_tensors(tensors, making / "moments.safetensors")
+            write_text(json.dumps(fields), making / "state.json")
+        for old in self.checkpoints()[:-_KEPT]:
+            shutil.rmtree(old)
+
+    def load(self) -> RunState | None:
+        """The state of the newest checkpoint, or None if there is none yet."""
+        found = self.checkpoints()
+        if not found:
+            return None
+        folder = found[-1]
+        fields = json.loads((folder / "state.json").read_text())
+        debt: set[tuple[Kind, int, int]] = {(kind, layer, block) for kind, layer, block in fields["debt"]}
+        moments = None
+        if fields["moment_step"] is not None:
+            moments = Moments(fields["moment_step"], _unprefixed(load_file(folder / "moments.safetensors")))
+        params = load_file(folder / "model.safetensors")
+        return RunState(params, fields["cursors"], fields["round"], frozenset(debt), moments)
+
+    def rewind(self, round_: int) -> None:
+        """Forget the events after `round_`: a resumed run writes them again."""
+        kept = [entry for entry in self.events() if entry.get("round", 0) <= round_ and entry["event"] != "done"]
+        write_text("".join(json.dumps(entry) + "\n" for entry in kept), self.events_file)
+
+
+def _unprefixed(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    values: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
+    for key, tensor in tensors.items():
+        moment, _, name = key.partition("/")
+        values[moment][name] = tensor
+    return values

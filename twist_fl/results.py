@@ -1,0 +1,91 @@
+"""A run's results: full-model perplexity and ticket distributions, with all that is needed to reproduce them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from twist_fl import __version__, evaluate
+from twist_fl.blueprint import full_blueprint
+from twist_fl.checkpoint import RunFolder
+from twist_fl.files import write_text
+from twist_fl.job import Job
+from twist_fl.rounds import RunState
+
+
+def final_results(job: Job, state: RunState, folder: RunFolder) -> dict[str, Any]:
+    """Evaluate the final model and random tickets of every size in eval.sizes; write results.json."""
+    config = job.config
+    windows = job.corpus.test[: config.eval.max_windows]
+    models = job.models()
+    full = models.load_sliced(full_blueprint(job.layout), state.params)
+    results: dict[str, Any] = provenance() | {
+        "config": OmegaConf.to_container(OmegaConf.structured(config)),
+        "corpus": job.corpus.digest,
+        "rounds": state.round,
+        "num_params": job.layout.num_params(),
+        "test_tokens": int(windows.size),
+        "full": evaluate.perplexity(full, windows, config.eval.batch_size),
+        "tickets": [],
+    }
+    folder.log("eval", round=state.round, full=results["full"])
+    for size in config.eval.sizes:
+        tickets = evaluate.ticket_distribution(
+            models,
+            state.params,
+            job.division,
+            evaluate.ticket_sizes(job.layout, job.division, size),
+            windows,
+            tickets=config.eval.tickets,
+            seed=config.seed,
+            batch_size=config.eval.batch_size,
+            on_ticket=lambda size=size: folder.log("ticket", round=state.round, size=size),
+        )
+        results["tickets"].append({"size": size, "of": job.layout.num_blocks[0]} | tickets.summary())
+    write_text(json.dumps(results, indent=1), folder.results_file)
+    return results
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, versions and hardware, to stand beside every reported figure."""
+    return {
+        "twist_fl": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "hardware": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def _commit() -> str | None:
+    """The source tree's commit, with a plus if it has changes; None outside a git checkout."""
+    commit = os.environ.get("TWIST_FL_COMMIT")
+    if commit:
+        return commit
+    here = Path(__file__).resolve().parent.parent
+    if not (here / ".git").exists():
+        return None
+    git = ["git", "-C", str(here)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False).stdout
+    return (head + "+" * bool(changed)) or None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

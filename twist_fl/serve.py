@@ -1,0 +1,70 @@
+"""What the two Flower apps do, beside the strategy: open a run, train it to its results, ship its tickets."""
+
+from __future__ import annotations
+
+import shutil
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from flwr.serverapp import Grid
+
+from twist_fl.checkpoint import RunFolder
+from twist_fl.config import ConfigError, load_config
+from twist_fl.data import cache_dir
+from twist_fl.job import Job, job_from_json, make_job
+from twist_fl.results import final_results
+from twist_fl.rounds import Worker
+from twist_fl.shelf import MomentShelf
+from twist_fl.strategy import TwistStrategy
+
+
+def open_run(run_dir: str, preset: str, overrides: str) -> tuple[RunFolder, Job]:
+    """The run in `run_dir` if there is one (to go on with), else a new one from preset and overrides.
+
+    Raises ConfigError. The working folder of a Flower app is not the user's: `run_dir` must be absolute.
+    """
+    if run_dir and not Path(run_dir).expanduser().is_absolute():
+        raise ConfigError(f"run-dir={run_dir!r} must be an absolute path: Flower runs the app in another folder")
+    if run_dir and RunFolder(Path(run_dir)).job_file.is_file():
+        folder = RunFolder(Path(run_dir))
+        return folder, folder.job()
+    config = load_config(preset, overrides.split())
+    folder = RunFolder(Path(run_dir or config.dir or f"~/twist_fl_runs/{config.name}"))
+    job = make_job(config)
+    folder.create(job)
+    return folder, job
+
+
+def train_run(grid: Grid, folder: RunFolder, job: Job) -> None:
+    """Train to the end and write results.json; what goes wrong is in the run's log as well as in Flower's."""
+    print(f"twist_fl: run folder {folder.path}", flush=True)
+    try:
+        state = TwistStrategy(job, folder).run(grid)
+        torch.set_num_threads(torch.get_num_threads())
+        final_results(job, state, folder)
+    except Exception as error:
+        folder.log("failed", error=f"{type(error).__name__}: {error}")
+        raise
+    shutil.rmtree(moment_folder(job), ignore_errors=True)
+    folder.log("done", round=state.round)
+
+
+def moment_folder(job: Job) -> Path:
+    """Where this machine keeps client-side optimiser state of the run."""
+    return cache_dir() / "moments" / job.run_id
+
+
+@lru_cache(maxsize=2)
+def worker_for(job_json: str) -> Worker:
+    """This process's worker for a job, kept warm between rounds: keyed by content, not by node."""
+    job = job_from_json(job_json)
+    return Worker(job, MomentShelf(moment_folder(job)))
+
+
+def deploy_run(grid: Grid, folder: RunFolder, job: Job) -> None:
+    raise NotImplementedError
+
+
+def receive_ticket(content):
+    raise NotImplementedError

@@ -1,0 +1,206 @@
+"""TwIST as a Flower strategy with a round loop of its own, and FedAvg as the same code with full blueprints.
+
+Flower's stock loop cannot resume, gathers all replies before it aggregates and, on a network, looks for
+them every 3 s. Here messages are pushed, replies are pulled at a short interval and aggregated as they
+arrive, and a round ends at its deadline with whoever has answered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from twist_fl import evaluate, wire
+from twist_fl.aggregate import ReplyError
+from twist_fl.blueprint import full_blueprint
+from twist_fl.checkpoint import RunFolder
+from twist_fl.config import FlowerConfig
+from twist_fl.cost import moment_bytes, round_bytes
+from twist_fl.job import Job
+from twist_fl.rounds import RoundMean, RunState, Task, dispatch, plan, start
+
+BYTE_KINDS = ("weights", "moments", "other")
+
+
+class NoWorkersError(RuntimeError):
+    """No worker can go on: the run stops, resumable from its last checkpoint."""
+
+
+class TwistStrategy(Strategy):
+    """Runs `job` from `folder`'s newest checkpoint (or from the start) to its end with `run`.
+
+    The hooks of Flower's `Strategy` are the steps of a round; the model is the strategy's own state, so the
+    `arrays` that Flower hands around stay empty.
+    """
+
+    def __init__(self, job: Job, folder: RunFolder) -> None:
+        self.job, self.folder = job, folder
+        self.job_json = job.to_json()
+        self.state: RunState = folder.load() or start(job)
+        self.nodes: list[int] = []
+        self._saved_round = self.state.round
+        self._planned: list[Task] = []
+        self._down: dict[str, int] = {}
+        self._models = job.models()
+
+    # -- Flower's hooks: the steps of a round
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One message per worker: its blueprint, and exactly the parameters the blueprint names."""
+        self._planned = plan(self.job, self.state, keep_from=self._saved_round)
+        self._down = dict.fromkeys(BYTE_KINDS, 0)
+        return self._messages()
+
+    def _messages(self) -> Iterator[Message]:
+        for task in self._planned:
+            content = wire.task_to_records(self.job_json, task, *dispatch(self.job, self.state, task))
+            for kind, size in wire.num_bytes(content).items():
+                self._down[kind] += size
+            node, group = self.node_of(task.worker), str(task.worker)
+            yield Message(content, dst_node_id=node, message_type=MessageType.TRAIN, group_id=group)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Stream `replies` into the mean; bad and failed ones are named in the log and dropped."""
+        started = time.perf_counter()
+        mean = RoundMean(self.job, self.state, self._planned)
+        tasks = {task.worker: task for task in self._planned}
+        up = dict.fromkeys(BYTE_KINDS, 0)
+        training = 0.0
+        for message in replies:
+            worker = int(message.metadata.group_id)
+            if message.has_error():
+                mean.report.dropped[worker] = wire.error_of(message)
+                continue
+            for kind, size in wire.num_bytes(message.content).items():
+                up[kind] += size
+            try:
+                reply = wire.reply_from_records(message.content)
+            except ReplyError as error:
+                mean.report.dropped[worker] = str(error)
+                continue
+            training = max(training, reply.seconds)
+            mean.add(tasks[worker], reply)
+        self.state = mean.finish()
+        report = mean.report
+        for worker in tasks.keys() - set(report.answered) - set(report.dropped):
+            report.dropped[worker] = f"no reply within flower.round_timeout={self.job.config.flower.round_timeout:g} s"
+        self.folder.log(
+            "round",
+            **asdict(report),
+            seconds=time.perf_counter() - started,
+            training_seconds=training,
+            bytes_down=self._down,
+            bytes_up=up,
+        )
+        if not report.answered:
+            raise NoWorkersError(f"round {report.round}: no worker answered: {report.dropped}")
+        return None, MetricRecord({"loss": report.loss})
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Nothing: the server evaluates, on the shared test split."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Nothing, see `configure_evaluate`."""
+        return None
+
+    def summary(self) -> None:
+        """Write the run's plan to its log."""
+        job, blueprints = self.job, self.job.blueprints(1)
+        self.folder.log(
+            "start",
+            round=self.state.round,
+            algorithm=job.config.algorithm,
+            num_rounds=job.num_rounds,
+            num_params=job.layout.num_params(),
+            subnet_params=[job.layout.num_params(blueprint) for blueprint in blueprints],
+            predicted_round_bytes=round_bytes(job.layout, blueprints),
+            predicted_moment_bytes=moment_bytes(job.layout, blueprints) if self.state.moments else 0,
+        )
+
+    # -- our own loop
+
+    def run(self, grid: Grid) -> RunState:
+        """All remaining rounds, with evaluation and checkpoints on the way. Raises NoWorkersError."""
+        config = self.job.config
+        self.folder.rewind(self.state.round)
+        self.summary()
+        self.connect(grid)
+        while self.state.round < self.job.num_rounds:
+            round_ = self.state.round + 1
+            messages = self.configure_train(round_, ArrayRecord(), ConfigRecord(), grid)
+            self.aggregate_train(round_, exchange(grid, messages, config.flower))
+            last = self.state.round == self.job.num_rounds
+            if last or self.state.round % config.checkpoint_every == 0:
+                self.folder.save(self.state)
+                self._saved_round = self.state.round
+            if config.eval.every and not last and self.state.round % config.eval.every == 0:
+                self._evaluate()
+        return self.state
+
+    def connect(self, grid: Grid) -> None:
+        """Find the nodes and have each build its worker; node i serves the workers i, i + nodes, ...
+
+        A node's partition id, where it has one, decides its place. Raises NoWorkersError, naming the reasons.
+        """
+        flower, workers = self.job.config.flower, self.job.config.train.workers
+        deadline = time.monotonic() + flower.wait_for_nodes
+        while len(found := sorted(grid.get_node_ids())) < workers and time.monotonic() < deadline:
+            time.sleep(flower.poll_interval)
+        content = RecordDict({"job": ConfigRecord({"json": self.job_json})})
+        asked = [Message(content, dst_node_id=node, message_type=MessageType.QUERY) for node in found[:workers]]
+        ready: list[tuple[int, int]] = []
+        failed: dict[int, str] = {}
+        for reply in exchange(grid, asked, flower):
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                failed[node] = wire.error_of(reply)
+            else:
+                ready.append((int(str(reply.content.config_records["node"]["partition"])), node))
+        self.nodes = [node for _, node in sorted(ready)]
+        self.folder.log("nodes", round=self.state.round, nodes=len(self.nodes), failed=list(failed.values()))
+        if not self.nodes:
+            reasons = "; ".join(sorted(set(failed.values()))) or f"none connected within {flower.wait_for_nodes:g} s"
+            raise NoWorkersError(f"no node is ready for the run: {reasons}")
+
+    def node_of(self, worker: int) -> int:
+        return self.nodes[worker % len(self.nodes)]
+
+    def _evaluate(self) -> None:
+        job, state = self.job, self.state
+        windows = job.corpus.test[: job.config.eval.max_windows]
+        size = job.config.eval.batch_size
+        full = self._models.load_sliced(full_blueprint(job.layout), state.params)
+        fields = {"full": evaluate.perplexity(full, windows, size)}
+        blueprints = [task.blueprint for task in self._planned]
+        if not blueprints[0].is_full:
+            fields["subnets"] = evaluate.subnet_perplexity(self._models, state.params, blueprints, windows, size)
+        self.folder.log("eval", round=state.round, **fields)
+
+
+def exchange(grid: Grid, messages: Iterable[Message], flower: FlowerConfig) -> Iterator[Message]:
+    """Push each message as it is made, then yield replies as they arrive, until all are in or time is up.
+
+    The caller works on a reply while others still train.
+    """
+    pending: set[str] = set()
+    for message in messages:
+        pending |= set(grid.push_messages([message]))
+    deadline = time.monotonic() + flower.round_timeout
+    while pending and time.monotonic() < deadline:
+        for reply in grid.pull_messages(pending):
+            pending.discard(reply.metadata.reply_to_message_id)
+            yield reply
+        if pending:
+            time.sleep(flower.poll_interval)
