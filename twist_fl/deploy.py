@@ -1,0 +1,184 @@
+"""Device limit -> plan -> ticket -> a folder that `transformers` loads by itself (spec, section 10)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from twist_fl.blocks import KINDS, Kind, Layout
+from twist_fl.blueprint import Blueprint, Division, Scale, draw_ticket
+from twist_fl.config import ConfigError
+from twist_fl.cost import BYTES_PER_PARAM, state_bytes
+from twist_fl.evaluate import ticket_sizes
+from twist_fl.files import new_folder
+from twist_fl.subnet import State, fold_scale
+
+MODEL_CODE = "modeling_subnet.py"
+MODEL_CLASS = "SubnetGPT2LMHeadModel"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def ticket_memory_bytes(layout: Layout, model_config: Mapping[str, Any], blueprint: Blueprint) -> int:
+    """Bytes a device needs to generate with this subnet: float32 weights and the KV cache of one full context.
+
+    4 x num_params + sum over layers of n_positions x 2 (key, value) x held heads x d_head x 4. Not counted: the
+    runtime (Python, torch), activations and the allocator's slack; `edge.EdgeReport` has the measured peak.
+    """
+    kv_values = 2 * _width(layout, "attn") * sum(len(held) for held in blueprint.attn)
+    return state_bytes(layout, blueprint) + BYTES_PER_PARAM * int(model_config["n_positions"]) * kv_values
+
+
+def _width(layout: Layout, kind: Kind) -> int:
+    """Entries per block: d_head for attention, neurons of a block for FFN."""
+    return next(param.width for param in layout.params if param.kind == kind)
+
+
+def legal_sizes(layout: Layout, division: Division) -> list[int]:
+    """Ticket sizes that `evaluate.ticket_sizes` accepts, ascending; the last is the full model."""
+    heads, ffn_blocks = layout.num_blocks
+    of = heads if division.divides("attn") else ffn_blocks
+    return [size for size in range(1, of + 1) if division.setting != "both" or size * ffn_blocks % of == 0]
+
+
+def plan_ticket(
+    layout: Layout,
+    model_config: Mapping[str, Any],
+    division: Division,
+    memory_bytes: float,
+    seed: int,
+    draw: int,
+    device: str = "device",
+) -> Blueprint:
+    """A random ticket of the largest size whose `ticket_memory_bytes` is at most `memory_bytes`.
+
+    The full blueprint if the full model fits. Raises ConfigError if not even the smallest size does.
+    """
+    for size in reversed(legal_sizes(layout, division)):
+        blueprint = draw_ticket(layout, division, ticket_sizes(layout, division, size), seed, draw)
+        needed = ticket_memory_bytes(layout, model_config, blueprint)
+        if needed <= memory_bytes:
+            return blueprint
+    least_mb = ceil(needed / 1e3) / 1e3  # rounded up, so that the number named is enough
+    raise ConfigError(
+        f"deploy.devices {device!r}: memory_mb={memory_bytes / 1e6:g} is too little; the smallest possible ticket, "
+        f"size {size}, needs {least_mb} MB with its KV cache: use at least memory_mb={least_mb}"
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Ticket:
+    """A subnet ready to ship: dense weights with the scale folded in, and the config of its model class."""
+
+    blueprint: Blueprint
+    params: State
+    model_config: dict[str, Any]
+    """Plain JSON: what MODEL_CLASS needs, `heads_per_layer` and `neurons_per_layer` included."""
+    digest: str
+
+    @property
+    def config_json(self) -> str:
+        return json.dumps(self.model_config, sort_keys=True)
+
+    @property
+    def num_params(self) -> int:
+        return sum(tensor.numel() for tensor in self.params.values())
+
+
+def make_ticket(
+    layout: Layout,
+    state: Mapping[str, torch.Tensor],
+    model_config: Mapping[str, Any],
+    blueprint: Blueprint,
+    scale: Scale,
+) -> Ticket:
+    """Slice `state` (full) by `blueprint`, fold the scale in, and hash the result."""
+    heads, ffn_blocks = blueprint.shape
+    neurons = _width(layout, "ffn")
+    sizes = {"heads_per_layer": list(heads), "neurons_per_layer": [blocks * neurons for blocks in ffn_blocks]}
+    config = json.loads(json.dumps({**model_config, **sizes}))
+    params = fold_scale(layout, state, blueprint, scale)
+    return _hashed(blueprint, params, config)
+
+
+def _hashed(blueprint: Blueprint, params: State, config: dict[str, Any]) -> Ticket:
+    digest = ticket_digest(blueprint.to_json(), json.dumps(config, sort_keys=True), params)
+    return Ticket(blueprint, params, config, digest)
+
+
+def ticket_digest(blueprint_json: str, config_json: str, params: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over both texts and, sorted by name, every tensor's name, dtype, shape and bytes."""
+    content = hashlib.sha256(json.dumps([blueprint_json, config_json]).encode())
+    for name, tensor in sorted(params.items()):
+        content.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
+
+
+def keep(blueprint: Blueprint) -> dict[str, float]:
+    """kappa: blocks held / blocks in the layer, of the layer that holds fewest, for each kind."""
+    return {kind: min(blueprint.shape[i]) / blueprint.num_blocks[i] for i, kind in enumerate(KINDS)}
+
+
+def export_ticket(ticket: Ticket, folder: Path, tokenizer_folder: Path | None) -> None:
+    """Write `folder`, whole or not at all: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).
+
+    The model code in it is this package's own, and the config names no other: nothing received is executed.
+    """
+    with new_folder(folder) as making:
+        _write_json(_export_config(ticket), making / "config.json")
+        _write_json(_generation_config(ticket), making / "generation_config.json")
+        _write_json(_about(ticket), making / "twist.json")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in ticket.params.items()}
+        save_file(tensors, making / "model.safetensors", metadata={"format": "pt"})
+        (making / MODEL_CODE).write_bytes((resources.files("twist_fl") / MODEL_CODE).read_bytes())
+        for name in _TOKENIZER_FILES if tokenizer_folder else ():
+            if (file := Path(tokenizer_folder or "") / name).is_file():
+                shutil.copyfile(file, making / name)
+
+
+def _write_json(fields: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n")
+
+
+def _export_config(ticket: Ticket) -> dict[str, Any]:
+    return ticket.model_config | {
+        "architectures": [MODEL_CLASS],
+        "auto_map": {"AutoModelForCausalLM": f"{Path(MODEL_CODE).stem}.{MODEL_CLASS}"},
+        "dtype": str(next(iter(ticket.params.values())).dtype).removeprefix("torch."),
+    }
+
+
+def _generation_config(ticket: Ticket) -> dict[str, Any]:
+    """The special tokens. Without a padding token of its own, a model pads with its end of text."""
+    tokens = {name: ticket.model_config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if tokens["pad_token_id"] is None:
+        end = tokens["eos_token_id"]
+        tokens["pad_token_id"] = end[0] if isinstance(end, list) else end
+    return tokens
+
+
+def _about(ticket: Ticket) -> dict[str, Any]:
+    return {
+        "blueprint": json.loads(ticket.blueprint.to_json()),
+        "digest": ticket.digest,
+        "keep": keep(ticket.blueprint),
+        "num_params": ticket.num_params,
+    }
