@@ -6,7 +6,7 @@ from dataclasses import replace
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from twist_fl import serve, wire
+from twist_fl import serve, ship, wire
 
 app = ClientApp()
 
@@ -32,4 +32,4 @@ def train(message: Message, context: Context) -> Message:
 @app.query("ticket")
 def receive(message: Message, context: Context) -> Message:
     """Build the shipped ticket's small dense model, check its hash, measure it on local text."""
-    return Message(serve.receive_ticket(message.content), reply_to=message)
+    return Message(ship.receive(serve.worker_for(ship.job_of(message)).job, message.content), reply_to=message)

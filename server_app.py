@@ -3,7 +3,8 @@
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from twist_fl.serve import deploy_run, open_run, train_run
+from twist_fl.serve import open_run, train_run
+from twist_fl.ship import deploy_run
 
 app = ServerApp()
 
@@ -14,6 +15,6 @@ def main(grid: Grid, context: Context) -> None:
     given = context.run_config
     folder, job = open_run(str(given["run-dir"]), str(given["preset"]), str(given["overrides"]))
     if given["mode"] == "deploy":
-        deploy_run(grid, folder, job)
+        deploy_run(grid, folder, job, str(given["devices"]))
     else:
         train_run(grid, folder, job)

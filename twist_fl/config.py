@@ -128,7 +128,7 @@ class FlowerConfig:
     """Seconds between two looks for replies."""
     wait_for_nodes: float = 30.0
     """Seconds to wait for as many nodes as workers; after that those present share the workers."""
-    cpus_per_worker: float | None = None
+    cpus_per_worker: int | None = None
     """Simulation: CPU cores reserved per worker; null: cores / workers, at least 1."""
     gpus_per_worker: float = 0.0
     """Simulation: share of a GPU per worker, for example 0.25 for four workers on one."""

@@ -57,7 +57,7 @@ def provenance() -> dict[str, Any]:
     """Commit, versions and hardware, to stand beside every reported figure."""
     return {
         "twist_fl": __version__,
-        "commit": _commit(),
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "hardware": {
@@ -68,11 +68,14 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _commit() -> str | None:
-    """The source tree's commit, with a plus if it has changes; None outside a git checkout."""
-    commit = os.environ.get("TWIST_FL_COMMIT")
-    if commit:
-        return commit
+def commit() -> str | None:
+    """The source tree's commit, with a plus if it has changes; None outside a git checkout.
+
+    Flower runs a copy of the tree: there the command that started it passes the commit on.
+    """
+    given = os.environ.get("TWIST_FL_COMMIT")
+    if given:
+        return given
     here = Path(__file__).resolve().parent.parent
     if not (here / ".git").exists():
         return None

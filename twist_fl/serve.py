@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
-import torch
 from flwr.serverapp import Grid
 
 from twist_fl.checkpoint import RunFolder
@@ -39,15 +40,21 @@ def open_run(run_dir: str, preset: str, overrides: str) -> tuple[RunFolder, Job]
 def train_run(grid: Grid, folder: RunFolder, job: Job) -> None:
     """Train to the end and write results.json; what goes wrong is in the run's log as well as in Flower's."""
     print(f"twist_fl: run folder {folder.path}", flush=True)
-    try:
+    with failures_logged(folder):
         state = TwistStrategy(job, folder).run(grid)
-        torch.set_num_threads(torch.get_num_threads())
         final_results(job, state, folder)
+    shutil.rmtree(moment_folder(job), ignore_errors=True)
+    folder.log("done", round=state.round)
+
+
+@contextmanager
+def failures_logged(folder: RunFolder) -> Iterator[None]:
+    """What ends a run early stands in its own log too, for the command that waits for it."""
+    try:
+        yield
     except Exception as error:
         folder.log("failed", error=f"{type(error).__name__}: {error}")
         raise
-    shutil.rmtree(moment_folder(job), ignore_errors=True)
-    folder.log("done", round=state.round)
 
 
 def moment_folder(job: Job) -> Path:
@@ -61,10 +68,3 @@ def worker_for(job_json: str) -> Worker:
     job = job_from_json(job_json)
     return Worker(job, MomentShelf(moment_folder(job)))
 
-
-def deploy_run(grid: Grid, folder: RunFolder, job: Job) -> None:
-    raise NotImplementedError
-
-
-def receive_ticket(content):
-    raise NotImplementedError

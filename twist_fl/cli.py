@@ -1,0 +1,130 @@
+"""The `twist-fl` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from twist_fl import commands
+from twist_fl.config import ConfigError, presets
+from twist_fl.launch import LaunchError
+
+app = typer.Typer(
+    help="TwIST on Flower: train a transformer whose random subnets work without fine-tuning.\n\n"
+    "A first run:  twist-fl demo\n\nYour own text:  twist-fl train demo data.source=files data.path=FOLDER name=mine",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+RunDir = Annotated[Path, typer.Argument(help="Folder of a trained run, for example runs/demo/twist.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="key=value settings, for example train.lr=1e-3 blueprint.num_sub=4; `twist-fl keys` lists them."),
+]
+
+
+@app.command()
+def train(
+    preset: Annotated[str, typer.Argument(help=f"A preset ({', '.join(presets())}) or a YAML file.")] = "demo",
+    overrides: Overrides = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder instead.")] = None,
+) -> None:
+    """Train with TwIST, or with algorithm=fedavg, through a Flower simulation on this machine."""
+    if resume:
+        commands.resume(console, resume)
+    else:
+        commands.train(console, preset, overrides or [])
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Option("--dir", help="Where the two runs and the report go.")] = Path("runs/demo"),
+    overrides: Overrides = None,
+) -> None:
+    """Train TwIST and FedAvg on the same budget, compare their tickets, deploy three, write a report. Minutes."""
+    commands.demo(console, directory, overrides or [])
+
+
+@app.command()
+def tickets(
+    run: RunDir,
+    sizes: Annotated[str, typer.Option(help="Ticket sizes in blocks per divided layer.")] = "12,8,6,4,3",
+    draws: Annotated[int, typer.Option(help="Random tickets per size.")] = 20,
+    windows: Annotated[int | None, typer.Option(help="Test windows to use; default: as the run.")] = None,
+) -> None:
+    """Draw random subnets from a trained run and show the distribution of their perplexity."""
+    commands.tickets(console, run, [int(size) for size in sizes.split(",")], draws, windows)
+
+
+@app.command()
+def deploy(
+    run: RunDir,
+    device: Annotated[
+        list[str] | None, typer.Option(help="An edge device as NAME=MEMORY_IN_MB; repeat for more. Default: three.")
+    ] = None,
+    ship: Annotated[bool, typer.Option(help="Ship through Flower to simulated edge clients and measure there.")] = True,
+) -> None:
+    """Ship to each device the largest ticket that fits its memory, as a small dense model, and measure it there."""
+    commands.deploy(console, run, device or [], ship)
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="A deployed ticket's folder, or a run's.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The module",
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 60,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
+    size: Annotated[int | None, typer.Option(help="For a run: blocks per divided layer of a random ticket.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the ticket and of the sampling.")] = 0,
+) -> None:
+    """Continue a text with a deployed ticket, or with a trained run."""
+    commands.generate(console, model, prompt, new_tokens, temperature, size, seed)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs to compare.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write a self-contained HTML report: table, training curves, perplexity against size, ticket distributions."""
+    commands.report(console, runs, out)
+
+
+@app.command()
+def cost(
+    preset: Annotated[str, typer.Argument(help="A preset or a YAML file.")] = "gpt2-wikitext103",
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of the run; default: the paper's.")] = 45_700,
+) -> None:
+    """Parameters, bytes and memory of a setting on paper (Appendix C), for every subnet size. Reads no data."""
+    commands.cost(console, preset, overrides or [], steps)
+
+
+@app.command()
+def keys() -> None:
+    """List every setting with its default."""
+    commands.keys(console)
+
+
+def main() -> None:
+    """Entry point: what the user can mend is one line and exit status 2, a failed run is 1, Ctrl-C is 130."""
+    try:
+        app()
+    except ConfigError as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+        raise SystemExit(2) from None
+    except LaunchError as error:
+        Console(stderr=True).print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()
