@@ -114,7 +114,9 @@ class Layout:
     def check_names(self, shapes: Mapping[str, tuple[int, ...]], blueprint: Blueprint | None = None) -> None:
         """Raises ValueError unless `shapes` has exactly the parameters of the subnet, in their shapes."""
         if unknown := sorted(set(shapes) - set(self.by_name)):
-            raise ValueError(f"parameter {unknown[0]!r} is not in the block table: add a row for it in twist_fl/blocks.py")
+            raise ValueError(
+                f"parameter {unknown[0]!r} is not in the block table: add a row for it in twist_fl/blocks.py"
+            )
         if missing := sorted(set(self.by_name) - set(shapes)):
             raise ValueError(f"parameter {missing[0]!r} is missing ({len(missing)} in all)")
         for param in self.params:

@@ -49,9 +49,7 @@ class Blueprint:
 
     @cached_property
     def is_full(self) -> bool:
-        return all(
-            set(self.shape[kind]) == {self.num_blocks[kind]} for kind in range(len(KINDS))
-        )
+        return all(set(self.shape[kind]) == {self.num_blocks[kind]} for kind in range(len(KINDS)))
 
     def to_json(self) -> str:
         fields = {"num_blocks": self.num_blocks, "attn": self.attn, "ffn": self.ffn}
@@ -112,13 +110,13 @@ class Division:
                 f"none of the {layout.num_layers} layers to divide: make their sum at most {layout.num_layers - 1}"
             )
         for i, kind in enumerate(KINDS):
+            if not self.divides(kind):
+                continue
             num_full, common = layout.num_blocks[i], len(self.common)
             if len(set(self.common)) != common or any(not 0 <= block < num_full for block in self.common):
                 raise ValueError(
                     f"blueprint.common={list(self.common)} must be distinct block ids from 0 to {num_full - 1}"
                 )
-            if not self.divides(kind):
-                continue
             num_sub = [worker[i] for worker in self.num_sub]
             num_workers = len(num_sub)
             smallest = max(common, 1, -(-(num_full + (num_workers - 1) * common) // num_workers))
@@ -164,7 +162,7 @@ def algorithm_1(
     for row, size in zip(rows, num_sub, strict=True):
         others = [int(block) for block in rng.permutation(num_full) if block not in row]
         others.sort(key=lambda block: block not in debt)
-        row += others[: size - len(row)]
+        row.extend(others[: size - len(row)])
     return [tuple(sorted(row)) for row in rows]
 
 

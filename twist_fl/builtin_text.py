@@ -11,7 +11,6 @@ import inspect
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
-
 from pydoc_data.topics import topics
 
 _SHORTEST = 200

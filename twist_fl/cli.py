@@ -25,7 +25,9 @@ console = Console()
 RunDir = Annotated[Path, typer.Argument(help="Folder of a trained run, for example runs/demo/twist.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="key=value settings, for example train.lr=1e-3 blueprint.num_sub=4; `twist-fl keys` lists them."),
+    typer.Argument(
+        help="key=value settings, for example train.lr=1e-3 blueprint.num_sub=4; `twist-fl keys` lists them."
+    ),
 ]
 
 
@@ -68,10 +70,9 @@ def deploy(
     device: Annotated[
         list[str] | None, typer.Option(help="An edge device as NAME=MEMORY_IN_MB; repeat for more. Default: three.")
     ] = None,
-    ship: Annotated[bool, typer.Option(help="Ship through Flower to simulated edge clients and measure there.")] = True,
 ) -> None:
     """Ship to each device the largest ticket that fits its memory, as a small dense model, and measure it there."""
-    commands.deploy(console, run, device or [], ship)
+    commands.deploy(console, run, device or [])
 
 
 @app.command()

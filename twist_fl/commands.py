@@ -37,7 +37,9 @@ def demo(console: Console, directory: Path, overrides: list[str]) -> None:
 
     What is already there is used: a finished run as it is, an interrupted one from its checkpoint.
     """
-    console.print("TwIST against FedAvg: the same model, text, batches and optimiser. Ctrl-C is safe: run it again to go on.")
+    console.print(
+        "TwIST against FedAvg: the same model, text, batches and optimiser. Ctrl-C is safe: run it again to go on."
+    )
     runs = []
     for algorithm in ("twist", "fedavg"):
         path = directory / algorithm
@@ -119,14 +121,17 @@ def _require(events: list[dict[str, Any]], last: str, folder: RunFolder) -> None
         raise LaunchError(f"the run ended before its time. Flower's log: {folder.path / 'flower.log'}")
 
 
-def deploy(console: Console, path: Path, devices: list[str], ship: bool) -> list[dict[str, Any]]:
+def deploy(console: Console, path: Path, devices: list[str]) -> list[dict[str, Any]]:
     """Ship tickets to simulated edge clients and show what they measured."""
     folder, job, _ = load_final(path)
     for device in devices:
         if "=" not in device:
             raise ConfigError(f"device {device!r} is not NAME=MEMORY_IN_MB, for example phone=3.5")
     settings = {"mode": "deploy", "devices": " ".join(devices)}
-    with console.status("shipping tickets to simulated edge clients"), flower_run(folder, job.config, 1, settings) as run:
+    with (
+        console.status("shipping tickets to simulated edge clients"),
+        flower_run(folder, job.config, 1, settings) as run,
+    ):
         events = RunProgress(console, folder, 0).follow(run)
     _require(events, "deployed", folder)
     rows: list[dict[str, Any]] = json.loads((folder.path / "deployed.json").read_text())
@@ -137,7 +142,17 @@ def deploy(console: Console, path: Path, devices: list[str], ship: bool) -> list
 
 def device_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="deployed devices")
-    for column in ("device", "limit MB", "ticket", "parameters", "weights MB", "received MB", "perplexity", "ms/token", "peak MB"):
+    for column in (
+        "device",
+        "limit MB",
+        "ticket",
+        "parameters",
+        "weights MB",
+        "received MB",
+        "perplexity",
+        "ms/token",
+        "peak MB",
+    ):
         table.add_column(column, justify="left" if column == "device" else "right")
     for row in rows:
         table.add_row(
@@ -174,9 +189,7 @@ def cost(console: Console, preset: str, overrides: list[str], steps: int) -> Non
             if size * ffn_blocks % heads:
                 continue
             sub = (size, size * ffn_blocks // heads)
-            division = Division(
-                blueprint.setting, (sub,) * heads, blueprint.undivided_first, blueprint.undivided_last
-            )
+            division = Division(blueprint.setting, (sub,) * heads, blueprint.undivided_first, blueprint.undivided_last)
             division.check(layout)
             row = run_cost(layout, division, rounds, steps)
             table.add_row(
@@ -299,5 +312,3 @@ def generate(
         **tokens, max_new_tokens=min(new_tokens, room), pad_token_id=model.config.eos_token_id, **sampling
     )
     console.print(tokenizer.decode(output[0]), markup=False, highlight=False)
-
-

@@ -256,8 +256,10 @@ def _check_keys(given: dict[Any, Any], schema: Any, prefix: str) -> None:
         default = getattr(defaults, key)
         if is_dataclass(default):
             if not isinstance(value, dict):
-                raise ConfigError(f"{prefix}{key} is a section: set one of its keys, for example {prefix}{key}."
-                                  f"{fields(default)[0].name}=...")
+                raise ConfigError(
+                    f"{prefix}{key} is a section: set one of its keys, for example {prefix}{key}."
+                    f"{fields(default)[0].name}=..."
+                )
             _check_keys(value, type(default), f"{prefix}{key}.")
 
 
@@ -284,7 +286,7 @@ def _check_values(config: Config) -> None:
     }
     for key, value in positive.items():
         if value is not None and not value > 0:  # NaN is not
-            least = 2 if key == "data.window" else "more than 0"
+            least = "at least 2" if key == "data.window" else "more than 0"
             raise ConfigError(f"{key} must be {least}, got {value + (key == 'data.window')}")
     not_negative = {
         "seed": config.seed,

@@ -93,7 +93,9 @@ def _read_documents(config: DataConfig) -> Documents:
 
 def _split(texts: Iterable[str], test_fraction: float) -> Documents:
     """Documents go to the test split by the hash of their own text: stable when others come or go."""
-    train, test, content = [], [], hashlib.sha256(f"{test_fraction}".encode())
+    train: list[str] = []
+    test: list[str] = []
+    content = hashlib.sha256(f"{test_fraction}".encode())
     for text in texts:
         digest = hashlib.sha256(text.encode()).digest()
         content.update(digest)
@@ -105,14 +107,16 @@ def _files(config: DataConfig) -> Documents:
     path = Path(config.path or "").expanduser()
     if not path.exists():
         near = [p.name for p in sorted(path.parent.glob("*"))[:8]] if path.parent.is_dir() else []
-        raise ConfigError(f"data.path={str(path)!r} does not exist" + (f"; beside it: {', '.join(near)}" if near else ""))
+        raise ConfigError(
+            f"data.path={str(path)!r} does not exist" + (f"; beside it: {', '.join(near)}" if near else "")
+        )
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
     if not any(file.stat().st_size for file in files):
         raise ConfigError(f"data.path={str(path)!r} holds no text")
     train, test = ([f for f in files if f.match(glob)] for glob in (config.train_glob, config.test_glob))
     if path.is_file() or not (train and test):
         return _split((text for file in files for text in _paragraphs(_read(file))), config.test_fraction)
-    content = hashlib.sha256()
+    content = hashlib.sha256(f"{len(train)} training files".encode())
     for file in [*train, *test]:
         content.update(hashlib.sha256(file.read_bytes()).digest())
     return Documents([_read(f) for f in train], [_read(f) for f in test], content.hexdigest())
@@ -122,7 +126,9 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{str(file)!r} is not UTF-8 text ({error.reason} at byte {error.start}): convert it, or move it away") from error
+        raise ConfigError(
+            f"{str(file)!r} is not UTF-8 text ({error.reason} at byte {error.start}): convert it, or move it away"
+        ) from error
 
 
 def _paragraphs(text: str, least: int = 2000) -> Iterator[str]:
@@ -142,8 +148,11 @@ def _wikitext(config: DataConfig) -> Documents:
 
     dataset: Any = load_dataset(config.path or "Salesforce/wikitext", config.name)
     digest = hashlib.sha256()
+    # Not the data set's own fingerprint: of a local copy, that is a hash of its path.
     for split in ("train", "test"):
-        digest.update(dataset[split]._fingerprint.encode())
+        digest.update(f"{split} {len(dataset[split])}".encode())
+        for batch in dataset[split].iter(10_000):
+            digest.update("\0".join(batch["text"]).encode())
     # One row is one line with its newline; empty rows carry nothing.
     train, test = ((row["text"] for row in dataset[split] if row["text"]) for split in ("train", "test"))
     return Documents(train, test, digest.hexdigest())
@@ -209,12 +218,14 @@ def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 
 def load_tokenizer(name: str) -> Any:
     """A fast tokenizer from a folder (`tokenizer.json` alone is enough) or from the hub by name."""
-    from transformers import AutoTokenizer, GPT2TokenizerFast
+    from transformers import AutoTokenizer, GPT2TokenizerFast  # type: ignore[attr-defined]
 
     folder = Path(name).expanduser()
     looks_like_path = os.sep in name and (folder.is_absolute() or name[0] in "~.")
     if looks_like_path and not folder.is_dir():
-        raise ConfigError(f"data.tokenizer={name!r} does not exist: give a folder with tokenizer.json, or a name on the hub")
+        raise ConfigError(
+            f"data.tokenizer={name!r} does not exist: give a folder with tokenizer.json, or a name on the hub"
+        )
     if folder.is_dir():
         if not (folder / "tokenizer.json").is_file():
             raise ConfigError(f"data.tokenizer={name!r} has no tokenizer.json")
@@ -241,9 +252,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT
-    )
+    make: Any = PreTrainedTokenizerFast  # untyped in transformers
+    return make(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT)
 
 
 @dataclass(frozen=True)
@@ -270,7 +280,9 @@ class Shard:
     def batch(self, cursor: int) -> npt.NDArray[np.int64]:
         """Window ids of batch number `cursor`, counted from the run's start; reshuffled every epoch."""
         epoch, position = divmod(cursor, self.batches_per_epoch)
-        mine = _permutation(self.num_windows, self.seed, 0)[: self.size * self.num_workers][self.worker :: self.num_workers]
+        mine = _permutation(self.num_windows, self.seed, 0)[: self.size * self.num_workers][
+            self.worker :: self.num_workers
+        ]
         order = _permutation(self.size, self.seed, 1, self.worker, epoch)
         return mine[order[position * self.batch_size : (position + 1) * self.batch_size]]
 

@@ -26,7 +26,7 @@ def mean_nll(model: nn.Module, windows: Windows, batch_size: int) -> float:
         for start in range(0, len(windows), batch_size):
             batch = torch.tensor(windows[start : start + batch_size], dtype=torch.int64, device=device)
             total += float(next_token_loss(model, batch, reduction="sum"))
-    return total / (len(windows) * (windows.shape[1] - 1))
+    return total / float(len(windows) * (windows.shape[1] - 1))
 
 
 def perplexity(model: nn.Module, windows: Windows, batch_size: int) -> float:
@@ -35,7 +35,11 @@ def perplexity(model: nn.Module, windows: Windows, batch_size: int) -> float:
 
 
 def subnet_perplexity(
-    models: ModelCache, state: Mapping[str, torch.Tensor], blueprints: Sequence[Blueprint], windows: Windows, batch_size: int
+    models: ModelCache,
+    state: Mapping[str, torch.Tensor],
+    blueprints: Sequence[Blueprint],
+    windows: Windows,
+    batch_size: int,
 ) -> float:
     """The workers' subnets: each with its blocks and scale, test losses averaged over workers (section 4.2)."""
     return exp(fmean(mean_nll(models.load_sliced(b, state), windows, batch_size) for b in blueprints))
@@ -68,7 +72,9 @@ def ticket_sizes(layout: Layout, division: Division, size: int) -> tuple[int, in
     ffn = size * ffn_blocks / of
     if division.divides("ffn") and ffn != int(ffn):
         legal = [n for n in range(1, of + 1) if n * ffn_blocks % of == 0]
-        raise ValueError(f"{size} of {of} blocks is no whole number of the {ffn_blocks} FFN blocks: choose one of {legal}")
+        raise ValueError(
+            f"{size} of {of} blocks is no whole number of the {ffn_blocks} FFN blocks: choose one of {legal}"
+        )
     return (size if division.divides("attn") else heads, int(ffn) if division.divides("ffn") else ffn_blocks)
 
 
@@ -91,5 +97,3 @@ def ticket_distribution(
         values.append(perplexity(models.load_sliced(blueprint, state), windows, batch_size))
         on_ticket()
     return Tickets(num_sub, models.layout.num_params(blueprint), tuple(values))
-
-

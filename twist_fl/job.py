@@ -70,7 +70,11 @@ class Job:
 
     def to_json(self) -> str:
         """What a worker needs to rebuild this job without reading the hub or the text again."""
-        fields: dict[str, object] = {"config": to_yaml(self.config), "model": self.model_config.to_dict(), "corpus": self.corpus.digest}
+        fields: dict[str, object] = {
+            "config": to_yaml(self.config),
+            "model": self.model_config.to_dict(),
+            "corpus": self.corpus.digest,
+        }
         fields["run_id"] = self.run_id
         return json.dumps(fields, sort_keys=True)
 
@@ -126,7 +130,9 @@ def _model_config(config: Config, corpus: Corpus) -> GPT2Config:
             raise ConfigError(f"model.pretrained={model.pretrained!r} is no folder with a config.json")
         loaded: Any = AutoConfig.from_pretrained(model.pretrained)
         if loaded.model_type != "gpt2":
-            raise ConfigError(f"model.pretrained={model.pretrained!r} is a {loaded.model_type!r} model; only 'gpt2' is known")
+            raise ConfigError(
+                f"model.pretrained={model.pretrained!r} is a {loaded.model_type!r} model; only 'gpt2' is known"
+            )
         if loaded.vocab_size < corpus.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {corpus.vocab_size} tokens and model.pretrained={model.pretrained!r} only "

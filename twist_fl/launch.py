@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -102,21 +102,13 @@ def stop_tree(process: subprocess.Popen[bytes]) -> None:
     except psutil.NoSuchProcess:
         return
     for member in processes:
-        with _gone_is_fine():
+        with suppress(psutil.NoSuchProcess):
             member.terminate()
     _, alive = psutil.wait_procs(processes, timeout=_STOP_SECONDS)
     for member in alive:
-        with _gone_is_fine():
+        with suppress(psutil.NoSuchProcess):
             member.kill()
     process.wait()
-
-
-@contextmanager
-def _gone_is_fine() -> Iterator[None]:
-    try:
-        yield
-    except psutil.NoSuchProcess:
-        pass
 
 
 def cpus_per_worker(config: Config) -> int:
@@ -126,7 +118,9 @@ def cpus_per_worker(config: Config) -> int:
 
 
 @contextmanager
-def flower_run(folder: RunFolder, config: Config, num_nodes: int, run_config: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def flower_run(
+    folder: RunFolder, config: Config, num_nodes: int, run_config: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
     """`flwr run` of our app in a private simulation of `num_nodes` nodes; yields the running process.
 
     Its output goes to flower.log in the run's folder. Leaving the block stops everything.

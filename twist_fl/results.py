@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ def final_results(job: Job, state: RunState, folder: RunFolder) -> dict[str, Any
     }
     folder.log("eval", round=state.round, full=results["full"])
     for size in config.eval.sizes:
+        on_ticket = partial(folder.log, "ticket", round=state.round, size=size)
         tickets = evaluate.ticket_distribution(
             models,
             state.params,
@@ -46,7 +48,7 @@ def final_results(job: Job, state: RunState, folder: RunFolder) -> dict[str, Any
             tickets=config.eval.tickets,
             seed=config.seed,
             batch_size=config.eval.batch_size,
-            on_ticket=lambda size=size: folder.log("ticket", round=state.round, size=size),
+            on_ticket=on_ticket,
         )
         results["tickets"].append({"size": size, "of": job.layout.num_blocks[0]} | tickets.summary())
     write_text(json.dumps(results, indent=1), folder.results_file)

@@ -130,12 +130,18 @@ class Worker:
         travels = config.train.optimizer_state == "server"
         return Reply(
             task.blueprint.digest,
-            {name: tensor.cpu() for name, tensor in get_state(model).items()},
+            _on_cpu(get_state(model)),
             interval.loss,
             interval.num_tokens,
             interval.num_batches,
-            moments=interval.moments if travels else None,
+            moments=Moments(interval.moments.step, {m: _on_cpu(v) for m, v in interval.moments.values.items()})
+            if travels
+            else None,
         )
+
+
+def _on_cpu(state: State) -> State:
+    return {name: tensor.cpu() for name, tensor in state.items()}
 
 
 class RoundMean:

@@ -67,4 +67,3 @@ def worker_for(job_json: str) -> Worker:
     """This process's worker for a job, kept warm between rounds: keyed by content, not by node."""
     job = job_from_json(job_json)
     return Worker(job, MomentShelf(moment_folder(job)))
-

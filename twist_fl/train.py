@@ -72,7 +72,7 @@ def train_interval(
     for windows in batches:
         loss = next_token_loss(model, windows)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         predicted = windows.shape[0] * (windows.shape[1] - 1)
         loss_sum = loss_sum.to(loss.device) + loss.detach() * predicted

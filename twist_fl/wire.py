@@ -29,7 +29,9 @@ def to_arrays(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
     """Float32 tensors as raw arrays, one copy each."""
     return ArrayRecord(
         {
-            name: Array(dtype="float32", shape=tuple(tensor.shape), stype=_STYPE, data=tensor.contiguous().numpy().tobytes())
+            name: Array(
+                dtype="float32", shape=tuple(tensor.shape), stype=_STYPE, data=tensor.contiguous().numpy().tobytes()
+            )
             for name, tensor in state.items()
         }
     )

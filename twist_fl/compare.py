@@ -1,0 +1,171 @@
+"""Finished runs side by side: what `plots.py` draws and `report.py` and the command line tabulate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from twist_fl.checkpoint import RunFolder
+from twist_fl.config import ConfigError
+from twist_fl.progress import human_bytes
+
+_ALGORITHMS = {"twist": "TwIST", "fedavg": "FedAvg"}
+MISSING = "-"
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run's results and log, with a label that no other run of the comparison has."""
+
+    label: str
+    results: Mapping[str, Any]
+    """The content of results.json."""
+    rounds: Sequence[Mapping[str, Any]]
+    """The "round" events, oldest first."""
+    full_by_round: Mapping[int, float]
+    """Perplexity of the full model after the rounds at which it was evaluated."""
+
+    @property
+    def full(self) -> float:
+        return float(self.results["full"])
+
+    @property
+    def tickets(self) -> Sequence[Mapping[str, Any]]:
+        """One entry per ticket size: `evaluate.Tickets.summary` with `size` and `of`."""
+        found: Sequence[Mapping[str, Any]] = self.results["tickets"]
+        return found
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Without the run's folder, which says nothing about the run."""
+        return {key: value for key, value in self.results["config"].items() if key != "dir"}
+
+
+def read_runs(folders: Sequence[RunFolder]) -> list[FinishedRun]:
+    """Raises ConfigError if a folder has no results yet, or if there are no folders."""
+    if not folders:
+        raise ConfigError("no runs to compare: give the folder of at least one finished run")
+    results = [_results(folder) for folder in folders]
+    labels = _labels([each["config"] for each in results], [folder.path.name for folder in folders])
+    return [_finished(*parts) for parts in zip(labels, results, folders, strict=True)]
+
+
+def _results(folder: RunFolder) -> dict[str, Any]:
+    if not folder.results_file.is_file():
+        raise ConfigError(
+            f"{folder.path} has no results.json, so there is no run or it has not finished: "
+            f"finish it with `twist-fl train --resume {folder.path}`"
+        )
+    results: dict[str, Any] = json.loads(folder.results_file.read_text())
+    return results
+
+
+def _finished(label: str, results: dict[str, Any], folder: RunFolder) -> FinishedRun:
+    evaluations = folder.events("eval")
+    return FinishedRun(label, results, folder.events("round"), {each["round"]: each["full"] for each in evaluations})
+
+
+def _labels(configs: Sequence[Mapping[str, Any]], folder_names: Sequence[str]) -> list[str]:
+    """The algorithm, and of optimiser state, name, folder or number the first that tells runs apart."""
+    labels = [_ALGORITHMS.get(config["algorithm"], config["algorithm"]) for config in configs]
+    states = [config["train"]["optimizer_state"] for config in configs]
+    if len(set(states)) > 1:
+        labels = [f"{label}, moments: {state}" for label, state in zip(labels, states, strict=True)]
+    names = [str(config["name"]) for config in configs]
+    numbers = [f"#{i + 1}" for i in range(len(configs))]
+    told_apart = list(labels)
+    for label in set(labels):
+        alike = [i for i, other in enumerate(labels) if other == label]
+        extras = [names, list(folder_names), numbers]
+        extra = next(extra for extra in extras if len({extra[i] for i in alike}) == len(alike))
+        for i in alike if len(alike) > 1 else ():
+            told_apart[i] = f"{label} ({extra[i]})"
+    return told_apart
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run of the comparison."""
+
+    label: str
+    full: float
+    """Perplexity of the full model."""
+    tickets: Mapping[str, tuple[float, float]]
+    """Mean and standard deviation of the perplexity of random tickets, by size: 'k/12'."""
+    weight_bytes: int
+    """Both directions, all rounds and workers."""
+    moment_bytes: int
+    seconds: float
+    """Wall clock of the rounds, without evaluation."""
+
+
+def comparison_table(folders: Sequence[RunFolder]) -> list[Row]:
+    """One row per run, in the order given. Raises ConfigError for a run that has not finished."""
+    return [row_of(run) for run in read_runs(folders)]
+
+
+def row_of(run: FinishedRun) -> Row:
+    return Row(
+        label=run.label,
+        full=run.full,
+        tickets={size_label(ticket): (ticket["mean"], ticket["std"]) for ticket in run.tickets},
+        weight_bytes=_wire_bytes(run, "weights"),
+        moment_bytes=_wire_bytes(run, "moments"),
+        seconds=sum(each["seconds"] for each in run.rounds),
+    )
+
+
+def _wire_bytes(run: FinishedRun, kind: str) -> int:
+    return sum(int(each[way].get(kind, 0)) for each in run.rounds for way in ("bytes_down", "bytes_up"))
+
+
+def size_label(ticket: Mapping[str, Any]) -> str:
+    return f"{ticket['size']}/{ticket['of']}"
+
+
+def kappa(size: str) -> float:
+    """Blocks held / blocks in the layer, of '4/12'."""
+    held, _, of = size.partition("/")
+    return int(held) / int(of)
+
+
+def sizes_of(rows: Iterable[Row]) -> list[str]:
+    """Every ticket size of any run, largest first."""
+    return sorted({size for row in rows for size in row.tickets}, key=kappa, reverse=True)
+
+
+def table_cells(rows: Sequence[Row]) -> list[list[str]]:
+    """The comparison as text: a header, then a line per run."""
+    sizes = sizes_of(rows)
+    header = ["run", "full model", *sizes, "weights on the wire", "moments on the wire", "wall clock of rounds"]
+    return [header, *([*_cells(row, sizes)] for row in rows)]
+
+
+def _cells(row: Row, sizes: Sequence[str]) -> Iterator[str]:
+    yield row.label
+    yield perplexity_text(row.full)
+    for size in sizes:
+        yield _spread_text(*row.tickets[size]) if size in row.tickets else MISSING
+    yield human_bytes(row.weight_bytes)
+    yield human_bytes(row.moment_bytes) if row.moment_bytes else MISSING
+    yield duration_text(row.seconds)
+
+
+def perplexity_text(value: float) -> str:
+    """Two decimals, and none from 1000 on."""
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _spread_text(mean: float, std: float) -> str:
+    decimals = 2 if mean < 1000 else 0
+    return f"{mean:,.{decimals}f} ± {std:,.{decimals}f}"
+
+
+def duration_text(seconds: float) -> str:
+    """12.3 s, 4 min 5 s or 3 h 7 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

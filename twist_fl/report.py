@@ -1,0 +1,282 @@
+"""One HTML file that shows finished runs: self-contained, without scripts, readable on a phone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from twist_fl import plots
+from twist_fl.checkpoint import RunFolder
+from twist_fl.compare import (
+    MISSING,
+    FinishedRun,
+    Row,
+    comparison_table,
+    duration_text,
+    kappa,
+    perplexity_text,
+    read_runs,
+    row_of,
+    size_label,
+    sizes_of,
+    table_cells,
+)
+from twist_fl.files import write_text
+
+__all__ = ["Row", "comparison_table", "duration_text", "figures", "table_cells", "write_report"]
+
+_STYLE = """
+:root { color-scheme: light; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 46rem; margin: 0 auto;
+       padding: 0 1rem 3rem; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+figure { margin: .5rem 0; } svg { width: 100%; max-width: 36rem; height: auto; } ul { padding-left: 1.2rem; }
+figcaption, .note { font-size: .875rem; color: #444; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
+th { vertical-align: bottom; white-space: normal; }
+th:first-child { position: sticky; left: 0; background: #fff; text-align: left; padding-left: 0; max-width: 9rem; }
+.words td, .words th { text-align: left; white-space: normal; vertical-align: top; }
+pre { overflow-x: auto; background: #f5f5f5; padding: .75rem; font-size: .8125rem; }
+summary { cursor: pointer; padding: .4rem 0; }
+"""
+
+_DEVICE_COLUMNS = {
+    "name": "device",
+    "memory_mb": "memory limit, MB",
+    "size": "blocks",
+    "num_params": "parameters",
+    "weight_mb": "weights, MB",
+    "bytes_received": "bytes received",
+    "perplexity": "perplexity",
+    "ms_per_token": "ms per token",
+    "peak_mb": "peak memory, MB",
+}
+
+
+def figures(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
+    """Write training.png, perplexity_vs_kappa.png and, where tickets were drawn, tickets.png."""
+    finished = read_runs(runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, draw in plots.drawings(finished).items():
+        written.append(folder / f"{name}.png")
+        plots.save_png(draw, finished, written[-1])
+    return written
+
+
+def write_report(
+    runs: Sequence[RunFolder],
+    out: Path,
+    deployed: Sequence[Mapping[str, Any]] = (),
+    title: str = "TwIST on Flower: run report",
+) -> None:
+    """Write `out`: summary, table, figures, deployed devices, configuration and provenance of finished `runs`.
+
+    `deployed` has a mapping per edge device with the keys of _DEVICE_COLUMNS and `of`; missing ones show as a dash.
+    Raises ConfigError for a run that has not finished.
+    """
+    finished = read_runs(runs)
+    rows = [row_of(run) for run in finished]
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        *_summary(finished),
+        *_comparison(finished, rows),
+        *_figures(finished),
+        *_devices(deployed),
+        *_configuration(finished),
+        *_provenance(finished),
+    ]
+    write_text(_page(title, "\n".join(body)), out)
+
+
+def _page(title: str, body: str) -> str:
+    """The whole document, in ASCII so that no encoding can spoil it."""
+    page = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+{body}
+</body>
+</html>
+"""
+    return page.encode("ascii", "xmlcharrefreplace").decode("ascii")
+
+
+def _summary(runs: Sequence[FinishedRun]) -> Iterator[str]:
+    yield "<ul>"
+    for run in runs:
+        yield f"<li><b>{escape(run.label)}</b>: {escape(_in_words(run))}</li>"
+    yield "</ul>"
+
+
+def _in_words(run: FinishedRun) -> str:
+    """The full model's perplexity, and how many times that of it a ticket of about a third of the blocks has."""
+    full = f"the full model has perplexity {perplexity_text(run.full)}"
+    if not run.tickets:
+        return f"{full}; no tickets were drawn."
+    ticket = min(run.tickets, key=lambda each: abs(kappa(size_label(each)) - 1 / 3))
+    return (
+        f"{full}; random tickets of {size_label(ticket)} blocks, without fine-tuning, have "
+        f"{perplexity_text(ticket['mean'])} on average, {ticket['mean'] / run.full:.3g} times that."
+    )
+
+
+def _comparison(runs: Sequence[FinishedRun], rows: Sequence[Row]) -> Iterator[str]:
+    yield "<h2>Comparison</h2>"
+    yield _table(table_cells(rows))
+    tokens = _each([f"{run.results['test_tokens']:,}" for run in runs])
+    yield _note(
+        f"Perplexity on the test split ({tokens} tokens). Under k/n: mean ± standard deviation over random tickets "
+        f"({_each([_draws(run) for run in runs])} per size) of k of the n blocks in every divided layer. "
+        "Bytes are both directions of all rounds and workers. Wall clock is without evaluation."
+    )
+    lost = [sum(len(each["dropped"]) for each in run.rounds) for run in runs]
+    if any(lost):
+        yield _note(f"Replies that did not count: {_each([str(number) for number in lost])}.")
+    if sizes_of(rows):
+        yield _details("Every ticket size", _table(list(_ticket_rows(runs))))
+
+
+def _ticket_rows(runs: Sequence[FinishedRun]) -> Iterator[list[str]]:
+    yield ["run", "blocks", "κ", "parameters", "draws", "mean", "std", "min", "max"]
+    for run in runs:
+        for ticket in run.tickets:
+            size, spread = size_label(ticket), [perplexity_text(ticket[key]) for key in ("mean", "std", "min", "max")]
+            counts = [f"{ticket['num_params']:,}", str(len(ticket["perplexities"]))]
+            yield [run.label, size, f"{kappa(size):.3f}", *counts, *spread]
+
+
+def _figures(runs: Sequence[FinishedRun]) -> Iterator[str]:
+    seeds = f"Seed: {_each([str(run.config['seed']) for run in runs])}."
+    draws = f"{_each([_draws(run) for run in runs])} draws per size. {seeds}"
+    captions = {
+        "training": f"Training loss of every round (thin) and its mean over {plots.smoothing_rounds(runs)} rounds "
+        f"(bold); perplexity of the full model on the test split. {seeds}",
+        "perplexity_vs_kappa": "Perplexity of random tickets without fine-tuning against their size; rightmost, the "
+        f"full model. Bars: one standard deviation; thin lines: lowest to highest draw. {draws}",
+        "tickets": "Perplexity of every random ticket: a dot per draw; boxes from the first to the third quartile, "
+        f"with the median. Each panel has its own scale. {draws}",
+    }
+    titles = {
+        "training": "Training",
+        "perplexity_vs_kappa": "Perplexity against ticket size",
+        "tickets": "Distribution of tickets",
+    }
+    for name, draw in plots.drawings(runs).items():
+        yield f"<h2>{titles[name]}</h2>"
+        image = plots.svg(draw, runs, name).replace("<svg", f'<svg role="img" aria-label="{titles[name]}"', 1)
+        yield f"<figure>{image}<figcaption>{escape(captions[name])}</figcaption></figure>"
+
+
+def _draws(run: FinishedRun) -> str:
+    """Tickets per size: '20', or '1 to 20' if sizes differ."""
+    counts = sorted({len(ticket["perplexities"]) for ticket in run.tickets})
+    return " to ".join(str(count) for count in dict.fromkeys([counts[0], counts[-1]])) if counts else "no"
+
+
+def _devices(deployed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if not deployed:
+        return
+    yield "<h2>Edge devices</h2>"
+    lines = [[_device_text(device, key) for key in _DEVICE_COLUMNS] for device in deployed]
+    yield _table([list(_DEVICE_COLUMNS.values()), *lines])
+    yield _note(
+        "Each device got the largest ticket that fits its memory limit (weights and the KV cache of one full context), "
+        "as a dense model. Perplexity, latency and peak memory are measured on the device's side."
+    )
+
+
+def _device_text(device: Mapping[str, Any], key: str) -> str:
+    value = device.get(key)
+    if value is None:
+        return MISSING
+    if key == "size":
+        return size_label(device) if "of" in device else str(value)
+    if key == "perplexity":
+        return perplexity_text(value)
+    return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _configuration(runs: Sequence[FinishedRun]) -> Iterator[str]:
+    yield "<h2>Configuration</h2>"
+    flat = [dict(_flat(run.config)) for run in runs]
+    keys = dict.fromkeys(key for each in flat for key in each)
+    differing = [key for key in keys if len({str(each.get(key)) for each in flat}) > 1]
+    if differing:
+        lines = [[key, *(str(each.get(key, MISSING)) for each in flat)] for key in differing]
+        yield _table([["differs in", *(run.label for run in runs)], *lines], words=True)
+    elif len(runs) > 1:
+        yield _note("The runs have the same configuration.")
+    for run in runs:
+        yield _details(f"All settings of {run.label}", f"<pre>{escape(OmegaConf.to_yaml(run.config))}</pre>")
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _provenance(runs: Sequence[FinishedRun]) -> Iterator[str]:
+    yield "<h2>Provenance</h2>"
+    facts = [_facts(run) for run in runs]
+    lines = [[name, *(each[name] for each in facts)] for name in facts[0]]
+    yield _table([["", *(run.label for run in runs)], *lines], words=True)
+    if any(each["commit"].endswith("+") for each in facts):
+        yield _note("A plus after the commit: the tree had uncommitted changes.")
+
+
+def _facts(run: FinishedRun) -> dict[str, str]:
+    results, config, hardware = run.results, run.config, run.results["hardware"]
+    data = config["data"]
+    return {
+        "commit": results["commit"] or "unknown",
+        "versions": f"twist_fl {results['twist_fl']}, Python {results['python']}, torch {results['torch']}",
+        "hardware": f"{hardware['processor']}, {hardware['cores']} cores; GPU: {hardware['gpu'] or 'none'}",
+        "seed": str(config["seed"]),
+        "data": data["source"] + (f" {data['name']}" if data["source"] == "wikitext" else ""),
+        "corpus digest": str(results["corpus"]),
+        "test tokens": f"{results['test_tokens']:,}",
+        "parameters": f"{results['num_params']:,}",
+        "rounds": f"{results['rounds']:,}",
+    }
+
+
+def _each(values: Sequence[str]) -> str:
+    """The value that all runs share, or each run's."""
+    if len(set(values)) == 1:
+        return values[0]
+    return f"{' / '.join(values)}, in the order of the table"
+
+
+def _table(lines: Sequence[Sequence[str]], words: bool = False) -> str:
+    """A table that scrolls sideways; the first line and the first column are headers."""
+    header = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in lines[0])
+    body = "\n".join(
+        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
+        for first, *rest in lines[1:]
+    )
+    kind = ' class="words"' if words else ""
+    table = f"<table{kind}><thead><tr>{header}</tr></thead>\n<tbody>{body}</tbody></table>"
+    return f'<div class="scroll" tabindex="0">{table}</div>'
+
+
+def _details(summary: str, content: str) -> str:
+    return f"<details><summary>{escape(summary)}</summary>\n{content}</details>"
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
