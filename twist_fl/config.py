@@ -230,7 +230,16 @@ def from_layers(layers: Sequence[Any]) -> Config:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
     _check_values(config)
+    _make_absolute(config)
     return config
+
+
+def _make_absolute(config: Config) -> None:
+    """Folders that exist become absolute: Flower runs the app in another working folder."""
+    for section, key in ((config.data, "path"), (config.data, "tokenizer"), (config.model, "pretrained")):
+        value = getattr(section, key)
+        if value and Path(value).expanduser().exists():
+            setattr(section, key, str(Path(value).expanduser().resolve()))
 
 
 def to_yaml(config: Config) -> str:
@@ -316,5 +325,6 @@ def _check_values(config: Config) -> None:
     for key, given in (("num_sub", config.blueprint.num_sub), ("num_sub_ffn", config.blueprint.num_sub_ffn)):
         if given is not None and len(given) not in (1, train.workers):
             raise ConfigError(
-                f"blueprint.{key}={given} has {len(given)} entries for train.workers={train.workers}: give one, or one each"
+                f"blueprint.{key}={given} has {len(given)} entries for train.workers={train.workers}: "
+                "give one, or one each"
             )

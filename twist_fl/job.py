@@ -96,8 +96,8 @@ def job_from_json(text: str) -> Job:
         corpus = load_corpus(config.data, config.train.workers)
     if corpus.digest != fields["corpus"]:
         raise ConfigError(
-            f"this machine's text or tokenizer is not the server's (hash {corpus.digest}, expected {fields['corpus']}): "
-            "give every node the same data"
+            f"this machine's text or tokenizer is not the server's (hash {corpus.digest}, "
+            f"expected {fields['corpus']}): give every node the same data"
         )
     return _make_job(config, GPT2Config(**fields["model"]), corpus, fields["run_id"])
 
