@@ -159,7 +159,7 @@ def _draw_size(axes: Axes, size: str, runs: Sequence[FinishedRun]) -> None:
             continue
         line = {"color": look["color"], "linewidth": 1.2}
         axes.boxplot(
-            values, positions=[i], widths=0.6, showfliers=False, manage_ticks=False,
+            values, positions=[i], widths=0.6, whis=(0, 100), showfliers=False, manage_ticks=False,
             boxprops=line, whiskerprops=line, capprops=line, medianprops=line | {"linewidth": 2.2},
         )  # fmt: skip
         spread = [i + 0.4 * (0.618 * draw % 1 - 0.5) for draw in range(len(values))]

@@ -165,8 +165,8 @@ def _figures(runs: Sequence[FinishedRun]) -> Iterator[str]:
         f"(bold); perplexity of the full model on the test split. {seeds}",
         "perplexity_vs_kappa": "Perplexity of random tickets without fine-tuning against their size; rightmost, the "
         f"full model. Bars: one standard deviation; thin lines: lowest to highest draw. {draws}",
-        "tickets": "Perplexity of every random ticket: a dot per draw; boxes from the first to the third quartile, "
-        f"with the median. Each panel has its own scale. {draws}",
+        "tickets": "Perplexity of every random ticket: a dot per draw; boxes from the first to the third quartile with "
+        f"the median, whiskers to the extremes. Each panel has its own scale. {draws}",
     }
     titles = {
         "training": "Training",

@@ -1,0 +1,324 @@
+"""The report: whole, self-contained and escaped HTML that holds the table's numbers, and figures that show the data."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+from omegaconf import OmegaConf
+
+from twist_fl import plots
+from twist_fl.checkpoint import RunFolder
+from twist_fl.compare import duration_text, read_runs
+from twist_fl.config import ConfigError, load_config
+from twist_fl.report import comparison_table, figures, table_cells, write_report
+
+SIZES = (8, 6, 4, 3)
+VOID = {"meta", "br", "path", "use", "rect"}
+MakeRun = Callable[..., RunFolder]
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and keeps what a reader or a browser would see."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.attributes: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID or tag in ("path", "rect"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [f"{name}={value}" for name, value in attrs]
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join("".join(self.text).split())
+
+
+def log_rounds(folder: RunFolder, num_rounds: int, loss: float, rng: random.Random) -> None:
+    for round_ in range(1, num_rounds + 1):
+        folder.log(
+            "round",
+            round=round_,
+            loss=loss + 4 * math.exp(-6 * round_ / num_rounds) + rng.gauss(0, 0.08),
+            dropped={},
+            seconds=2.5,
+            bytes_down={"weights": 1_000_000, "moments": 300_000, "other": 50},
+            bytes_up={"weights": 1_000_000, "moments": 200_000, "other": 50},
+        )
+        if round_ % 10 == 0:
+            full = math.exp(loss + 0.1 + 4 * math.exp(-6 * round_ / num_rounds))
+            folder.log("eval", round=round_, full=full, subnets=full * 1.1)
+
+
+def tickets(full: float, decay: float, draws: int, rng: random.Random) -> list[dict[str, Any]]:
+    """Perplexities that grow as blocks go."""
+    found = []
+    for size in SIZES:
+        mean = full * math.exp(decay * (1 - size / 12))
+        values = [mean * math.exp(rng.gauss(0, 0.03)) for _ in range(draws)]
+        found.append({"size": size, "of": 12, "num_sub": [size, size], "num_params": 10_000 * size,
+                      "perplexities": values, "mean": fmean(values), "std": stdev(values) if draws > 1 else 0.0,
+                      "min": min(values), "max": max(values)})  # fmt: skip
+    return found
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> MakeRun:
+    """`make_run(folder_name, *overrides, decay=0.5, ...)`: a finished run as the server writes it."""
+
+    def make(name: str, *overrides: str, decay: float = 0.5, draws: int = 20, rounds: int = 60) -> RunFolder:
+        folder, rng = RunFolder(tmp_path / name), random.Random(name)
+        log_rounds(folder, rounds, 3.6, rng)
+        full = 41.25
+        results = {
+            "twist_fl": "0.1.0", "commit": "0123abc+", "python": "3.11.7", "torch": "2.6.0",
+            "hardware": {"processor": "A <fast> processor", "cores": 4, "gpu": None},
+            "config": OmegaConf.to_container(OmegaConf.structured(load_config(overrides=overrides))),
+            "corpus": "c0ffee", "rounds": rounds, "num_params": 880_128, "test_tokens": 16_384,
+            "full": full, "tickets": tickets(full, decay, draws, rng) if draws else [],
+        }  # fmt: skip
+        folder.log("eval", round=rounds, full=full)
+        folder.results_file.write_text(json.dumps(results))
+        return folder
+
+    return make
+
+
+def pair(make_run: MakeRun) -> list[RunFolder]:
+    return [make_run("a"), make_run("b", "algorithm=fedavg", decay=3.0)]
+
+
+DEVICE: Mapping[str, Any] = {
+    "name": "phone <1>", "memory_mb": 2.9, "size": 4, "of": 12, "num_params": 731_776, "weight_mb": 2.93,
+    "bytes_received": 2_931_234, "perplexity": 49.87, "ms_per_token": 1.25, "peak_mb": 31.5,
+}  # fmt: skip
+
+
+def test_report_is_one_page_that_needs_nothing_else(make_run: MakeRun, tmp_path: Path) -> None:
+    write_report(pair(make_run), tmp_path / "new" / "report.html", [DEVICE])
+    text = (tmp_path / "new" / "report.html").read_text(encoding="ascii")
+    page = Page(text)
+    assert "://" not in text
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert page.tags.count("svg") == 3
+    assert len(set(page.ids)) == len(page.ids), "ids of inline figures collide"
+    targets = re.findall(r'href="#([^"]+)|url\(#([^)]+)', text)
+    assert targets
+    assert {first or second for first, second in targets} <= set(page.ids)
+    assert any(attribute.startswith("content=width=device-width") for attribute in page.attributes)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["report.html"]
+
+
+def test_report_holds_every_number_of_the_table(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = pair(make_run)
+    write_report(runs, tmp_path / "report.html", [DEVICE])
+    words = Page((tmp_path / "report.html").read_text()).words
+    for line in table_cells(comparison_table(runs)):
+        for cell in line:
+            assert cell in words
+    for cell in ("phone <1>", "4/12", "731,776", "2,931,234", "49.87", "31.50", "A <fast> processor", "16,384"):
+        assert cell in words
+
+
+def test_summary_states_what_the_data_say(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("a")
+    results = json.loads(run.results_file.read_text())
+    ticket = next(each for each in results["tickets"] if each["size"] == 4)
+    ticket["mean"] = 2 * results["full"]
+    run.results_file.write_text(json.dumps(results))
+    write_report([run], tmp_path / "report.html")
+    words = Page((tmp_path / "report.html").read_text()).words
+    assert "4/12 blocks, without fine-tuning, have 82.50 on average, 2 times that" in words
+
+
+def test_comparison_table_sums_what_was_logged(make_run: MakeRun) -> None:
+    runs = pair(make_run)
+    twist, fedavg = comparison_table(runs)
+    assert (twist.label, fedavg.label) == ("TwIST", "FedAvg")
+    assert twist.full == 41.25
+    assert list(twist.tickets) == ["8/12", "6/12", "4/12", "3/12"]
+    first = json.loads(runs[0].results_file.read_text())["tickets"][0]
+    assert twist.tickets["8/12"] == (first["mean"], first["std"])
+    assert (twist.weight_bytes, twist.moment_bytes, twist.seconds) == (120_000_000, 30_000_000, 150.0)
+    assert table_cells([twist])[1][-3:] == ["120.0 MB", "30.0 MB", "2 min 30 s"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "labels"),
+    [
+        ([[], ["algorithm=fedavg"]], ["TwIST", "FedAvg"]),
+        ([[], ["train.optimizer_state=server"]], ["TwIST, moments: reset", "TwIST, moments: server"]),
+        ([["name=x"], ["name=y"], ["algorithm=fedavg"]], ["TwIST (x)", "TwIST (y)", "FedAvg"]),
+        ([["seed=0"], ["seed=1"]], ["TwIST (run0)", "TwIST (run1)"]),
+    ],
+)
+def test_labels_tell_runs_apart(make_run: MakeRun, overrides: list[list[str]], labels: list[str]) -> None:
+    runs = [make_run(f"run{i}", *each) for i, each in enumerate(overrides)]
+    assert [row.label for row in comparison_table(runs)] == labels
+
+
+def test_the_same_run_twice_is_numbered(make_run: MakeRun) -> None:
+    run = make_run("a")
+    assert [row.label for row in comparison_table([run, run])] == ["TwIST (#1)", "TwIST (#2)"]
+
+
+def test_names_cannot_inject_markup_or_mathematics(make_run: MakeRun, tmp_path: Path) -> None:
+    name = "name='<b>x & $y$ -- id=\"z\" http://example.org'"
+    runs = [make_run("a", name), make_run("b", "name='<b>y'")]
+    write_report(runs, tmp_path / "report.html", [{"name": "<b>z"}], title="<b>title")
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert "b" not in page.tags[page.tags.index("table") :]
+    assert "<b>title" in page.words
+    assert page.words.count('TwIST (<b>x & $y$ -- id="z" http://example.org)') >= 3
+    assert not any("example.org" in attribute for attribute in page.attributes)
+    assert len(figures(runs, tmp_path / "png")) == 3
+
+
+def test_differences_are_listed_and_the_folder_is_not(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("a", "dir=/secret/a"), make_run("b", "dir=/secret/b", "train.lr=0.25", "seed=7")]
+    write_report(runs, tmp_path / "report.html")
+    words = Page((tmp_path / "report.html").read_text()).words
+    differences = words.partition("differs in")[2].partition("All settings")[0]
+    assert "train.lr" in differences
+    assert "0.25" in differences
+    assert "train.epochs" not in differences
+    assert "Seed: 0 / 7, in the order of the table." in words
+    assert "/secret" not in words
+
+
+def test_figures_are_png_files_that_show_something(make_run: MakeRun, tmp_path: Path) -> None:
+    written = figures(pair(make_run), tmp_path / "figures")
+    assert [path.name for path in written] == ["training.png", "perplexity_vs_kappa.png", "tickets.png"]
+    for path in written:
+        pixels = imread(path)
+        assert pixels.shape[1] == plots.WIDTH * plots.DPI
+        assert pixels.std() > 0.05
+
+
+def test_a_run_without_tickets_has_no_figure_of_them(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("a", draws=0)
+    assert [path.stem for path in figures([run], tmp_path / "figures")] == ["training", "perplexity_vs_kappa"]
+    write_report([run], tmp_path / "report.html")
+    assert "no tickets were drawn" in Page((tmp_path / "report.html").read_text()).words
+
+
+def test_rounds_that_failed_and_single_draws_are_drawn(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run("a", draws=1, rounds=3)
+    run.log("round", round=4, loss=math.nan, dropped={"0": "late"}, seconds=1.0, bytes_down={}, bytes_up={})
+    write_report([run], tmp_path / "report.html")
+    words = Page((tmp_path / "report.html").read_text()).words
+    assert "Replies that did not count: 1." in words
+    assert not re.search(r"\bnan\b", words)
+
+
+def drawn(axes: Axes, line: int = 0) -> tuple[list[float], list[float]]:
+    x, y = axes.lines[line].get_data()
+    return np.asarray(x).tolist(), np.asarray(y).tolist()
+
+
+def test_curves_hold_the_logged_values(make_run: MakeRun) -> None:
+    run = make_run("a")
+    loss, perplexity = plots.draw_training(read_runs([run])).axes
+    assert drawn(loss) == (list(range(1, 61)), [each["loss"] for each in run.events("round")])
+    rounds, perplexities = drawn(perplexity)
+    assert rounds == [10, 20, 30, 40, 50, 60]
+    assert perplexities[-1] == 41.25
+
+
+def test_tickets_run_from_small_to_the_full_model(make_run: MakeRun) -> None:
+    axes = plots.draw_perplexity_vs_kappa(read_runs([make_run("a")])).axes[0]
+    kappas, perplexities = drawn(axes)
+    assert kappas == [3 / 12, 4 / 12, 6 / 12, 8 / 12, 1]
+    assert perplexities[-1] == 41.25
+    assert axes.get_yscale() == "linear"
+    assert {label.get_text() for label in axes.get_xticklabels()} == {"3/12", "4/12", "6/12", "8/12", "12/12"}
+
+
+def test_a_wide_range_is_logarithmic(make_run: MakeRun) -> None:
+    figure = plots.draw_perplexity_vs_kappa(read_runs(pair(make_run)))
+    assert figure.axes[0].get_yscale() == "log"
+
+
+@given(st.floats(0.01, 1e5), st.floats(3, 1e5))
+def test_logarithmic_axes_have_enough_ticks_and_not_too_many(low: float, factor: float) -> None:
+    ticks = plots.log_ticks(low, low * factor)
+    assert 3 <= len(ticks) <= 10
+    assert ticks == sorted(ticks)
+    assert all(low <= tick <= low * factor for tick in ticks)
+
+
+@given(st.lists(st.floats(-10, 10), min_size=1, max_size=30), st.sampled_from([1, 3, 7]))
+def test_smoothing_stays_within_the_values_and_keeps_constants(values: list[float], width: int) -> None:
+    result = plots.smoothed(values, width)
+    assert len(result) == len(values)
+    assert all(min(values) - 1e-9 <= value <= max(values) + 1e-9 for value in result)
+    assert plots.smoothed([2.0] * len(values), width) == [2.0] * len(values)
+    assert plots.smoothed(values, 1) == values
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(1.25, "1.2 s"), (61, "1 min 1 s"), (3599.7, "1 h 0 min"), (11_220, "3 h 7 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
+
+
+def test_unfinished_run_is_refused_by_name(make_run: MakeRun, tmp_path: Path) -> None:
+    unfinished = RunFolder(tmp_path / "half")
+    unfinished.log("round", round=1)
+    for act in (
+        lambda: comparison_table([make_run("a"), unfinished]),
+        lambda: figures([unfinished], tmp_path),
+        lambda: write_report([unfinished], tmp_path / "report.html"),
+    ):
+        with pytest.raises(ConfigError, match=r"half has no results.json.*not finished"):
+            act()
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_no_runs_are_refused() -> None:
+    with pytest.raises(ConfigError, match="no runs"):
+        comparison_table([])
+
+
+def test_no_figure_is_left_open(make_run: MakeRun, tmp_path: Path) -> None:
+    """The object interface keeps no global list of figures."""
+    from matplotlib import pyplot
+
+    figures([make_run("a")], tmp_path)
+    assert isinstance(plots.draw_training(read_runs([make_run("b")])), Figure)
+    assert pyplot.get_fignums() == []
