@@ -23,6 +23,7 @@ from twist_fl.rounds import RunState
 
 def final_results(job: Job, state: RunState, folder: RunFolder) -> dict[str, Any]:
     """Evaluate the final model and random tickets of every size in eval.sizes; write results.json."""
+    torch.set_num_threads(os.cpu_count() or 1)
     config = job.config
     windows = job.corpus.test[: config.eval.max_windows]
     models = job.models()
