@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from twist_fl import commands
+from twist_fl import commands, look
 from twist_fl.config import ConfigError, presets
 from twist_fl.launch import LaunchError
 
@@ -17,7 +18,6 @@ app = typer.Typer(
     "A first run:  twist-fl demo\n\nYour own text:  twist-fl train demo data.source=files data.path=FOLDER name=mine",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 console = Console()
@@ -61,7 +61,7 @@ def tickets(
     windows: Annotated[int | None, typer.Option(help="Test windows to use; default: as the run.")] = None,
 ) -> None:
     """Draw random subnets from a trained run and show the distribution of their perplexity."""
-    commands.tickets(console, run, [int(size) for size in sizes.split(",")], draws, windows)
+    look.tickets(console, run, [int(size) for size in sizes.split(",")], draws, windows)
 
 
 @app.command()
@@ -85,7 +85,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the ticket and of the sampling.")] = 0,
 ) -> None:
     """Continue a text with a deployed ticket, or with a trained run."""
-    commands.generate(console, model, prompt, new_tokens, temperature, size, seed)
+    look.generate(console, model, prompt, new_tokens, temperature, size, seed)
 
 
 @app.command()
@@ -104,17 +104,20 @@ def cost(
     steps: Annotated[int, typer.Option(help="Optimiser steps of the run; default: the paper's.")] = 45_700,
 ) -> None:
     """Parameters, bytes and memory of a setting on paper (Appendix C), for every subnet size. Reads no data."""
-    commands.cost(console, preset, overrides or [], steps)
+    look.cost(console, preset, overrides or [], steps)
 
 
 @app.command()
 def keys() -> None:
     """List every setting with its default."""
-    commands.keys(console)
+    look.keys(console)
 
 
 def main() -> None:
     """Entry point: what the user can mend is one line and exit status 2, a failed run is 1, Ctrl-C is 130."""
+    # Also when started in the background, where a shell has them ignored: nothing of a run must outlive it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         app()
     except ConfigError as error:

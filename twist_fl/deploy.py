@@ -19,7 +19,7 @@ from twist_fl.blocks import KINDS, Kind, Layout
 from twist_fl.blueprint import Blueprint, Division, Scale, draw_ticket
 from twist_fl.config import ConfigError
 from twist_fl.cost import BYTES_PER_PARAM, state_bytes
-from twist_fl.evaluate import ticket_sizes
+from twist_fl.evaluate import blocks_per_layer, ticket_sizes
 from twist_fl.files import new_folder
 from twist_fl.subnet import State, fold_scale
 
@@ -53,8 +53,8 @@ def _width(layout: Layout, kind: Kind) -> int:
 
 def legal_sizes(layout: Layout, division: Division) -> list[int]:
     """Ticket sizes that `evaluate.ticket_sizes` accepts, ascending; the last is the full model."""
-    heads, ffn_blocks = layout.num_blocks
-    of = heads if division.divides("attn") else ffn_blocks
+    ffn_blocks = layout.num_blocks[1]
+    of = blocks_per_layer(layout, division)
     return [size for size in range(1, of + 1) if division.setting != "both" or size * ffn_blocks % of == 0]
 
 

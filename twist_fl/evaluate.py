@@ -60,13 +60,18 @@ class Tickets:
         return asdict(self) | {"mean": fmean(values), "std": spread, "min": min(values), "max": max(values)}
 
 
+def blocks_per_layer(layout: Layout, division: Division) -> int:
+    """What a ticket's size counts: heads, or FFN blocks where only those are divided."""
+    return layout.num_blocks[0 if division.divides("attn") else 1]
+
+
 def ticket_sizes(layout: Layout, division: Division, size: int) -> tuple[int, int]:
-    """(heads, FFN blocks) of a ticket of `size` heads out of all, with the same share of FFN blocks.
+    """(heads, FFN blocks) of a ticket of `size` blocks: the same share of both kinds.
 
     A kind that the setting does not divide is whole. Raises ValueError if the share is not a whole block.
     """
     heads, ffn_blocks = layout.num_blocks
-    of = heads if division.divides("attn") else ffn_blocks
+    of = blocks_per_layer(layout, division)
     if not 1 <= size <= of:
         raise ValueError(f"a ticket of {size} blocks is impossible: choose 1 to {of}")
     ffn = size * ffn_blocks / of

@@ -51,7 +51,9 @@ def final_results(job: Job, state: RunState, folder: RunFolder) -> dict[str, Any
             batch_size=config.eval.batch_size,
             on_ticket=on_ticket,
         )
-        results["tickets"].append({"size": size, "of": job.layout.num_blocks[0]} | tickets.summary())
+        results["tickets"].append(
+            {"size": size, "of": evaluate.blocks_per_layer(job.layout, job.division)} | tickets.summary()
+        )
     write_text(json.dumps(results, indent=1), folder.results_file)
     return results
 

@@ -7,6 +7,7 @@ content addressing uploads those once. What is not a tensor travels in one small
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -23,6 +24,7 @@ from twist_fl.train import MOMENTS, Moments
 
 _DTYPES = {"float32": np.float32}
 _STYPE = "raw.little"
+_REPLY_TYPES = {"digest": str, "loss": float, "num_tokens": int, "num_batches": int, "seconds": float}
 
 
 def to_arrays(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
@@ -56,7 +58,8 @@ def _to_record(fields: Mapping[str, Any]) -> ConfigRecord:
 
 def _from_record(content: RecordDict, key: str) -> dict[str, Any]:
     fields = json.loads(str(content.config_records[key]["json"]))
-    assert isinstance(fields, dict)
+    if not isinstance(fields, dict):
+        raise TypeError(f"record {key!r} is no JSON object")
     return fields
 
 
@@ -92,6 +95,9 @@ def reply_from_records(content: RecordDict) -> Reply:
     """Raises ReplyError if the records are not those of a reply."""
     try:
         fields = _from_record(content, "reply")
+        for name, kind in _REPLY_TYPES.items():
+            if type(fields[name]) is not kind or (kind is int and fields[name] < 1):
+                raise TypeError(f"{name}={fields[name]!r} is no {'positive ' * (kind is int)}{kind.__name__}")
         params, moments = _get_tensors(content, fields.pop("moment_step"))
         return Reply(params=params, moments=moments, **fields)
     except (KeyError, TypeError, ValueError) as error:
@@ -122,5 +128,7 @@ def num_bytes(content: RecordDict) -> dict[str, int]:
 
 def error_of(message: Message) -> str:
     """Why a reply carries no content, in one line."""
-    lines = [line for line in (message.error.reason or "").strip().splitlines() if line.strip()]
+    # Flower's own form: <class 'ValueError'>:<'text'>, where text may end with a whole traceback.
+    reason = re.sub(r"^<class '(?:\w+\.)*(\w+)'>:<'(.*)'>$", r"\1: \2", (message.error.reason or "").strip(), flags=re.DOTALL)
+    lines = [line for line in reason.splitlines() if line.strip()]
     return lines[-1].strip() if lines else f"Flower error {message.error.code}"

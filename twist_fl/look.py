@@ -1,0 +1,161 @@
+"""The commands that look at a setting or at a trained run; no Flower here. `cli.py` holds their words."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from twist_fl.checkpoint import RunFolder
+from twist_fl.config import Config, ConfigError, load_config
+
+
+def load_final(path: Path) -> tuple[RunFolder, Any, Any]:
+    """A run's folder, job and newest state. Raises ConfigError if it has no checkpoint yet."""
+    folder = RunFolder(path)
+    job = folder.job()
+    state = folder.load()
+    if state is None:
+        raise ConfigError(f"{folder.path} has no checkpoint yet: let it train for checkpoint_every rounds")
+    return folder, job, state
+
+
+def cost(console: Console, preset: str, overrides: list[str], steps: int) -> None:
+    """Appendix C for every subnet size of a setting, both countings of communication."""
+    from twist_fl.blocks import make_layout
+    from twist_fl.blueprint import Division
+    from twist_fl.cost import run_cost
+    from twist_fl.deploy import legal_sizes
+    from twist_fl.evaluate import blocks_per_layer, ticket_sizes
+
+    config = load_config(preset, overrides)
+    blueprint = config.blueprint
+    model = _model_dict(config)
+    try:
+        layout = make_layout(model, blueprint.ffn_blocks)
+        table = Table(title=f"{preset}, {blueprint.setting}: one worker, {steps:,} optimiser steps")
+        for column in ("blocks", "parameters", "memory GiB", "TB, exchange per step", "TB, exchange per interval"):
+            table.add_column(column, justify="right")
+        rounds = -(-steps // config.train.interval)
+        whole = Division(blueprint.setting, (), blueprint.undivided_first, blueprint.undivided_last)
+        for size in reversed(legal_sizes(layout, whole)):
+            # As many workers as blocks: every size is legal for enough of them.
+            division = replace(whole, num_sub=(ticket_sizes(layout, whole, size),) * max(layout.num_blocks))
+            division.check(layout)
+            row = run_cost(layout, division, rounds, steps)
+            table.add_row(
+                f"{size}/{blocks_per_layer(layout, whole)}",
+                f"{row.subnet_params:,}",
+                f"{row.memory_gib:.2f}",
+                f"{row.tb_per_step:.2f}",
+                f"{row.tb_per_interval:.3f}",
+            )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    console.print(table)
+    console.print(
+        "exchange per step is how the paper's Table 2 counts, for TwIST and DDP alike; "
+        f"TwIST exchanges once per interval of {config.train.interval} batches. "
+        "train.optimizer_state=server adds twice the weights again.",
+        highlight=False,
+    )
+
+
+def _model_dict(config: Config) -> dict[str, Any]:
+    """The model's sizes without its weights; GPT-2's own for the hub's gpt2, which needs no network."""
+    from transformers import AutoConfig, GPT2Config
+
+    model = config.model
+    if model.pretrained in ("gpt2", "openai-community/gpt2"):
+        return GPT2Config().to_dict()
+    if model.pretrained:
+        loaded: dict[str, Any] = AutoConfig.from_pretrained(model.pretrained).to_dict()
+        return loaded
+    return GPT2Config(
+        vocab_size=config.data.vocab_size,
+        n_positions=model.n_positions,
+        n_embd=model.n_embd,
+        n_layer=model.n_layer,
+        n_head=model.n_head,
+    ).to_dict()
+
+
+def keys(console: Console) -> None:
+    """Every setting and its default, as YAML."""
+    console.print(OmegaConf.to_yaml(OmegaConf.structured(Config)), highlight=False, markup=False)
+
+
+def tickets(console: Console, path: Path, sizes: list[int], draws: int, windows: int | None) -> None:
+    """Perplexity of random tickets of several sizes."""
+    from twist_fl import evaluate
+
+    _, job, state = load_final(path)
+    config = job.config
+    test = job.corpus.test[: windows or config.eval.max_windows]
+    models = job.models()
+    table = Table(title=f"{path}: round {state.round}, {draws} random tickets a size, {test.size:,} test tokens")
+    for column in ("blocks", "parameters", "mean", "std", "min", "max"):
+        table.add_column(column, justify="right")
+    for size in sizes:
+        try:
+            num_sub = evaluate.ticket_sizes(job.layout, job.division, size)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        whole = num_sub == job.layout.num_blocks
+        with console.status(f"tickets of {size} blocks"):
+            row = evaluate.ticket_distribution(
+                models, state.params, job.division, num_sub, test,
+                tickets=1 if whole else draws, seed=config.seed, batch_size=config.eval.batch_size,
+            ).summary()  # fmt: skip
+        values = [f"{row[key]:.2f}" for key in ("mean", "std", "min", "max")]
+        table.add_row(
+            f"{size}/{evaluate.blocks_per_layer(job.layout, job.division)}", f"{row['num_params']:,}", *values
+        )
+    console.print(table)
+
+
+def generate(
+    console: Console, path: Path, prompt: str, new_tokens: int, temperature: float, size: int | None, seed: int
+) -> None:
+    """Continue `prompt` with an exported ticket's folder or with a run (a random ticket of `size`, or whole)."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from twist_fl.blueprint import draw_ticket, full_blueprint
+    from twist_fl.data import load_tokenizer
+    from twist_fl.evaluate import ticket_sizes
+
+    model: Any
+    if (path / "job.json").is_file():
+        _, job, state = load_final(path)
+        try:
+            blueprint = (
+                full_blueprint(job.layout)
+                if size is None
+                else draw_ticket(job.layout, job.division, ticket_sizes(job.layout, job.division, size), seed, 0)
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        model = job.models().load_sliced(blueprint, state.params)
+        tokenizer = load_tokenizer(str(job.corpus.tokenizer_folder))
+    elif (path / "config.json").is_file():
+        if size is not None:
+            raise ConfigError("--size chooses a ticket of a run; a deployed folder already is one")
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    else:
+        raise ConfigError(f"{path} is neither a run (job.json) nor a deployed ticket (config.json)")
+    torch.manual_seed(seed)
+    tokens = tokenizer(prompt, return_tensors="pt").to(model.device)
+    room = model.config.n_positions - tokens["input_ids"].shape[1]
+    if room < 1:
+        raise ConfigError(f"the prompt fills the model's context of {model.config.n_positions} tokens: shorten it")
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    output = model.eval().generate(
+        **tokens, max_new_tokens=min(new_tokens, room), pad_token_id=model.config.eos_token_id, **sampling
+    )
+    console.print(tokenizer.decode(output[0]), markup=False, highlight=False)
