@@ -81,6 +81,8 @@ def _model_dict(config: Config) -> dict[str, Any]:
         n_embd=model.n_embd,
         n_layer=model.n_layer,
         n_head=model.n_head,
+        bos_token_id=0,
+        eos_token_id=0,
     ).to_dict()
 
 
