@@ -1,0 +1,144 @@
+"""Flower's grid without Flower's transport: `client_app` answers in this process, and a test bends its answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from uuid import uuid4
+
+import torch
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+import client_app
+from twist_fl import wire
+from twist_fl.rounds import Reply, RunState, Task
+from twist_fl.subnet import State
+from twist_fl.train import MOMENTS
+
+# Every message names the task that made it; Flower sets this when it starts an app.
+TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
+
+Answer = Callable[[], Message]
+Bend = Callable[[Task, Message, Answer], Sequence[Message]]
+"""What a node sends back for a task: `answer()` is what an honest one would."""
+
+
+class Crash(BaseException):
+    """The server dies here: not an Exception, so that nothing on the way can mend it."""
+
+
+def honest(task: Task, message: Message, answer: Answer) -> list[Message]:
+    return [answer()]
+
+
+def failing(reason: str) -> Callable[[Message], Message]:
+    """An error reply, worded as Flower does."""
+    return lambda message: Message(Error(code=2, reason=f"<class 'ValueError'>:<'{reason}'>"), reply_to=message)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A task as a node got it."""
+
+    node: int
+    task: Task
+    params: State
+
+
+class LocalGrid(Grid):
+    """Nodes with random ids whose order has nothing to do with that of their partitions."""
+
+    def __init__(
+        self,
+        num_nodes: int = 3,
+        bend: Bend = honest,
+        *,
+        last_first: bool = False,
+        one_at_a_time: bool = False,
+        broken: Sequence[int] = (),
+    ) -> None:
+        ids = random.Random(11).sample(range(2**62, 2**63), num_nodes)
+        self.partitions = dict(zip(ids, range(num_nodes), strict=True))
+        self.bend, self.last_first, self.one_at_a_time, self.broken = bend, last_first, one_at_a_time, broken
+        self.served: list[Served] = []
+        self._replies: list[Message] = []
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.partitions)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        found = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+            found.append(message.metadata.message_id)
+            self._replies += self._serve(message)
+        return found
+
+    def _serve(self, message: Message) -> Sequence[Message]:
+        node = message.metadata.dst_node_id
+        partition = self.partitions[node]
+        context = Context(1, node, {"partition-id": partition}, RecordDict(), {})
+
+        def answer() -> Message:
+            return client_app.app(message, context)
+
+        if message.metadata.message_type != "train":
+            return [failing("no room on this node")(message) if partition in self.broken else answer()]
+        _, task, params, _ = wire.task_from_records(message.content)
+        self.served.append(Served(node, task, params))
+        return self.bend(task, message, answer)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        wanted = set(message_ids)
+        found = [reply for reply in self._replies if reply.metadata.reply_to_message_id in wanted]
+        found = found[::-1] if self.last_first else found
+        found = found[:1] if self.one_at_a_time else found
+        self._replies = [reply for reply in self._replies if all(reply is not other for other in found)]
+        return found
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        return self.pull_messages(self.push_messages(messages))
+
+    # Not used by the app.
+
+    def set_run(self, run: object) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> None:  # type: ignore[override]
+        raise NotImplementedError
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        raise NotImplementedError
+
+
+def changed(message: Message, change: Callable[[Reply], Reply]) -> Message:
+    """An answer with another reply inside."""
+    content = wire.reply_to_records(change(wire.reply_from_records(message.content)))
+    return Message(content=content, metadata=message.metadata)  # type: ignore[call-overload,no-any-return]
+
+
+def with_nan(reply: Reply) -> Reply:
+    name = next(iter(reply.params))
+    value = reply.params[name].clone()
+    value.view(-1)[0] = torch.nan
+    return replace(reply, params={**reply.params, name: value})
+
+
+def same(ours: State, theirs: State) -> bool:
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def assert_same_run(ours: RunState, theirs: RunState) -> None:
+    """Bit for bit: parameters, moments, cursors, debt."""
+    assert (ours.round, ours.cursors, ours.debt) == (theirs.round, theirs.cursors, theirs.debt)
+    assert same(ours.params, theirs.params)
+    assert (ours.moments is None) == (theirs.moments is None)
+    if ours.moments is not None and theirs.moments is not None:
+        assert ours.moments.step == theirs.moments.step
+        assert all(same(ours.moments.values[name], theirs.moments.values[name]) for name in MOMENTS)
