@@ -110,8 +110,10 @@ class EvalConfig:
     every: int = 20
     """Rounds between two evaluations of the full model while training; 0: only at the end."""
     batch_size: int = 8
+    watch_windows: int = 64
+    """Windows of the test split for the evaluations while training."""
     max_windows: int | None = None
-    """Windows of the test split to use; null: all."""
+    """Windows of the test split for the final results; null: all."""
     tickets: int = 20
     """Random tickets per size."""
     sizes: list[int] = field(default_factory=lambda: [8, 6, 4, 3])
@@ -284,6 +286,7 @@ def _check_values(config: Config) -> None:
         "train.threads": train.threads,
         "data.window": data.window - 1,
         "eval.batch_size": evaluation.batch_size,
+        "eval.watch_windows": evaluation.watch_windows,
         "eval.max_windows": evaluation.max_windows,
         "eval.tickets": evaluation.tickets,
         "checkpoint_every": config.checkpoint_every,

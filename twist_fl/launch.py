@@ -56,6 +56,8 @@ def quiet_environment(home: Path) -> dict[str, str]:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        # Idle OpenMP threads sleep instead of spinning: server and workers share the cores.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         "TWIST_FL_COMMIT": commit() or "",
     }

@@ -56,6 +56,8 @@ class TwistStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """One message per worker: its blueprint, and exactly the parameters the blueprint names."""
+        if not self.nodes:
+            self.connect(grid)
         self._planned = plan(self.job, self.state, keep_from=self._saved_round)
         self._down = dict.fromkeys(BYTE_KINDS, 0)
         return self._messages()
@@ -141,7 +143,6 @@ class TwistStrategy(Strategy):
         torch.set_num_threads(1)
         self.folder.rewind(self.state.round)
         self.summary()
-        self.connect(grid)
         while self.state.round < self.job.num_rounds:
             round_ = self.state.round + 1
             messages = self.configure_train(round_, ArrayRecord(), ConfigRecord(), grid)
@@ -186,14 +187,14 @@ class TwistStrategy(Strategy):
         """Perplexity of the full model and of the round's subnets; the workers are idle meanwhile."""
         torch.set_num_threads(os.cpu_count() or 1)
         job, state = self.job, self.state
-        windows = job.corpus.test[: job.config.eval.max_windows]
+        windows = job.corpus.test[: job.config.eval.watch_windows]
         size = job.config.eval.batch_size
         full = self._models.load_sliced(full_blueprint(job.layout), state.params)
         fields = {"full": evaluate.perplexity(full, windows, size)}
         blueprints = [task.blueprint for task in self._planned]
         if not blueprints[0].is_full:
             fields["subnets"] = evaluate.subnet_perplexity(self._models, state.params, blueprints, windows, size)
-        self.folder.log("eval", round=state.round, **fields)
+        self.folder.log("eval", round=state.round, windows=len(windows), **fields)
         torch.set_num_threads(1)
 
 
