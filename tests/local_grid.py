@@ -26,10 +26,6 @@ Bend = Callable[[Task, Message, Answer], Sequence[Message]]
 """What a node sends back for a task: `answer()` is what an honest one would."""
 
 
-class Crash(BaseException):
-    """The server dies here: not an Exception, so that nothing on the way can mend it."""
-
-
 def honest(task: Task, message: Message, answer: Answer) -> list[Message]:
     return [answer()]
 

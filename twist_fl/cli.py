@@ -92,9 +92,14 @@ def generate(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs to compare.")],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    publish: Annotated[
+        Path | None, typer.Option(help="Also put results, table and PNG figures in this folder, to commit or to share.")
+    ] = None,
 ) -> None:
     """Write a self-contained HTML report: table, training curves, perplexity against size, ticket distributions."""
     commands.report(console, runs, out)
+    if publish:
+        commands.publish(console, runs, publish)
 
 
 @app.command()

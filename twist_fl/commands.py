@@ -12,12 +12,14 @@ from rich.table import Table
 
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import Config, ConfigError, load_config
+from twist_fl.files import write_text
 from twist_fl.job import make_job
 from twist_fl.launch import LaunchError, flower_run
 from twist_fl.look import load_final
 from twist_fl.progress import RunProgress
 
 INTERRUPTED = 130
+DEVICES = "deployed devices: dense tickets, measured where they arrived"
 
 
 def train(console: Console, preset: str, overrides: list[str]) -> RunFolder:
@@ -40,6 +42,8 @@ def demo(console: Console, directory: Path, overrides: list[str]) -> None:
     console.print(
         "TwIST against FedAvg: the same model, text, batches and optimiser. Ctrl-C is safe: run it again to go on."
     )
+    from twist_fl.compare import comparison_table, table_cells
+
     runs = []
     for algorithm in ("twist", "fedavg"):
         path = directory / algorithm
@@ -48,8 +52,9 @@ def demo(console: Console, directory: Path, overrides: list[str]) -> None:
         else:
             runs.append(train(console, "demo", [*overrides, f"algorithm={algorithm}", f"dir={path}"]))
     rows = _deployed(runs[0]) or deploy(console, runs[0].path, [])
-    console.print(run_table(runs))
-    console.print(device_table(rows))
+    lines = table_cells(comparison_table(runs))
+    console.print(rich_table("test perplexity: full model, and random tickets without fine-tuning (mean ± std)", lines))
+    console.print(rich_table(DEVICES, device_cells(rows)))
     report(console, [run.path for run in runs], directory / "report.html")
 
 
@@ -69,15 +74,40 @@ def report(console: Console, paths: list[Path], out: Path) -> None:
     console.print(f"report: {out.resolve()}")
 
 
-def run_table(runs: list[RunFolder]) -> Table:
-    """Perplexity of the full model and of random tickets, and bytes, a row per run."""
+def publish(console: Console, paths: list[Path], target: Path) -> None:
+    """The runs' results and logs, the table in Markdown and the figures: all that a document quotes, in one folder."""
     from twist_fl.compare import comparison_table, table_cells
+    from twist_fl.report import figures
 
-    header, *lines = table_cells(comparison_table(runs))
-    table = Table(title="test perplexity: full model, and random tickets without fine-tuning (mean ± std)")
+    runs = [RunFolder(path) for path in paths]
+    for run in runs:
+        copy = RunFolder(target / run.path.name)
+        for name in ("results.json", "events.jsonl", "deployed.json"):
+            if (run.path / name).is_file():
+                write_text((run.path / name).read_text(), copy.path / name)
+    tables = [markdown(table_cells(comparison_table(runs)))]
+    deployed = next((rows for run in runs if (rows := _deployed(run))), [])
+    if deployed:
+        tables.append(markdown(device_cells(deployed)))
+    write_text("\n".join(tables), target / "table.md")
+    figures(runs, target)
+    console.print(f"results, table.md and figures: {target.resolve()}")
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A header and lines of text as a Markdown table, numbers to the right."""
+    header, *rest = lines
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in (header, rule, *rest))
+
+
+def rich_table(title: str, lines: list[list[str]]) -> Table:
+    """A header and lines of text for the terminal, numbers to the right."""
+    header, *rest = lines
+    table = Table(title=title)
     for column in header:
         table.add_column(column, justify="left" if column == header[0] else "right")
-    for line in lines:
+    for line in rest:
         table.add_row(*line)
     return table
 
@@ -133,35 +163,25 @@ def deploy(console: Console, path: Path, devices: list[str]) -> list[dict[str, A
         events = RunProgress(console, folder, 0).follow(run)
     _require(events, "deployed", folder)
     rows: list[dict[str, Any]] = json.loads((folder.path / "deployed.json").read_text())
-    console.print(device_table(rows))
+    console.print(rich_table(DEVICES, device_cells(rows)))
     console.print(f"dense models, for AutoModelForCausalLM.from_pretrained, in {folder.path / 'deployed'}")
     return rows
 
 
-def device_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="deployed devices")
-    for column in (
-        "device",
-        "limit MB",
-        "ticket",
-        "parameters",
-        "weights MB",
-        "received MB",
-        "perplexity",
-        "ms/token",
-        "peak MB",
-    ):
-        table.add_column(column, justify="left" if column == "device" else "right")
-    for row in rows:
-        table.add_row(
+def device_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """What the devices measured, as text: a header, then a line per device."""
+    header = ["device", "limit MB", "ticket", "parameters", "received MB", "perplexity", "ms/token", "peak MB"]
+    lines = [
+        [
             row["name"],
             f"{row['memory_mb']:g}",
             f"{row['size']}/{row['of']}",
             f"{row['num_params']:,}",
-            f"{row['weight_mb']:.2f}",
             f"{row['bytes_received'] / 1e6:.2f}",
             f"{row['perplexity']:.2f}",
             f"{row['ms_per_token']:.2f}",
             f"{row['peak_mb']:.1f}",
-        )
-    return table
+        ]
+        for row in rows
+    ]
+    return [header, *lines]

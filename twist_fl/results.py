@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from twist_fl import __version__, evaluate
 from twist_fl.blueprint import full_blueprint
 from twist_fl.checkpoint import RunFolder
+from twist_fl.config import Config
 from twist_fl.files import write_text
 from twist_fl.job import Job
 from twist_fl.rounds import RunState
@@ -29,7 +30,7 @@ def final_results(job: Job, state: RunState, folder: RunFolder) -> dict[str, Any
     models = job.models()
     full = models.load_sliced(full_blueprint(job.layout), state.params)
     results: dict[str, Any] = provenance() | {
-        "config": OmegaConf.to_container(OmegaConf.structured(config)),
+        "config": portable_config(config),
         "corpus": job.corpus.digest,
         "rounds": state.round,
         "num_params": job.layout.num_params(),
@@ -56,6 +57,17 @@ def final_results(job: Job, state: RunState, folder: RunFolder) -> dict[str, Any
         )
     write_text(json.dumps(results, indent=1), folder.results_file)
     return results
+
+
+def portable_config(config: Config) -> dict[str, Any]:
+    """The configuration without this machine's folders: of a local path, its last part."""
+    fields: Any = OmegaConf.to_container(OmegaConf.structured(config))
+    del fields["dir"]
+    for section, key in (("data", "path"), ("data", "tokenizer"), ("model", "pretrained")):
+        value = fields[section][key]
+        if value and Path(value).is_absolute():
+            fields[section][key] = Path(value).name
+    return dict(fields)
 
 
 def provenance() -> dict[str, Any]:

@@ -1,0 +1,386 @@
+"""The Flower app is `rounds.run` with a network in between: the same weights bit for bit, whatever a node does wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ArrayRecord, Error, Message, RecordDict
+from local_grid import Answer, Bend, LocalGrid, assert_same_run, changed, failing, honest, same, with_nan
+
+from twist_fl.aggregate import coverage_debt
+from twist_fl.blueprint import full_blueprint
+from twist_fl.checkpoint import RunFolder
+from twist_fl.cost import moment_bytes, round_bytes
+from twist_fl.evaluate import perplexity, subnet_perplexity
+from twist_fl.job import Job
+from twist_fl.rounds import RoundMean, RunState, Task, Worker, dispatch, plan, run, start
+from twist_fl.shelf import MomentShelf
+from twist_fl.strategy import NoWorkersError, TwistStrategy, exchange
+
+MakeJob = Callable[..., Job]
+
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evaluation takes all cores; here it takes one, as everything that is compared bit for bit."""
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+
+
+@pytest.fixture
+def make_strategy(tiny_job: MakeJob, tmp_path: Path) -> Callable[..., TwistStrategy]:
+    """A strategy of the tiny job with overrides, in a run folder of its own."""
+
+    def make(*overrides: str) -> TwistStrategy:
+        job = tiny_job("model.dropout=0.1", "flower.wait_for_nodes=0.05", *overrides)
+        folder = RunFolder(tmp_path / f"run-{job.run_id}")
+        folder.create(job)
+        return TwistStrategy(job, folder)
+
+    return make
+
+
+def oracle(job: Job, folder: Path, missing: Sequence[tuple[int, int]] = ()) -> RunState:
+    """`rounds.run`, where the pairs (round, worker) in `missing` do not answer."""
+    if not missing:
+        return run(job, start(job), folder)
+    worker, state = Worker(job, MomentShelf(folder)), start(job)
+    while state.round < job.num_rounds:
+        tasks = plan(job, state)
+        mean = RoundMean(job, state, tasks)
+        for task in tasks:
+            if (task.round, task.worker) not in missing:
+                mean.add(task, worker.train(task, *dispatch(job, state, task)))
+        state = mean.finish()
+    return state
+
+
+def bent(round_: int, workers: Sequence[int], bend: Bend) -> Bend:
+    """`bend` for some workers of one round, honesty otherwise."""
+    return lambda *given: (bend if given[0].round == round_ and given[0].worker in workers else honest)(*given)
+
+
+def events(strategy: TwistStrategy, kind: str) -> list[dict[str, Any]]:
+    return strategy.folder.events(kind)
+
+
+# The same weights
+
+
+@pytest.mark.parametrize("algorithm", ["twist", "fedavg"])
+@pytest.mark.parametrize("optimizer_state", ["reset", "client", "server"])
+def test_the_app_is_rounds_run(
+    algorithm: str, optimizer_state: str, make_strategy: Callable[..., TwistStrategy], tmp_path: Path
+) -> None:
+    strategy = make_strategy(f"algorithm={algorithm}", f"train.optimizer_state={optimizer_state}")
+    ours = strategy.run(LocalGrid())
+    assert ours.round == 2
+    assert_same_run(ours, oracle(strategy.job, tmp_path / "oracle"))
+    assert not same(ours.params, strategy.job.initial_state())
+    assert [(event["answered"], event["dropped"]) for event in events(strategy, "round")] == [([0, 1, 2], {})] * 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("blueprint.num_sub=[1,2,4]", "train.weighting=tokens"),
+        ("blueprint.setting=attn", "blueprint.scale=linear"),
+        ("train.rounds=null", "train.epochs=1", "train.batch_size=64", "train.interval=3"),  # a shorter last interval
+    ],
+)
+def test_other_jobs_are_the_same_too(
+    overrides: tuple[str, ...], make_strategy: Callable[..., TwistStrategy], tmp_path: Path
+) -> None:
+    strategy = make_strategy(*overrides)
+    assert_same_run(strategy.run(LocalGrid()), oracle(strategy.job, tmp_path / "oracle"))
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [LocalGrid(1), LocalGrid(2), LocalGrid(5), LocalGrid(last_first=True), LocalGrid(one_at_a_time=True)],
+    ids=["one node", "two nodes", "five nodes", "last first", "one at a time"],
+)
+@pytest.mark.parametrize("weighting", ["workers", "tokens"])
+def test_neither_nodes_nor_order_matter(
+    grid: LocalGrid, weighting: str, make_strategy: Callable[..., TwistStrategy], tmp_path: Path
+) -> None:
+    strategy = make_strategy(f"train.weighting={weighting}", "train.optimizer_state=server")
+    assert_same_run(strategy.run(grid), oracle(strategy.job, tmp_path / "oracle"))
+
+
+def test_workers_are_sent_what_dispatch_gives(make_strategy: Callable[..., TwistStrategy]) -> None:
+    strategy, grid = make_strategy("train.rounds=1"), LocalGrid()
+    state = strategy.state
+    strategy.run(grid)
+    assert [served.task for served in grid.served] == plan(strategy.job, state)
+    for served in grid.served:
+        assert same(served.params, dispatch(strategy.job, state, served.task)[0])
+
+
+def test_flowers_own_loop_runs_the_strategy(make_strategy: Callable[..., TwistStrategy], tmp_path: Path) -> None:
+    strategy = make_strategy("train.optimizer_state=server")
+    result = strategy.start(LocalGrid(), ArrayRecord(), num_rounds=2)
+    assert_same_run(strategy.state, oracle(strategy.job, tmp_path / "oracle"))
+    assert len(result.arrays) == 0  # the model stays in the strategy
+    losses = [event["loss"] for event in events(strategy, "round")]
+    assert [result.train_metrics_clientapp[round_]["loss"] for round_ in (1, 2)] == losses
+
+
+# Nodes
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2, 3])
+def test_nodes_serve_workers_in_the_order_of_their_partitions(
+    num_nodes: int, make_strategy: Callable[..., TwistStrategy]
+) -> None:
+    strategy, grid = make_strategy(), LocalGrid(num_nodes)
+    strategy.run(grid)
+    assert strategy.nodes != sorted(strategy.nodes) or num_nodes == 1  # ids and partitions disagree
+    assert [grid.partitions[node] for node in strategy.nodes] == list(range(num_nodes))
+    assert {(grid.partitions[s.node], s.task.worker) for s in grid.served} == {(w % num_nodes, w) for w in range(3)}
+    assert [(event["nodes"], event["failed"]) for event in events(strategy, "nodes")] == [(num_nodes, [])]
+
+
+def test_a_node_that_cannot_build_its_worker_is_left_out(
+    make_strategy: Callable[..., TwistStrategy], tmp_path: Path
+) -> None:
+    strategy, grid = make_strategy(), LocalGrid(broken=[1])
+    ours = strategy.run(grid)
+    assert [grid.partitions[node] for node in strategy.nodes] == [0, 2]
+    assert events(strategy, "nodes")[0]["failed"] == ["ValueError: no room on this node"]
+    assert_same_run(ours, oracle(strategy.job, tmp_path / "oracle"))
+
+
+def test_no_node_is_ready(make_strategy: Callable[..., TwistStrategy]) -> None:
+    with pytest.raises(NoWorkersError, match=r"^no node is ready for the run: ValueError: no room on this node$"):
+        make_strategy().run(LocalGrid(2, broken=[0, 1]))
+
+
+def test_no_node_connects(make_strategy: Callable[..., TwistStrategy]) -> None:
+    with pytest.raises(NoWorkersError, match=r"none connected within 0\.05 s"):
+        make_strategy().run(LocalGrid(0))
+
+
+def test_late_nodes_are_waited_for(make_strategy: Callable[..., TwistStrategy]) -> None:
+    class Slow(LocalGrid):
+        looks = 0
+
+        def get_node_ids(self) -> list[int]:
+            self.looks += 1
+            return list(self.partitions)[: self.looks]
+
+    strategy = make_strategy("flower.wait_for_nodes=30", "flower.poll_interval=0.01", "train.rounds=1")
+    strategy.run(Slow())
+    assert len(strategy.nodes) == 3
+
+
+# Nodes that fail
+
+
+def silent(task: Task, message: Message, answer: Answer) -> list[Message]:
+    return []
+
+
+def crashed(task: Task, message: Message, answer: Answer) -> list[Message]:
+    return [failing("the disk is full")(message)]
+
+
+def unexplained(task: Task, message: Message, answer: Answer) -> list[Message]:
+    return [Message(Error(code=3), reply_to=message)]
+
+
+def empty(task: Task, message: Message, answer: Answer) -> list[Message]:
+    return [Message(RecordDict(), reply_to=message)]
+
+
+def of_another(task: Task, message: Message, answer: Answer) -> list[Message]:
+    """Same names, same shapes, other blocks: only the digest tells."""
+    other = replace(task.blueprint, attn=task.blueprint.ffn, ffn=task.blueprint.attn)
+    assert other.shape == task.blueprint.shape
+    return [changed(answer(), lambda reply: replace(reply, digest=other.digest))]
+
+
+def not_finite(task: Task, message: Message, answer: Answer) -> list[Message]:
+    return [changed(answer(), with_nan)]
+
+
+def lazy(task: Task, message: Message, answer: Answer) -> list[Message]:
+    return [changed(answer(), lambda reply: replace(reply, num_batches=1))]
+
+
+def whole_model(task: Task, message: Message, answer: Answer) -> list[Message]:
+    return [changed(answer(), lambda reply: replace(reply, params=dict(list(reply.params.items())[1:])))]
+
+
+FAILURES: dict[str, tuple[Bend, str]] = {
+    "error": (crashed, "ValueError: the disk is full"),
+    "error without a word": (unexplained, "Flower error 3"),
+    "silence": (silent, "no reply within flower.round_timeout=0.3 s"),
+    "nothing in it": (empty, "malformed reply: KeyError"),
+    "another blueprint": (of_another, "reply is for blueprint "),
+    "NaN": (not_finite, "transformer.wte.weight has values that are not finite"),
+    "fewer batches": (lazy, "trained 1 batches, asked were 2"),
+    "a parameter missing": (whole_model, "transformer.wte.weight"),
+}
+
+
+@pytest.mark.parametrize("optimizer_state", ["reset", "server"])
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_failing_worker_is_named_and_dropped_and_the_round_goes_on(
+    case: str, optimizer_state: str, make_strategy: Callable[..., TwistStrategy], tmp_path: Path
+) -> None:
+    bend, reason = FAILURES[case]
+    strategy = make_strategy("flower.round_timeout=0.3", f"train.optimizer_state={optimizer_state}")
+    ours = strategy.run(LocalGrid(bend=bent(1, [1], bend)))
+    first, second = events(strategy, "round")
+    assert (first["answered"], list(first["dropped"])) == ([0, 2], ["1"])
+    assert reason in first["dropped"]["1"]
+    assert (second["answered"], second["dropped"]) == ([0, 1, 2], {})
+    assert ours.cursors == [4, 2, 4]  # the batches it missed are still to come
+    assert_same_run(ours, oracle(strategy.job, tmp_path / "oracle", missing=[(1, 1)]))
+
+
+def test_an_answer_counts_once(make_strategy: Callable[..., TwistStrategy], tmp_path: Path) -> None:
+    def twice(task: Task, message: Message, answer: Answer) -> list[Message]:
+        return [answer()] * 2
+
+    strategy = make_strategy("train.optimizer_state=server")
+    ours = strategy.run(LocalGrid(bend=bent(1, [1], twice)))
+    first = events(strategy, "round")[0]
+    assert (first["answered"], first["dropped"]) == ([0, 1, 2], {"1": "answered twice"})
+    assert_same_run(ours, oracle(strategy.job, tmp_path / "oracle"))
+
+
+def test_an_answer_that_comes_after_the_deadline_is_not_counted_later(
+    make_strategy: Callable[..., TwistStrategy], tmp_path: Path
+) -> None:
+    held_back: list[Message] = []
+
+    def late(task: Task, message: Message, answer: Answer) -> list[Message]:
+        if (task.round, task.worker) == (1, 1):
+            held_back.append(answer())
+            return []
+        return [answer(), *held_back] if task.round == 2 else [answer()]
+
+    strategy = make_strategy("flower.round_timeout=0.3")
+    ours = strategy.run(LocalGrid(bend=late))
+    assert held_back
+    assert_same_run(ours, oracle(strategy.job, tmp_path / "oracle", missing=[(1, 1)]))
+
+
+def test_what_a_failed_worker_held_alone_is_dealt_first(make_strategy: Callable[..., TwistStrategy]) -> None:
+    strategy = make_strategy("blueprint.num_sub=2")
+    grid = LocalGrid(bend=bent(1, [1, 2], crashed))
+    before = strategy.state
+    strategy.run(grid)
+    job, tasks = strategy.job, [served.task for served in grid.served]
+    debt = coverage_debt(job.layout, job.division, [tasks[0].blueprint])
+    assert len(debt) == 2 * 2 * 2  # of two kinds in two layers, the two blocks that worker 0 lacks
+    for kind, layer in {(kind, layer) for kind, layer, _ in debt}:
+        owed = {block for *place, block in debt if place == [kind, layer]}
+        dealt = [block for task in tasks[3:] for block in task.blueprint.held(kind, layer)]
+        # Of 6 places, the 2 blocks that are not owed get one each; both places left for a second copy go to the owed.
+        assert all(dealt.count(block) == 1 for block in {0, 1, 2, 3} - owed)
+    assert [task.blueprint for task in tasks[3:]] == job.blueprints(2, debt)
+    assert job.blueprints(2, debt) != job.blueprints(2)
+    assert strategy.state.debt == frozenset()
+    assert before.debt == frozenset()
+
+
+def test_owed_blocks_stay_owed_until_somebody_trains_them(make_strategy: Callable[..., TwistStrategy]) -> None:
+    strategy = make_strategy("train.workers=2", "checkpoint_every=1")
+    ours = strategy.run(LocalGrid(2, bend=lambda *given: (honest if given[0].worker == 0 else crashed)(*given)))
+    held = strategy.job.blueprints(2, coverage_debt(strategy.job.layout, strategy.job.division, [strategy.job.blueprints(1)[0]]))
+    assert ours.debt == coverage_debt(strategy.job.layout, strategy.job.division, [held[0]])
+    assert ours.debt
+    again = strategy.folder.load()
+    assert again is not None
+    assert again.debt == ours.debt
+
+
+def test_when_all_workers_fail_the_run_stops(make_strategy: Callable[..., TwistStrategy]) -> None:
+    strategy = make_strategy("checkpoint_every=1", "train.rounds=3")
+    with pytest.raises(NoWorkersError, match=r"^round 2: no worker answered: .*1: 'ValueError: the disk is full'"):
+        strategy.run(LocalGrid(bend=bent(2, [0, 1, 2], crashed)))
+    assert [event["answered"] for event in events(strategy, "round")] == [[0, 1, 2], []]
+    saved = strategy.folder.load()
+    assert saved is not None
+    assert saved.round == 1
+
+
+# What the log says
+
+
+def test_evaluation_every_k_rounds(make_strategy: Callable[..., TwistStrategy], tmp_path: Path) -> None:
+    strategy = make_strategy("train.rounds=5", "eval.every=2", "eval.watch_windows=20")
+    job = strategy.job
+    strategy.run(LocalGrid())
+    found = events(strategy, "eval")
+    assert [event["round"] for event in found] == [2, 4]  # the last round is evaluated with the results
+    models, windows, worker = job.models(), job.corpus.test[:20], tmp_path / "oracle"
+    state = start(job)
+    for event in found:
+        state = run(job, state, worker, num_rounds=2)
+        full = models.load_sliced(full_blueprint(job.layout), state.params)
+        assert event["full"] == perplexity(full, windows, 4)
+        drawn = job.blueprints(state.round)
+        assert event["subnets"] == subnet_perplexity(models, state.params, drawn, windows, 4)
+
+
+@pytest.mark.parametrize("overrides", [("eval.every=0",), ("eval.every=1", "eval.watch_windows=9", "algorithm=fedavg")], ids=["never", "fedavg"])
+def test_evaluation_only_as_asked(overrides: tuple[str, ...], make_strategy: Callable[..., TwistStrategy]) -> None:
+    strategy = make_strategy(*overrides)
+    strategy.run(LocalGrid())
+    found = events(strategy, "eval")
+    assert [(event["round"], event["windows"]) for event in found] == ([(1, 9)] if "eval.every=1" in overrides else [])
+    assert not any("subnets" in event for event in found)
+
+
+@pytest.mark.parametrize("overrides", [(), ("train.optimizer_state=server", "blueprint.num_sub=[1,2,4]"), ("algorithm=fedavg",)])
+def test_the_bytes_logged_are_those_of_the_cost_model(
+    overrides: tuple[str, ...], make_strategy: Callable[..., TwistStrategy]
+) -> None:
+    strategy = make_strategy(*overrides)
+    job = strategy.job
+    strategy.run(LocalGrid())
+    (plan_,) = events(strategy, "start")
+    server = job.config.train.optimizer_state == "server"
+    for event in events(strategy, "round"):
+        blueprints, down, up = job.blueprints(event["round"]), event["bytes_down"], event["bytes_up"]
+        assert down["weights"] == up["weights"]
+        assert down["weights"] + up["weights"] == round_bytes(job.layout, blueprints) == plan_["predicted_round_bytes"]
+        moments = moment_bytes(job.layout, blueprints) if server else 0
+        assert down["moments"] + up["moments"] == moments == plan_["predicted_moment_bytes"]
+        assert 0 < up["other"] < down["other"] < 3 * 5_000
+    assert plan_["subnet_params"] == [job.layout.num_params(blueprint) for blueprint in job.blueprints(1)]
+
+
+def test_bytes_of_a_reply_that_did_not_count_were_sent_all_the_same(make_strategy: Callable[..., TwistStrategy]) -> None:
+    strategy = make_strategy("train.rounds=1")
+    strategy.run(LocalGrid(bend=bent(1, [1], not_finite)))
+    (event,) = events(strategy, "round")
+    assert event["bytes_up"]["weights"] == event["bytes_down"]["weights"]
+
+
+# exchange
+
+
+def test_replies_are_handed_on_as_they_arrive(make_strategy: Callable[..., TwistStrategy]) -> None:
+    """The second reply is not even made before the first has been worked on."""
+    strategy = make_strategy()
+    seen: list[str] = []
+
+    class Lazy(LocalGrid):
+        def pull_messages(self, message_ids: Any) -> Any:
+            seen.append("pull")
+            return super().pull_messages(message_ids)
+
+    grid = Lazy(one_at_a_time=True)
+    strategy.connect(grid)
+    seen.clear()
+    for reply in exchange(grid, strategy.configure_train(1, ArrayRecord(), None, grid), strategy.job.config.flower):  # type: ignore[arg-type]
+        seen.append(f"worker {reply.metadata.group_id}")
+    assert seen == ["pull", "worker 0", "pull", "worker 1", "pull", "worker 2"]
