@@ -1,4 +1,4 @@
-"""The Flower app is `rounds.run` with a network in between: the same weights bit for bit, whatever a node does wrong."""
+"""The Flower app is `rounds.run` with a network in between: the same weights bit for bit, whoever fails."""
 
 from __future__ import annotations
 
@@ -211,7 +211,7 @@ def lazy(task: Task, message: Message, answer: Answer) -> list[Message]:
     return [changed(answer(), lambda reply: replace(reply, num_batches=1))]
 
 
-def whole_model(task: Task, message: Message, answer: Answer) -> list[Message]:
+def headless(task: Task, message: Message, answer: Answer) -> list[Message]:
     return [changed(answer(), lambda reply: replace(reply, params=dict(list(reply.params.items())[1:])))]
 
 
@@ -223,7 +223,7 @@ FAILURES: dict[str, tuple[Bend, str]] = {
     "another blueprint": (of_another, "reply is for blueprint "),
     "NaN": (not_finite, "transformer.wte.weight has values that are not finite"),
     "fewer batches": (lazy, "trained 1 batches, asked were 2"),
-    "a parameter missing": (whole_model, "transformer.wte.weight"),
+    "a parameter missing": (headless, "transformer.wte.weight"),
 }
 
 
@@ -293,8 +293,9 @@ def test_what_a_failed_worker_held_alone_is_dealt_first(make_strategy: Callable[
 def test_owed_blocks_stay_owed_until_somebody_trains_them(make_strategy: Callable[..., TwistStrategy]) -> None:
     strategy = make_strategy("train.workers=2", "checkpoint_every=1")
     ours = strategy.run(LocalGrid(2, bend=lambda *given: (honest if given[0].worker == 0 else crashed)(*given)))
-    held = strategy.job.blueprints(2, coverage_debt(strategy.job.layout, strategy.job.division, [strategy.job.blueprints(1)[0]]))
-    assert ours.debt == coverage_debt(strategy.job.layout, strategy.job.division, [held[0]])
+    job = strategy.job
+    owed = coverage_debt(job.layout, job.division, [job.blueprints(1)[0]])
+    assert ours.debt == coverage_debt(job.layout, job.division, [job.blueprints(2, owed)[0]])
     assert ours.debt
     again = strategy.folder.load()
     assert again is not None
@@ -330,7 +331,11 @@ def test_evaluation_every_k_rounds(make_strategy: Callable[..., TwistStrategy], 
         assert event["subnets"] == subnet_perplexity(models, state.params, drawn, windows, 4)
 
 
-@pytest.mark.parametrize("overrides", [("eval.every=0",), ("eval.every=1", "eval.watch_windows=9", "algorithm=fedavg")], ids=["never", "fedavg"])
+@pytest.mark.parametrize(
+    "overrides",
+    [("eval.every=0",), ("eval.every=1", "eval.watch_windows=9", "algorithm=fedavg")],
+    ids=["never", "fedavg"],
+)
 def test_evaluation_only_as_asked(overrides: tuple[str, ...], make_strategy: Callable[..., TwistStrategy]) -> None:
     strategy = make_strategy(*overrides)
     strategy.run(LocalGrid())
@@ -339,7 +344,9 @@ def test_evaluation_only_as_asked(overrides: tuple[str, ...], make_strategy: Cal
     assert not any("subnets" in event for event in found)
 
 
-@pytest.mark.parametrize("overrides", [(), ("train.optimizer_state=server", "blueprint.num_sub=[1,2,4]"), ("algorithm=fedavg",)])
+@pytest.mark.parametrize(
+    "overrides", [(), ("train.optimizer_state=server", "blueprint.num_sub=[1,2,4]"), ("algorithm=fedavg",)]
+)
 def test_the_bytes_logged_are_those_of_the_cost_model(
     overrides: tuple[str, ...], make_strategy: Callable[..., TwistStrategy]
 ) -> None:
@@ -358,7 +365,9 @@ def test_the_bytes_logged_are_those_of_the_cost_model(
     assert plan_["subnet_params"] == [job.layout.num_params(blueprint) for blueprint in job.blueprints(1)]
 
 
-def test_bytes_of_a_reply_that_did_not_count_were_sent_all_the_same(make_strategy: Callable[..., TwistStrategy]) -> None:
+def test_bytes_of_a_reply_that_did_not_count_were_sent_all_the_same(
+    make_strategy: Callable[..., TwistStrategy],
+) -> None:
     strategy = make_strategy("train.rounds=1")
     strategy.run(LocalGrid(bend=bent(1, [1], not_finite)))
     (event,) = events(strategy, "round")
