@@ -1,0 +1,108 @@
+"""Fixtures: jobs so small that a round takes milliseconds, on text that the tests write. Nothing needs a network."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+from twist_fl.blocks import Layout
+from twist_fl.config import load_config
+from twist_fl.job import Job, make_job
+from twist_fl.subnet import State
+
+# Deterministic: the same examples on every machine, and no slow-machine failures.
+settings.register_profile("twist", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.load_profile("twist")
+
+# Worker.train sets the number of threads to train.threads; bit-for-bit comparisons need one number everywhere.
+torch.set_num_threads(1)
+
+WORDS = ["the", "a", "worker", "holds", "block", "head", "layer", "that", "server", "sends", "of", "and", "subnet"]
+
+
+def write_text(file: Path, num_words: int, seed: int = 0) -> Path:
+    """Paragraphs of random words."""
+    rng = random.Random(seed)
+    words = [rng.choice(WORDS) + rng.choice(["", "", "", ".", ",", "s", "\n\n"]) for _ in range(num_words)]
+    file.write_text(" ".join(words))
+    return file
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tokenised corpora of this session."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TWIST_FL_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train.txt and test.txt: about 800 and 100 windows of 16 tokens."""
+    folder = tmp_path_factory.mktemp("text")
+    write_text(folder / "train.txt", 6000, seed=1)
+    write_text(folder / "test.txt", 700, seed=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(text_folder: Path) -> tuple[str, ...]:
+    """Overrides of a tiny job: 5 layers of which layers 1 and 2 are divided, 4 blocks, 3 workers of 2 blocks."""
+    return (
+        "data.source=files",
+        f"data.path={text_folder}",
+        "data.vocab_size=300",
+        "data.window=16",
+        "model.n_layer=5",
+        "model.n_head=4",
+        "model.n_embd=32",
+        "model.n_positions=32",
+        "model.dropout=0",
+        "blueprint.num_sub=2",
+        "blueprint.undivided_first=1",
+        "blueprint.undivided_last=2",
+        "train.workers=3",
+        "train.interval=2",
+        "train.rounds=2",
+        "train.lr=1e-2",
+        "train.threads=1",
+        "train.device=cpu",
+        "eval.batch_size=4",
+        "eval.sizes=[2]",
+        "eval.tickets=3",
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_job(tiny: tuple[str, ...]) -> Callable[..., Job]:
+    """`tiny_job("train.workers=1", ...)`: the tiny job with overrides."""
+
+    def make(*overrides: str) -> Job:
+        return make_job(load_config(overrides=[*tiny, *overrides]))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_state() -> Callable[..., State]:
+    """`random_state(layout, seed, dtype)`: every parameter random, biases and norms too, so that none is invisible."""
+
+    def make(layout: Layout, seed: int = 0, dtype: torch.dtype = torch.float32) -> State:
+        generator = torch.Generator().manual_seed(seed)
+        state = {}
+        for param in layout.params:
+            value = 0.2 * torch.randn(param.shape, generator=generator, dtype=torch.float64)
+            is_norm = ".ln_" in param.name and param.name.endswith("weight")
+            state[param.name] = (value + 1 if is_norm else value).to(dtype)
+        return state
+
+    return make

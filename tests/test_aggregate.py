@@ -1,0 +1,320 @@
+"""The laws of the streaming mean, its checks and the coverage debt (spec, section 6)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from twist_fl.aggregate import ReplyError, StreamingMean, check_state, coverage_debt
+from twist_fl.blocks import KINDS, Layout, make_layout
+from twist_fl.blueprint import Blueprint, Division, draw_round, full_blueprint
+from twist_fl.job import Job
+from twist_fl.rounds import Reply, RoundMean, Task, plan, start
+from twist_fl.subnet import State, slice_state
+from twist_fl.train import MOMENTS, Moments
+
+RandomState = Callable[..., State]
+
+SIZES = {"n_embd": 8, "n_head": 4, "n_inner": 6, "n_layer": 3, "vocab_size": 3, "n_positions": 2}
+LAYOUT = make_layout({"model_type": "gpt2", **SIZES}, ffn_blocks=3)
+DIVISION = Division("both", ((2, 1), (2, 2), (1, 1)), 1, 1)
+
+
+def aggregate(old: State, replies: Sequence[tuple[Blueprint, State]], weights: Sequence[int] | None = None) -> State:
+    mean = StreamingMean(LAYOUT)
+    for (blueprint, state), weight in zip(replies, weights or [1] * len(replies), strict=True):
+        mean.add(blueprint, state, weight)
+    return mean.finish(old)
+
+
+def same(ours: State, theirs: State) -> bool:
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in ours
+    )
+
+
+def naive(old: State, replies: Sequence[tuple[Blueprint, State]], weights: Sequence[int]) -> State:
+    """The mean of every element on its own, in Python floats (float64)."""
+    new = {}
+    for param in LAYOUT.params:
+        result = old[param.name].clone()
+        for element in np.ndindex(param.shape):
+            total, weight = 0.0, 0
+            for (blueprint, state), reply_weight in zip(replies, weights, strict=True):
+                at = list(element)
+                if param.kind is not None and param.layer is not None:
+                    run = param.shape[param.dim] // param.sections
+                    section, inside = divmod(at[param.dim], run)
+                    block, offset = divmod(inside, param.width)
+                    held = blueprint.held(param.kind, param.layer)
+                    if block not in held:
+                        continue
+                    at[param.dim] = (section * len(held) + held.index(block)) * param.width + offset
+                total += reply_weight * state[param.name][tuple(at)].item()
+                weight += reply_weight
+            if weight:
+                result[element] = total / weight
+        new[param.name] = result
+    return new
+
+
+def replies_of(random_state: RandomState, num: int, round_: int = 1) -> list[tuple[Blueprint, State]]:
+    """Different states from `num` workers."""
+    drawn = (draw_round(LAYOUT, DIVISION, 0, round_) * 2)[:num]
+    states = [slice_state(LAYOUT, random_state(LAYOUT, seed), blueprint) for seed, blueprint in enumerate(drawn)]
+    return list(zip(drawn, states, strict=True))
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1], [7, 30720, 1]])
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_against_the_naive_mean(num: int, weights: list[int], random_state: RandomState) -> None:
+    old, replies = random_state(LAYOUT, 99), replies_of(random_state, num)
+    assert same(aggregate(old, replies, weights[:num]), naive(old, replies, weights[:num]))
+
+
+@given(st.integers(0, 10**6), st.lists(st.integers(1, 10**5), min_size=3, max_size=3))
+def test_identical_replies_are_a_fixed_point(random_state: RandomState, seed: int, weights: list[int]) -> None:
+    state = random_state(LAYOUT, seed)
+    drawn = draw_round(LAYOUT, DIVISION, seed, 1)
+    for order in permutations(range(3)):
+        replies = [(drawn[worker], slice_state(LAYOUT, state, drawn[worker])) for worker in order]
+        assert same(aggregate(state, replies, weights), state)
+        assert same(aggregate({name: value + 1 for name, value in state.items()}, replies, weights), state)
+
+
+def test_arrival_order_does_not_matter(random_state: RandomState) -> None:
+    old, replies = random_state(LAYOUT, 99), replies_of(random_state, 5)
+    first = aggregate(old, replies)
+    for order in permutations(range(5)):
+        assert same(aggregate(old, [replies[worker] for worker in order]), first)
+
+
+def test_float32_sums_would_depend_on_the_order() -> None:
+    """Shows that the law above needs float64: the same permutations of float32 sums disagree."""
+    values = [torch.randn(1000, generator=torch.Generator().manual_seed(seed)) for seed in range(5)]
+    sums = [sum((values[i] for i in order), torch.zeros(1000)) for order in permutations(range(5))]
+    assert any(not torch.equal(sums[0], other) for other in sums[1:])
+
+
+def test_disjoint_block_is_a_copy_and_shared_a_mean(random_state: RandomState) -> None:
+    full = full_blueprint(LAYOUT)
+    left = replace(full, attn=(full.attn[0], (0, 1), full.attn[2]))
+    right = replace(full, attn=(full.attn[0], (2, 3), full.attn[2]))
+    one, other, old = (random_state(LAYOUT, seed) for seed in range(3))
+    new = aggregate(old, [(left, slice_state(LAYOUT, one, left)), (right, slice_state(LAYOUT, other, right))])
+    name = "transformer.h.1.attn.c_proj.weight"
+    assert torch.equal(new[name], torch.cat([one[name][:4], other[name][4:]]))
+    name = "transformer.h.1.attn.c_proj.bias"
+    assert torch.equal(new[name], ((one[name].double() + other[name].double()) / 2).float())
+
+
+def test_what_nobody_held_keeps_the_servers_value(random_state: RandomState) -> None:
+    full = full_blueprint(LAYOUT)
+    part = replace(full, ffn=(full.ffn[0], (0, 2), full.ffn[2]))
+    old, trained = random_state(LAYOUT, 0), random_state(LAYOUT, 1)
+    new = aggregate(old, [(part, slice_state(LAYOUT, trained, part))])
+    bias = "transformer.h.1.mlp.c_fc.bias"
+    assert torch.equal(new[bias], torch.cat([trained[bias][:2], old[bias][2:4], trained[bias][4:]]))
+    assert same(aggregate(old, []), old)
+
+
+def test_memory_does_not_grow_with_the_number_of_replies(random_state: RandomState) -> None:
+    mean = StreamingMean(LAYOUT)
+    sizes = set()
+    for blueprint, state in replies_of(random_state, 6):
+        mean.add(blueprint, state)
+        held = [*mean._sums.values(), *mean._weights.values()]
+        sizes.add((len(held), sum(tensor.numel() for tensor in held)))
+    assert len(sizes) == 1
+
+
+def test_adding_does_not_change_the_reply_or_the_old_state(random_state: RandomState) -> None:
+    old, replies = random_state(LAYOUT, 99), replies_of(random_state, 3)
+    before = [{name: value.clone() for name, value in state.items()} for state in (old, *(s for _, s in replies))]
+    aggregate(old, replies, [3, 2, 1])
+    assert all(same(state, was) for state, was in zip([old, *(s for _, s in replies)], before, strict=True))
+
+
+BIAS = "transformer.ln_f.bias"
+CHECKED: dict[str, tuple[Callable[[State], State], str]] = {
+    "shape": (lambda s: s | {BIAS: s[BIAS][:-1]}, "ln_f.bias has shape (7,), expected (8,)"),
+    "name": (lambda s: s | {"spy": s[BIAS]}, "parameter 'spy' is not in the block table"),
+    "missing": (lambda s: {name: value for name, value in s.items() if name != BIAS}, f"{BIAS!r} is missing"),
+    "dtype": (lambda s: s | {BIAS: s[BIAS].double()}, "ln_f.bias is torch.float64, expected torch.float32"),
+    "nan": (lambda s: s | {BIAS: s[BIAS] * float("nan")}, "ln_f.bias has values that are not finite"),
+    "inf": (lambda s: s | {BIAS: s[BIAS] / 0}, "ln_f.bias has values that are not finite"),
+}
+
+
+@pytest.mark.parametrize("fault", CHECKED)
+def test_check_state_names_the_fault(fault: str, random_state: RandomState) -> None:
+    spoil, message = CHECKED[fault]
+    blueprint, state = replies_of(random_state, 1)[0]
+    check_state(LAYOUT, blueprint, state)
+    with pytest.raises(ReplyError, match=re.escape(message)):
+        check_state(LAYOUT, blueprint, spoil(state))
+
+
+def test_a_subnet_of_another_size_is_refused(random_state: RandomState) -> None:
+    small, large = draw_round(LAYOUT, DIVISION, 0, 1)[2], draw_round(LAYOUT, DIVISION, 0, 1)[1]
+    with pytest.raises(ReplyError, match=r"c_attn\.weight has shape \(8, 12\), expected \(8, 6\)"):
+        check_state(LAYOUT, small, slice_state(LAYOUT, random_state(LAYOUT), large))
+
+
+def honest(job: Job, task: Task, random_state: RandomState, seed: int = 5) -> Reply:
+    def sliced(seed: int) -> State:
+        return slice_state(job.layout, random_state(job.layout, seed), task.blueprint)
+
+    moments = None
+    if job.config.train.optimizer_state == "server":
+        moments = Moments(task.num_batches, {name: sliced(seed + 1) for name in MOMENTS})
+    return Reply(task.blueprint.digest, sliced(seed), 3.0, 60, task.num_batches, moments=moments)
+
+
+def other_digest(reply: Reply) -> Reply:
+    return replace(reply, digest="0" * 64)
+
+
+def spoiled_moments(reply: Reply) -> Reply:
+    assert reply.moments is not None
+    first, second = MOMENTS
+    bad = {name: value * float("nan") for name, value in reply.moments.values[second].items()}
+    return replace(reply, moments=Moments(2, {first: reply.moments.values[first], second: bad}))
+
+
+BAD_REPLIES: dict[str, tuple[Callable[[Reply], Reply], str]] = {
+    "digest": (other_digest, "reply is for blueprint 000000000000, sent was"),
+    "batches": (lambda reply: replace(reply, num_batches=1), "trained 1 batches, asked were 2"),
+    "no moments": (lambda reply: replace(reply, moments=None), "moments are missing"),
+    "bad moments": (spoiled_moments, "values that are not finite"),
+} | {
+    fault: (lambda reply, spoil=spoil: replace(reply, params=spoil(reply.params)), message)  # type: ignore[misc]
+    for fault, (spoil, message) in CHECKED.items()
+    if fault != "shape"
+}
+
+
+@pytest.mark.parametrize("fault", BAD_REPLIES)
+def test_a_bad_reply_is_named_and_dropped_and_the_round_goes_on(
+    fault: str, tiny_job: Callable[..., Job], random_state: RandomState
+) -> None:
+    spoil, message = BAD_REPLIES[fault]
+    job = tiny_job("train.optimizer_state=server")
+    state = start(job)
+    tasks = plan(job, state)
+    replies = [honest(job, task, random_state, seed) for seed, task in enumerate(tasks)]
+    with_bad, without = RoundMean(job, state, tasks), RoundMean(job, state, tasks)
+    for worker in (1, 0, 2):
+        with_bad.add(tasks[worker], spoil(replies[worker]) if worker == 1 else replies[worker])
+    for worker in (0, 2):
+        without.add(tasks[worker], replies[worker])
+    ours, theirs = with_bad.finish(), without.finish()
+    assert with_bad.report.dropped.keys() == {1}
+    assert message in with_bad.report.dropped[1]
+    assert with_bad.report.answered == [0, 2]
+    assert same(ours.params, theirs.params)
+    assert ours.moments is not None
+    assert theirs.moments is not None
+    assert all(same(ours.moments.values[name], theirs.moments.values[name]) for name in MOMENTS)
+    assert ours.cursors == [2, 0, 2]
+    assert ours.round == 1
+
+
+def test_a_second_answer_does_not_count_twice(tiny_job: Callable[..., Job], random_state: RandomState) -> None:
+    job = tiny_job()
+    state = start(job)
+    tasks = plan(job, state)
+    mean = RoundMean(job, state, tasks)
+    for seed in (1, 2):
+        mean.add(tasks[0], honest(job, tasks[0], random_state, seed))
+    assert mean.report.dropped == {0: "answered twice"}
+    assert mean.report.num_tokens == 60
+    shared = "transformer.wte.weight"
+    assert torch.equal(mean.finish().params[shared], random_state(job.layout, 1)[shared])
+
+
+def test_moments_that_were_not_asked_for_are_refused(tiny_job: Callable[..., Job], random_state: RandomState) -> None:
+    job = tiny_job()
+    state = start(job)
+    tasks = plan(job, state)
+    mean = RoundMean(job, state, tasks)
+    reply = honest(job, tasks[0], random_state)
+    mean.add(tasks[0], replace(reply, moments=Moments(2, dict.fromkeys(MOMENTS, reply.params))))
+    assert "were not asked for" in mean.report.dropped[0]
+
+
+@pytest.mark.parametrize(("weighting", "expected"), [("workers", 2.0), ("tokens", 2.5)])
+def test_weighting(weighting: str, expected: float, tiny_job: Callable[..., Job], random_state: RandomState) -> None:
+    job = tiny_job(f"train.weighting={weighting}")
+    state = start(job)
+    tasks = plan(job, state)
+    mean = RoundMean(job, state, tasks)
+    for worker, (value, num_tokens) in enumerate([(1.0, 10), (3.0, 30)]):
+        reply = honest(job, tasks[worker], random_state)
+        constant = {name: torch.full_like(tensor, value) for name, tensor in reply.params.items()}
+        mean.add(tasks[worker], replace(reply, params=constant, num_tokens=num_tokens, loss=value))
+    assert torch.equal(mean.finish().params["transformer.ln_f.bias"], torch.full((32,), expected))
+    assert mean.report.loss == 2.5  # the training loss is a token mean either way
+
+
+def test_a_failed_worker_leaves_a_debt_that_is_repaid_first(
+    tiny_job: Callable[..., Job], random_state: RandomState
+) -> None:
+    job = tiny_job()
+    state = start(job)
+    tasks = plan(job, state)
+    mean = RoundMean(job, state, tasks)
+    for task in tasks[:2]:
+        mean.add(task, honest(job, task, random_state))
+    after = mean.finish()
+    expected = {
+        (kind, layer, block)
+        for kind in KINDS
+        for layer in (1, 2)
+        for block in range(4)
+        if all(block not in task.blueprint.held(kind, layer) for task in tasks[:2])
+    }
+    assert expected, "choose another seed: the two workers that answered cover everything"
+    assert after.debt == expected
+    for kind, layer, block in expected:
+        name = f"transformer.h.{layer}." + ("attn.c_proj.weight" if kind == "attn" else "mlp.c_proj.weight")
+        assert torch.equal(after.params[name].chunk(4)[block], state.params[name].chunk(4)[block])
+    # Three workers have six places for four blocks: whatever is owed goes out at least twice.
+    for kind, layer, block in after.debt:
+        assert sum(block in task.blueprint.held(kind, layer) for task in plan(job, after)) >= 2
+    assert coverage_debt(job.layout, job.division, [task.blueprint for task in plan(job, after)]) == frozenset()
+
+
+def test_a_round_without_answers_changes_nothing_but_the_debt(tiny_job: Callable[..., Job]) -> None:
+    job = tiny_job("blueprint.setting=ffn")
+    state = start(job)
+    after = RoundMean(job, state, plan(job, state)).finish()
+    assert same(after.params, state.params)
+    assert after.cursors == [0, 0, 0]
+    assert after.debt == {("ffn", layer, block) for layer in (1, 2) for block in range(4)}
+
+
+def brute_force_debt(layout: Layout, answered: list[Blueprint]) -> set[tuple[str, int, int]]:
+    return {
+        ("attn", layer, block)
+        for layer in range(1, layout.num_layers - 1)
+        for block in range(layout.num_blocks[0])
+        if not any(block in blueprint.attn[layer] for blueprint in answered)
+    }
+
+
+@given(st.integers(0, 1000), st.sets(st.integers(0, 4)))
+def test_coverage_debt_is_what_no_answer_holds(round_: int, answered: set[int]) -> None:
+    layout = make_layout({"model_type": "gpt2", **SIZES, "n_layer": 5}, ffn_blocks=3)
+    division = Division("attn", ((1, 3),) * 5, 1, 1)
+    drawn = draw_round(layout, division, 0, round_)
+    blueprints = [drawn[worker] for worker in sorted(answered)]
+    assert coverage_debt(layout, division, blueprints) == brute_force_debt(layout, blueprints)

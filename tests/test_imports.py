@@ -1,0 +1,102 @@
+"""The shape of the package: acyclic, and light where it must be light."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import twist_fl
+
+PACKAGE = Path(twist_fl.__file__).parent
+MODULES = {
+    ".".join(("twist_fl", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in PACKAGE.rglob("*.py")
+    if "app" not in path.relative_to(PACKAGE).parts
+}
+LIGHT = ["twist_fl.config", "twist_fl.blocks", "twist_fl.blueprint", "twist_fl.cost"]
+CORE = [
+    *LIGHT,
+    *(
+        f"twist_fl.{name}"
+        for name in (
+            *("subnet", "aggregate", "data", "builtin_text", "job", "train"),
+            *("evaluate", "rounds", "shelf", "files", "modeling_subnet"),
+        )
+    ),
+]
+
+
+def _is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def _nodes(node: ast.AST) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if not _is_type_checking(child):
+            yield child
+            yield from _nodes(child)
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that the file imports anywhere at run time, inside functions too."""
+    found = set()
+    for node in _nodes(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def depends_on(module: str) -> set[str]:
+    """The package's modules that `module` imports, with their own, and so on."""
+    seen: set[str] = set()
+    waiting = [module]
+    while waiting:
+        for name in imports(MODULES[waiting.pop()]) & MODULES.keys() - seen:
+            seen.add(name)
+            waiting.append(name)
+    return seen
+
+
+def test_imports_are_acyclic() -> None:
+    graph = {name: imports(path) & MODULES.keys() - {name, "twist_fl"} for name, path in MODULES.items()}
+    assert any(graph.values())
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_the_core_does_not_import_flower(module: str) -> None:
+    for name in {module, *depends_on(module)}:
+        assert not any(found.split(".")[0] == "flwr" for found in imports(MODULES[name])), name
+
+
+def run_fresh(code: str) -> None:
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_config_blocks_blueprint_and_cost_do_not_load_torch_or_flower() -> None:
+    run_fresh(f"import sys, {', '.join(LIGHT)}\nassert not {{'torch', 'flwr', 'transformers'}} & sys.modules.keys()")
+
+
+def test_the_core_runs_where_flower_is_not_installed() -> None:
+    run_fresh(f"import sys\nsys.modules['flwr'] = None\nimport {', '.join(CORE)}")
+
+
+def test_the_shipped_model_file_needs_torch_and_transformers_only() -> None:
+    found = {name.split(".")[0] for name in imports(MODULES["twist_fl.modeling_subnet"])}
+    assert "transformers" in found
+    assert found - sys.stdlib_module_names <= {"torch", "transformers"}
+
+
+def test_the_package_itself_is_nearly_empty() -> None:
+    assert not imports(PACKAGE / "__init__.py")
