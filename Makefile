@@ -1,6 +1,8 @@
 # `make demo` and `make test` do all the set-up on a fresh machine; the locked versions are the tested ones.
 VENV ?= .venv
 PYTHON ?= python3
+# Options for pip, for example an index with torch's CPU build.
+PIP_ARGS ?=
 BIN = $(VENV)/bin
 
 .PHONY: demo test check install lock clean
@@ -13,8 +15,8 @@ install: $(VENV)/.installed
 $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("twist_fl needs Python 3.11 or newer, this is " + sys.version) if sys.version_info < (3, 11) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --editable .
 	touch $@
 
 test: check
