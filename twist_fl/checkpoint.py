@@ -22,6 +22,7 @@ from twist_fl.rounds import RunState
 from twist_fl.train import MOMENTS, Moments
 
 _KEPT = 2
+_LAST = ("ticket", "done", "failed")
 
 
 class RunFolder:
@@ -104,8 +105,8 @@ class RunFolder:
         return RunState(params, fields["cursors"], fields["round"], frozenset(debt), moments)
 
     def rewind(self, round_: int) -> None:
-        """Forget the events after `round_`: a resumed run writes them again."""
-        kept = [entry for entry in self.events() if entry.get("round", 0) <= round_ and entry["event"] != "done"]
+        """Forget the events after `round_`, and how the run ended: a resumed run writes them again."""
+        kept = [entry for entry in self.events() if entry.get("round", 0) <= round_ and entry["event"] not in _LAST]
         write_text("".join(json.dumps(entry) + "\n" for entry in kept), self.events_file)
 
 
