@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPT2LMHeadModel, PreTrainedModel
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from twist_fl.blueprint import Blueprint, full_blueprint
 from twist_fl.config import ConfigError
@@ -334,6 +334,14 @@ def test_a_window_longer_than_the_pretrained_context(pretrained: Path, tiny_job:
 def test_a_tokenizer_larger_than_the_pretrained_vocabulary(pretrained: Path, tiny_job: MakeJob) -> None:
     with pytest.raises(ConfigError, match=r"the tokenizer has \d+ tokens and .* only \d+: set data\.tokenizer"):
         tiny_job(f"model.pretrained={pretrained}", "data.vocab_size=400")
+
+
+def test_an_untied_head_is_refused_before_anything_starts(pretrained: Path, tiny_job: MakeJob) -> None:
+    config = GPT2Config.from_pretrained(pretrained)
+    config.tie_word_embeddings = False
+    config.save_pretrained(pretrained)
+    with pytest.raises(ConfigError, match="has an untied lm_head"):
+        tiny_job(f"model.pretrained={pretrained}")
 
 
 def test_the_initial_state_is_the_seeds(tiny_job: MakeJob) -> None:

@@ -133,6 +133,8 @@ def _model_config(config: Config, corpus: Corpus) -> GPT2Config:
             raise ConfigError(
                 f"model.pretrained={model.pretrained!r} is a {loaded.model_type!r} model; only 'gpt2' is known"
             )
+        if not loaded.tie_word_embeddings:
+            raise ConfigError(f"model.pretrained={model.pretrained!r} has an untied lm_head, which no row of the table holds")
         if loaded.vocab_size < corpus.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {corpus.vocab_size} tokens and model.pretrained={model.pretrained!r} only "
