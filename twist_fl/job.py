@@ -134,7 +134,7 @@ def _model_config(config: Config, corpus: Corpus) -> GPT2Config:
                 f"model.pretrained={model.pretrained!r} is a {loaded.model_type!r} model; only 'gpt2' is known"
             )
         if not loaded.tie_word_embeddings:
-            raise ConfigError(f"model.pretrained={model.pretrained!r} has an untied lm_head, which no row of the table holds")
+            raise ConfigError(f"model.pretrained={model.pretrained!r} has an untied lm_head: only tied ones are known")
         if loaded.vocab_size < corpus.vocab_size:
             raise ConfigError(
                 f"the tokenizer has {corpus.vocab_size} tokens and model.pretrained={model.pretrained!r} only "
