@@ -56,12 +56,18 @@ def demo(
 @app.command()
 def tickets(
     run: RunDir,
-    sizes: Annotated[str, typer.Option(help="Ticket sizes in blocks per divided layer.")] = "12,8,6,4,3",
-    draws: Annotated[int, typer.Option(help="Random tickets per size.")] = 20,
-    windows: Annotated[int | None, typer.Option(help="Test windows to use; default: as the run.")] = None,
+    sizes: Annotated[
+        str | None, typer.Option(help="Ticket sizes in blocks per divided layer, as 8,6,4; default: as the run.")
+    ] = None,
+    draws: Annotated[int, typer.Option(min=1, help="Random tickets per size.")] = 20,
+    windows: Annotated[int | None, typer.Option(min=1, help="Test windows to use; default: as the run.")] = None,
 ) -> None:
     """Draw random subnets from a trained run and show the distribution of their perplexity."""
-    look.tickets(console, run, [int(size) for size in sizes.split(",")], draws, windows)
+    try:
+        wanted = [int(size) for size in sizes.split(",")] if sizes is not None else None
+    except ValueError:
+        raise ConfigError(f"--sizes {sizes!r} is not a list of numbers, for example 8,6,4") from None
+    look.tickets(console, run, wanted, draws, windows)
 
 
 @app.command()
@@ -79,8 +85,8 @@ def deploy(
 def generate(
     model: Annotated[Path, typer.Argument(help="A deployed ticket's folder, or a run's.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The module",
-    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 60,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.8,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 60,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
     size: Annotated[int | None, typer.Option(help="For a run: blocks per divided layer of a random ticket.")] = None,
     seed: Annotated[int, typer.Option(help="Of the ticket and of the sampling.")] = 0,
 ) -> None:
@@ -106,7 +112,7 @@ def report(
 def cost(
     preset: Annotated[str, typer.Argument(help="A preset or a YAML file.")] = "gpt2-wikitext103",
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(help="Optimiser steps of the run; default: the paper's.")] = 45_700,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the run; default: the paper's.")] = 45_700,
 ) -> None:
     """Parameters, bytes and memory of a setting on paper (Appendix C), for every subnet size. Reads no data."""
     look.cost(console, preset, overrides or [], steps)

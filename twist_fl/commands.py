@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from twist_fl.checkpoint import RunFolder
-from twist_fl.config import Config, ConfigError, load_config
+from twist_fl.config import Config, load_config
 from twist_fl.files import write_text
 from twist_fl.job import make_job
 from twist_fl.launch import LaunchError, flower_run
@@ -151,10 +151,11 @@ def _require(events: list[dict[str, Any]], last: str, folder: RunFolder) -> None
 
 def deploy(console: Console, path: Path, devices: list[str]) -> list[dict[str, Any]]:
     """Ship tickets to simulated edge clients and show what they measured."""
+    from twist_fl.ship import parse_devices, plan_device
+
     folder, job, _ = load_final(path)
-    for device in devices:
-        if "=" not in device:
-            raise ConfigError(f"device {device!r} is not NAME=MEMORY_IN_MB, for example phone=3.5")
+    for device in parse_devices(devices) or job.config.deploy.devices:
+        plan_device(job, device)  # refuses an impossible one before Flower starts
     settings = {"mode": "deploy", "devices": " ".join(devices)}
     with (
         console.status("shipping tickets to simulated edge clients"),

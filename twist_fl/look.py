@@ -91,7 +91,7 @@ def keys(console: Console) -> None:
     console.print(OmegaConf.to_yaml(OmegaConf.structured(Config)), highlight=False, markup=False)
 
 
-def tickets(console: Console, path: Path, sizes: list[int], draws: int, windows: int | None) -> None:
+def tickets(console: Console, path: Path, sizes: list[int] | None, draws: int, windows: int | None) -> None:
     """Perplexity of random tickets of several sizes."""
     from twist_fl import evaluate
 
@@ -102,7 +102,7 @@ def tickets(console: Console, path: Path, sizes: list[int], draws: int, windows:
     table = Table(title=f"{path}: round {state.round}, {draws} random tickets a size, {test.size:,} test tokens")
     for column in ("blocks", "parameters", "mean", "std", "min", "max"):
         table.add_column(column, justify="right")
-    for size in sizes:
+    for size in sizes or config.eval.sizes:
         try:
             num_sub = evaluate.ticket_sizes(job.layout, job.division, size)
         except ValueError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +12,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from twist_fl import edge, wire
-from twist_fl.blueprint import draw_ticket
+from twist_fl.blueprint import Blueprint, draw_ticket
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError, DeviceConfig
 from twist_fl.data import cache_dir
@@ -26,15 +28,16 @@ _LOCAL_WINDOWS = 64
 """Windows of the test split that stand for a device's own text."""
 
 
-def parse_devices(text: str) -> list[DeviceConfig]:
-    """`NAME=MB` pairs separated by spaces. Raises ConfigError."""
-    devices = []
-    for pair in text.split():
-        name, _, limit = pair.partition("=")
-        try:
-            devices.append(DeviceConfig(name, float(limit)))
-        except ValueError as error:
-            raise ConfigError(f"device {pair!r} is not NAME=MEMORY_IN_MB, for example phone=3.5") from error
+def parse_devices(pairs: Iterable[str]) -> list[DeviceConfig]:
+    """`NAME=MB` pairs; a name becomes the name of a folder. Raises ConfigError."""
+    devices: list[DeviceConfig] = []
+    for pair in pairs:
+        found = re.fullmatch(r"(\w[\w.-]*)=(\d+\.?\d*|\.\d+)", pair)
+        if not found:
+            raise ConfigError(f"device {pair!r} is not NAME=MEMORY_IN_MB, for example phone=3.5")
+        if found[1] in {device.name for device in devices}:
+            raise ConfigError(f"device {found[1]!r} is given twice: give each its own name")
+        devices.append(DeviceConfig(found[1], float(found[2])))
     return devices
 
 
@@ -63,11 +66,11 @@ def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> No
         nodes = sorted(grid.get_node_ids())
         if not nodes:
             raise NoWorkersError("no edge client is connected")
-        targets = parse_devices(devices) or job.config.deploy.devices or default_devices(job)
+        targets = parse_devices(devices.split()) or job.config.deploy.devices or default_devices(job)
         model_config = job.model_config.to_dict()
         # All tickets are planned before any is shipped: an impossible device is refused before anything starts.
         tickets = [
-            make_ticket(job.layout, state.params, model_config, _plan(job, device), job.config.blueprint.scale)
+            make_ticket(job.layout, state.params, model_config, plan_device(job, device), job.config.blueprint.scale)
             for device in targets
         ]
         rows = []
@@ -83,7 +86,8 @@ def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> No
         folder.log("deployed", round=state.round)
 
 
-def _plan(job: Job, device: DeviceConfig) -> Any:
+def plan_device(job: Job, device: DeviceConfig) -> Blueprint:
+    """The largest ticket that fits the device. Raises ConfigError if none does."""
     model_config = job.model_config.to_dict()
     limit = device.memory_mb * 1e6
     return plan_ticket(job.layout, model_config, job.division, limit, job.config.seed, 0, device.name)
