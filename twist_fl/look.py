@@ -153,6 +153,8 @@ def generate(
         raise ConfigError(f"{path} is neither a run (job.json) nor a deployed ticket (config.json)")
     torch.manual_seed(seed)
     tokens = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if not tokens["input_ids"].numel():
+        raise ConfigError("the prompt is empty: give at least one token to continue")
     room = model.config.n_positions - tokens["input_ids"].shape[1]
     if room < 1:
         raise ConfigError(f"the prompt fills the model's context of {model.config.n_positions} tokens: shorten it")

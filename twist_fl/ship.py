@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
+from math import ceil
 from typing import Any
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -50,7 +51,7 @@ def default_devices(job: Job) -> list[DeviceConfig]:
         num_sub = ticket_sizes(job.layout, job.division, size)
         blueprint = draw_ticket(job.layout, job.division, num_sub, job.config.seed, 0)
         needed = ticket_memory_bytes(job.layout, job.model_config.to_dict(), blueprint)
-        devices.append(DeviceConfig(name, round(needed / 1e6 + 0.05, 1)))
+        devices.append(DeviceConfig(name, ceil(needed / 1e4) / 1e2))
     return devices
 
 

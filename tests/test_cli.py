@@ -1,0 +1,436 @@
+"""The command line: every command explains itself, and what cannot work is refused before anything starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from local_grid import LocalGrid
+from typer.testing import CliRunner
+
+from twist_fl import cli, commands, serve, ship
+from twist_fl.blueprint import Blueprint, draw_ticket
+from twist_fl.checkpoint import RunFolder
+from twist_fl.config import ConfigError, presets
+from twist_fl.deploy import export_ticket, make_ticket, ticket_memory_bytes
+from twist_fl.evaluate import ticket_distribution
+from twist_fl.job import Job
+from twist_fl.strategy import NoWorkersError
+from twist_fl.subnet import ModelCache
+
+MakeJob = Callable[..., Job]
+Run = Callable[..., tuple[int, str, str]]
+
+COMMANDS = {
+    "train": ("preset", "overrides", "--resume"),
+    "demo": ("overrides", "--dir"),
+    "tickets": ("run", "--sizes", "--draws", "--windows"),
+    "deploy": ("run", "--device"),
+    "generate": ("model", "--prompt", "--new-tokens", "--temperature", "--size", "--seed"),
+    "report": ("runs", "--out"),
+    "cost": ("preset", "overrides", "--steps"),
+    "keys": (),
+}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
+    """`run("train", "demo")`: exit status, stdout and stderr of the command, in an empty folder, wide terminal."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("signal.signal", lambda *given: None)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def start(*given: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["twist-fl", *map(str, given)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    width = cli.console.width
+    cli.console.width = 200
+    yield start
+    cli.console.width = width
+
+
+@pytest.fixture
+def no_flower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may start."""
+
+    def refuse(*given: object) -> None:
+        raise AssertionError("Flower was started")
+
+    monkeypatch.setattr(commands, "flower_run", refuse)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_job: MakeJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished tiny run."""
+    folder = RunFolder(tmp_path_factory.mktemp("runs") / "tiny")
+    job = tiny_job("eval.max_windows=8", "name=tiny")
+    folder.create(job)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.cpu_count", lambda: 1)
+        serve.train_run(LocalGrid(), folder, job)
+    return folder.path
+
+
+@pytest.fixture(scope="module")
+def untrained(tiny_job: MakeJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was killed before its first checkpoint."""
+    folder = RunFolder(tmp_path_factory.mktemp("runs") / "untrained")
+    folder.create(tiny_job())
+    return folder.path
+
+
+# Help
+
+
+def test_help_names_every_command() -> None:
+    result = CliRunner().invoke(cli.app, ["--help"])
+    assert result.exit_code == 0
+    assert COMMANDS.keys() == {command.callback.__name__ for command in cli.app.registered_commands if command.callback}
+    assert all(name in result.output for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_what_a_command_takes(command: str) -> None:
+    result = CliRunner().invoke(cli.app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == 0, result.output
+    assert all(name in result.output.lower() for name in COMMANDS[command])
+
+
+def test_a_command_that_does_not_exist(run: Run) -> None:
+    status, _, error = run("trian")
+    assert status == 2
+    assert "No such command 'trian'" in error
+
+
+# Refusals
+
+TEXT = ("demo", "data.source=files", "data.path=TEXT", "data.vocab_size=300")
+IMPOSSIBLE: dict[str, tuple[tuple[str, ...], str]] = {
+    "preset": (("demoo",), r"no preset 'demoo', did you mean 'demo'\?; presets: .*wikitext2"),
+    "file": (("mine.yaml",), r"no file 'mine\.yaml': give a preset \(demo, "),
+    "key": (("demo", "train.interva=3"), r"unknown key 'train\.interva', did you mean 'interval'\?"),
+    "section": (("demo", "trian.lr=3"), r"unknown key 'trian', did you mean 'train'\?"),
+    "form": (("demo", "train.lr"), r"override 'train\.lr' is not of the form key=value"),
+    "type": (("demo", "train.lr=fast"), r"train\.lr: .*'fast'"),
+    "choice": (("demo", "blueprint.setting=heads"), r"blueprint\.setting"),
+    "range": (("demo", "train.workers=0"), r"train\.workers must be more than 0, got 0"),
+    "num_sub too small": ((*TEXT, "blueprint.num_sub=2"), r"the smallest legal N_sub for all is 3"),
+    "num_sub too large": ((*TEXT, "blueprint.num_sub=13"), r"more than the 12 blocks of a layer: use at most 12"),
+    "layers": ((*TEXT, "model.n_layer=4"), r"leave none of the 4 layers to divide"),
+    "window longer than the model": ((*TEXT, "data.window=129"), r"data\.window=129 .*use at most 128"),
+    "windows longer than the text": (
+        (*TEXT, "data.window=100000", "model.n_positions=100000"),
+        r"the training text gives 0 windows of data\.window=100000 tokens, fewer than 4: use a smaller",
+    ),
+    "missing path": (("demo", "data.source=files", "data.path=/no/such/text"), r"'/no/such/text' does not exist"),
+    "no path": (("demo", "data.source=files"), r"data\.source=files needs data\.path"),
+    "missing model": ((*TEXT, "model.pretrained=/no/model"), r"'/no/model' is no folder with a config\.json"),
+}
+
+
+@pytest.mark.usefixtures("no_flower")
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_an_impossible_run_is_refused_before_anything_starts(
+    case: str, run: Run, text_folder: Path, tmp_path: Path
+) -> None:
+    given, reason = IMPOSSIBLE[case]
+    status, _, error = run("train", *(word.replace("TEXT", str(text_folder)) for word in given), "dir=run")
+    assert status == 2
+    assert re.search(reason, error), error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_flower")
+@pytest.mark.parametrize("command", ["demo", "cost"])
+def test_overrides_of_other_commands_are_checked_as_well(command: str, run: Run, tmp_path: Path) -> None:
+    preset = ["demo"] if command == "cost" else []
+    status, _, error = run(command, *preset, "blueprint.numsub=3")
+    assert status == 2
+    assert "unknown key 'blueprint.numsub', did you mean 'num_sub'?" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_flower")
+def test_a_folder_with_a_run_is_refused(run: Run, untrained: Path, tiny: tuple[str, ...]) -> None:
+    before = sorted(untrained.iterdir())
+    status, _, error = run("train", "demo", *tiny, f"dir={untrained}")
+    assert status == 2
+    assert f"{untrained} already holds a run: resume it with `twist-fl train --resume {untrained}`" in error
+    assert sorted(untrained.iterdir()) == before
+
+
+@pytest.mark.usefixtures("no_flower")
+@pytest.mark.parametrize(
+    "given",
+    [("train", "--resume"), ("tickets",), ("deploy",), ("report",)],
+    ids=" ".join,
+)
+def test_a_folder_without_a_run(given: tuple[str, ...], run: Run, tmp_path: Path) -> None:
+    status, _, error = run(*given, "absent")
+    assert status == 2
+    assert str(tmp_path / "absent") in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_flower")
+@pytest.mark.parametrize("command", ["tickets", "deploy", "generate"])
+def test_a_run_without_a_checkpoint(command: str, run: Run, untrained: Path) -> None:
+    status, _, error = run(command, untrained)
+    assert status == 2
+    assert f"{untrained} has no checkpoint yet" in error
+
+
+@pytest.mark.usefixtures("no_flower")
+@pytest.mark.parametrize(
+    ("devices", "reason"),
+    [
+        (["phone"], "device 'phone' is not NAME=MEMORY_IN_MB, for example phone=3.5"),
+        (["phone=big"], "device 'phone=big' is not NAME=MEMORY_IN_MB"),
+        (["phone=nan"], "device 'phone=nan' is not NAME=MEMORY_IN_MB"),
+        (["=3.5"], "device '=3.5' is not NAME=MEMORY_IN_MB"),
+        (["../phone=3.5"], "device '../phone=3.5' is not NAME=MEMORY_IN_MB"),
+        (["phone=3.5", "phone=4"], "device 'phone' is given twice"),
+        (["laptop=99", "watch=0.01"], "deploy.devices 'watch': memory_mb=0.01 is too little"),
+    ],
+)
+def test_an_impossible_device_is_refused_before_anything_starts(
+    devices: list[str], reason: str, run: Run, trained: Path
+) -> None:
+    before = sorted(trained.iterdir())
+    status, _, error = run("deploy", trained, *(word for device in devices for word in ("--device", device)))
+    assert status == 2
+    assert reason in error
+    assert sorted(trained.iterdir()) == before
+
+
+def test_a_finished_run_is_not_run_again(run: Run, trained: Path, no_flower: None) -> None:
+    status, output, _ = run("train", "--resume", trained)
+    assert status == 0
+    assert f"{trained} is finished; nothing to do" in output
+
+
+# What a run that goes wrong comes to
+
+
+def test_a_run_that_fails_exits_with_1_and_the_reason(
+    run: Run, untrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Ended:
+        def poll(self) -> int:
+            if words:
+                RunFolder(untrained).log("failed", error=words)
+            return 1
+
+    @contextmanager
+    def flower_run(*given: Any) -> Iterator[Ended]:
+        yield Ended()
+
+    monkeypatch.setattr(commands, "flower_run", flower_run)
+    words = "NoWorkersError: all are away"
+    status, _, error = run("train", "--resume", untrained)
+    assert status == 1
+    assert f"error: the run failed: {words}. Flower's log: {untrained / 'flower.log'}" in error
+    words = ""
+    status, _, error = run("train", "--resume", untrained)
+    assert status == 1
+    assert f"the run ended before its time. Flower's log: {untrained / 'flower.log'}" in error
+
+
+# Looking
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("│")[1:-1]]
+
+
+def rows(output: str) -> list[list[str]]:
+    return [cells(line) for line in output.splitlines() if line.startswith("│")]
+
+
+def test_cost_reproduces_table_2(run: Run) -> None:
+    """GPT-2, half of both: 31.68 TB as the paper counts (its Table 2: 31.70); the whole model as DDP: 45.5."""
+    status, output, _ = run("cost")
+    assert status == 0
+    found = {row[0]: row for row in rows(output)}
+    assert found["12/12"][1] == "124,439,808"
+    assert float(found["12/12"][3]) == pytest.approx(45.5, abs=0.02)
+    assert float(found["4/12"][3]) == pytest.approx(31.68, abs=0.03)
+    assert float(found["4/12"][4]) == pytest.approx(31.68 / 15, abs=0.01)
+
+
+def test_cost_of_other_settings(run: Run) -> None:
+    for setting in ("attn", "ffn"):
+        _, output, _ = run("cost", "gpt2-wikitext103", f"blueprint.setting={setting}", "--steps", 1000)
+        found = {row[0]: row for row in rows(output)}
+        assert float(found["12/12"][3]) == pytest.approx(1000 * 8 * 124_439_808 / 1e12, abs=0.01)
+        assert float(found["4/12"][3]) < float(found["6/12"][3]) < float(found["12/12"][3])
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_keys_lists_every_key_that_a_preset_may_set(preset: str, run: Run) -> None:
+    status, output, _ = run("keys")
+    assert status == 0
+    for key in ("num_sub", "optimizer_state", "round_timeout", "checkpoint_every", "undivided_first"):
+        assert f"{key}:" in output
+
+
+def test_tickets_are_those_of_ticket_distribution(run: Run, trained: Path) -> None:
+    status, output, _ = run("tickets", trained, "--sizes", "4,2,1", "--draws", 3, "--windows", 6)
+    assert status == 0
+    found = rows(output)
+    folder = RunFolder(trained)
+    job, state = folder.job(), folder.load()
+    assert state is not None
+    assert [row[0] for row in found] == ["4/4", "2/4", "1/4"]
+    for row, size in zip(found, (4, 2, 1), strict=True):
+        summary = ticket_distribution(
+            job.models(), state.params, job.division, (size, size), job.corpus.test[:6], tickets=3, seed=0, batch_size=4
+        ).summary()
+        assert row[1] == f"{summary['num_params']:,}"
+        assert row[2:] == [f"{summary[key]:.2f}" for key in ("mean", "std", "min", "max")]
+
+
+def test_tickets_of_the_sizes_of_the_run(run: Run, trained: Path) -> None:
+    status, output, _ = run("tickets", trained, "--draws", 2, "--windows", 2)
+    assert status == 0
+    assert [row[0] for row in rows(output)] == ["2/4"]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (("--sizes", "9"), "a ticket of 9 blocks is impossible: choose 1 to 4"),
+        (("--sizes", "two"), "--sizes 'two' is not a list of numbers, for example 8,6,4"),
+        (("--sizes", ""), "--sizes '' is not a list of numbers"),
+        (("--draws", "0"), "--draws"),
+        (("--windows", "0"), "--windows"),
+    ],
+)
+def test_tickets_that_cannot_be(given: tuple[str, ...], reason: str, run: Run, trained: Path) -> None:
+    status, _, error = run("tickets", trained, *given)
+    assert status == 2
+    assert reason in error
+
+
+def test_generate_from_a_run(run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[Blueprint] = []
+
+    def load_sliced(models: ModelCache, blueprint: Blueprint, *given: Any) -> Any:
+        used.append(blueprint)
+        return load(models, blueprint, *given)
+
+    load = ModelCache.load_sliced
+    monkeypatch.setattr(ModelCache, "load_sliced", load_sliced)
+    texts = []
+    for given in (("--size", 2), ("--size", 2), (), ("--seed", 1), ("--temperature", 0)):
+        status, output, _ = run("generate", trained, "--prompt", "the worker", "--new-tokens", 12, *given)
+        assert status == 0
+        assert output.startswith("the worker")
+        texts.append(output)
+    assert texts[0] == texts[1]  # the same seed, the same text
+    assert texts[2] != texts[3]
+    assert [len(blueprint.attn[1]) for blueprint in used] == [2, 2, 4, 4, 4]
+
+
+def test_generate_from_a_deployed_ticket(
+    run: Run, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run's ticket and the same one shipped say the same."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("sys.path", [*__import__("sys").path])
+    folder = RunFolder(trained)
+    job, state = folder.job(), folder.load()
+    assert state is not None
+    blueprint = draw_ticket(job.layout, job.division, (2, 2), 0, 0)
+    ticket = make_ticket(job.layout, state.params, job.model_config.to_dict(), blueprint, "sqrt")
+    export_ticket(ticket, tmp_path / "phone", job.corpus.tokenizer_folder)
+    given = ("--prompt", "the worker", "--temperature", 0, "--new-tokens", 12)
+    status, shipped, _ = run("generate", tmp_path / "phone", *given)
+    assert status == 0
+    assert shipped == run("generate", trained, "--size", 2, *given)[1]
+    status, _, error = run("generate", tmp_path / "phone", "--size", 2)
+    assert status == 2
+    assert "--size chooses a ticket of a run; a deployed folder already is one" in error
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (("--size", "5"), "a ticket of 5 blocks is impossible: choose 1 to 4"),
+        (("--prompt", "of the " * 40), "the prompt fills the model's context of 32 tokens: shorten it"),
+        (("--prompt", ""), "the prompt is empty"),
+        (("--new-tokens", "0"), "--new-tokens"),
+        (("--temperature", "-1"), "--temperature"),
+    ],
+)
+def test_a_text_that_cannot_be_generated(given: tuple[str, ...], reason: str, run: Run, trained: Path) -> None:
+    status, _, error = run("generate", trained, *given)
+    assert status == 2
+    assert reason in error
+
+
+def test_generate_from_something_else(run: Run, tmp_path: Path) -> None:
+    status, _, error = run("generate", tmp_path)
+    assert status == 2
+    assert "is neither a run (job.json) nor a deployed ticket (config.json)" in error
+
+
+def test_report_of_a_run(run: Run, trained: Path, tmp_path: Path) -> None:
+    status, output, _ = run("report", trained, "--out", "here/report.html")
+    assert status == 0
+    assert str(tmp_path / "here" / "report.html") in output
+    page = (tmp_path / "here" / "report.html").read_text()
+    assert "<html" in page
+    assert "tiny" in page
+
+
+def test_report_of_a_run_that_is_not_finished(run: Run, untrained: Path, tmp_path: Path) -> None:
+    status, _, error = run("report", untrained)
+    assert status == 2
+    assert str(untrained) in error
+    assert list(tmp_path.iterdir()) == []
+
+
+# Shipping, without Flower's transport (tests/test_app.py has it)
+
+
+def test_deploying_a_run_without_a_checkpoint(untrained: Path) -> None:
+    folder = RunFolder(untrained)
+    with pytest.raises(ConfigError, match="has no checkpoint yet: train first"):
+        ship.deploy_run(LocalGrid(1), folder, folder.job())
+
+
+def test_deploying_where_nobody_is(trained: Path) -> None:
+    folder = RunFolder(trained)
+    with pytest.raises(NoWorkersError, match="no edge client is connected"):
+        ship.deploy_run(LocalGrid(0), folder, folder.job())
+
+
+def test_a_device_that_fails_is_named(trained: Path) -> None:
+    folder = RunFolder(trained)
+    with pytest.raises(NoWorkersError, match="device phone failed: ValueError: no room on this node"):
+        ship.deploy_run(LocalGrid(1, broken=[0]), folder, folder.job(), "phone=3.5")
+    assert not (trained / "deployed.json").exists()
+    assert not (trained / "deployed").exists()
+
+
+def test_the_three_default_devices_hold_the_whole_a_half_and_a_quarter(trained: Path) -> None:
+    job = RunFolder(trained).job()
+    sizes = {}
+    for device in ship.default_devices(job):
+        blueprint = ship.plan_device(job, device)
+        sizes[device.name] = len(blueprint.attn[1])
+        assert ticket_memory_bytes(job.layout, job.model_config.to_dict(), blueprint) <= device.memory_mb * 1e6
+    assert sizes == {"laptop": 4, "phone": 2, "watch": 1}
