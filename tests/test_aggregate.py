@@ -251,18 +251,19 @@ def test_moments_that_were_not_asked_for_are_refused(tiny_job: Callable[..., Job
     assert "were not asked for" in mean.report.dropped[0]
 
 
-@pytest.mark.parametrize(("weighting", "expected"), [("workers", 2.0), ("tokens", 2.5)])
+@pytest.mark.parametrize(("weighting", "expected"), [("workers", 2.0), ("tokens", 7 / 3)])
 def test_weighting(weighting: str, expected: float, tiny_job: Callable[..., Job], random_state: RandomState) -> None:
     job = tiny_job(f"train.weighting={weighting}")
     state = start(job)
-    tasks = plan(job, state)
+    first, second, _ = plan(job, state)
+    tasks = [replace(first, num_batches=1), second]  # 30 and 60 tokens
     mean = RoundMean(job, state, tasks)
-    for worker, (value, num_tokens) in enumerate([(1.0, 10), (3.0, 30)]):
-        reply = honest(job, tasks[worker], random_state)
+    for task, value in zip(tasks, (1.0, 3.0), strict=True):
+        reply = honest(job, task, random_state)
         constant = {name: torch.full_like(tensor, value) for name, tensor in reply.params.items()}
-        mean.add(tasks[worker], replace(reply, params=constant, num_tokens=num_tokens, loss=value))
+        mean.add(task, replace(reply, params=constant, num_tokens=30 * task.num_batches, loss=value))
     assert torch.equal(mean.finish().params["transformer.ln_f.bias"], torch.full((32,), expected))
-    assert mean.report.loss == 2.5  # the training loss is a token mean either way
+    assert mean.report.loss == 7 / 3  # the training loss is a token mean either way
 
 
 def test_a_failed_worker_leaves_a_debt_that_is_repaid_first(

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +278,11 @@ class Shard:
     def batches_per_epoch(self) -> int:
         return -(-self.size // self.batch_size)
 
+    def batch_length(self, cursor: int) -> int:
+        """Windows in batch number `cursor`: the last one of an epoch may be shorter."""
+        position = cursor % self.batches_per_epoch
+        return min(self.batch_size, self.size - position * self.batch_size)
+
     def batch(self, cursor: int) -> npt.NDArray[np.int64]:
         """Window ids of batch number `cursor`, counted from the run's start; reshuffled every epoch."""
         epoch, position = divmod(cursor, self.batches_per_epoch)
@@ -287,5 +293,6 @@ class Shard:
         return mine[order[position * self.batch_size : (position + 1) * self.batch_size]]
 
 
+@lru_cache(maxsize=16)
 def _permutation(size: int, *coordinates: int) -> npt.NDArray[np.int64]:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(coordinates))).permutation(size)

@@ -116,7 +116,8 @@ def _make_job(config: Config, model_config: GPT2Config, corpus: Corpus, run_id: 
             blueprint.undivided_last,
             tuple(blueprint.common),
         )
-        division.check(layout)
+        if config.algorithm == "twist":
+            division.check(layout)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return Job(config, model_config, layout, division, corpus, run_id)

@@ -7,6 +7,7 @@ blueprint -> slice -> train -> aggregate. The app runs the same `plan`, `dispatc
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +181,11 @@ class RoundMean:
             raise ReplyError(f"reply is for blueprint {reply.digest[:12]}, sent was {blueprint.digest[:12]}")
         if reply.num_batches != task.num_batches:
             raise ReplyError(f"trained {reply.num_batches} batches, asked were {task.num_batches}")
+        windows = sum(self.job.shard(task.worker).batch_length(task.cursor + i) for i in range(task.num_batches))
+        if reply.num_tokens != (expected := windows * (self.job.config.data.window - 1)):
+            raise ReplyError(f"trained on {reply.num_tokens} tokens, asked were {expected}")
+        if not isfinite(reply.loss):
+            raise ReplyError(f"training loss is {reply.loss}")
         check_state(layout, blueprint, reply.params)
         if (reply.moments is None) != (self.state.moments is None):
             raise ReplyError("optimiser moments are missing or were not asked for")
