@@ -151,10 +151,10 @@ def _require(events: list[dict[str, Any]], last: str, folder: RunFolder) -> None
 
 def deploy(console: Console, path: Path, devices: list[str]) -> list[dict[str, Any]]:
     """Ship tickets to simulated edge clients and show what they measured."""
-    from twist_fl.ship import parse_devices, plan_device
+    from twist_fl.ship import devices_of, plan_device
 
     folder, job, _ = load_final(path)
-    for device in parse_devices(devices) or job.config.deploy.devices:
+    for device in devices_of(job, devices):
         plan_device(job, device)  # refuses an impossible one before Flower starts
     settings = {"mode": "deploy", "devices": " ".join(devices)}
     with (

@@ -55,6 +55,11 @@ def default_devices(job: Job) -> list[DeviceConfig]:
     return devices
 
 
+def devices_of(job: Job, pairs: Iterable[str]) -> list[DeviceConfig]:
+    """The devices given, else the configuration's, else three defaults. Raises ConfigError."""
+    return parse_devices(pairs) or job.config.deploy.devices or default_devices(job)
+
+
 def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> None:
     """For each device: plan, draw, fold, ship, and log what it measured; writes deployed.json and deployed/NAME/.
 
@@ -67,7 +72,7 @@ def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> No
         nodes = sorted(grid.get_node_ids())
         if not nodes:
             raise NoWorkersError("no edge client is connected")
-        targets = parse_devices(devices.split()) or job.config.deploy.devices or default_devices(job)
+        targets = devices_of(job, devices.split())
         model_config = job.model_config.to_dict()
         # All tickets are planned before any is shipped: an impossible device is refused before anything starts.
         tickets = [
@@ -88,7 +93,12 @@ def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> No
 
 
 def plan_device(job: Job, device: DeviceConfig) -> Blueprint:
-    """The largest ticket that fits the device. Raises ConfigError if none does."""
+    """The largest ticket that fits the device. Raises ConfigError if none does, or if it could not be measured."""
+    context, new_tokens = job.model_config.n_positions, job.config.deploy.new_tokens
+    if new_tokens >= context:
+        raise ConfigError(
+            f"deploy.new_tokens={new_tokens} does not fit a context of {context}: use at most {context - 1}"
+        )
     model_config = job.model_config.to_dict()
     limit = device.memory_mb * 1e6
     return plan_ticket(job.layout, model_config, job.division, limit, job.config.seed, 0, device.name)

@@ -128,9 +128,9 @@ def num_bytes(content: RecordDict) -> dict[str, int]:
 
 def error_of(message: Message) -> str:
     """Why a reply carries no content, in one line."""
-    # Flower's own form: <class 'ValueError'>:<'text'>, where text may end with a whole traceback.
-    reason = re.sub(
-        r"^<class '(?:\w+\.)*(\w+)'>:<'(.*)'>$", r"\1: \2", (message.error.reason or "").strip(), flags=re.DOTALL
-    )
+    # Flower's own form: <class 'ValueError'>:<'text'>, where text may end with a whole traceback (and the class in
+    # a simulation is 'ray.exceptions.RayTaskError(ClientAppException)').
+    form = r"<class '(?:[^']*\W)?(\w+)\)?'>:<'(.*)'>"
+    reason = re.sub(form, r"\1: \2", (message.error.reason or "").strip(), flags=re.DOTALL)
     lines = [line for line in reason.splitlines() if line.strip()]
     return lines[-1].strip() if lines else f"Flower error {message.error.code}"
