@@ -19,6 +19,7 @@ from twist_fl.config import ConfigError, presets
 from twist_fl.deploy import export_ticket, make_ticket, ticket_memory_bytes
 from twist_fl.evaluate import ticket_distribution
 from twist_fl.job import Job
+from twist_fl.rounds import start
 from twist_fl.strategy import NoWorkersError
 from twist_fl.subnet import ModelCache
 
@@ -46,7 +47,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("NO_COLOR", "1")
 
-    def start(*given: object) -> tuple[int, str, str]:
+    def started(*given: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["twist-fl", *map(str, given)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -55,7 +56,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
     width = cli.console.width
     cli.console.width = 200
-    yield start
+    yield started
     cli.console.width = width
 
 
@@ -73,7 +74,7 @@ def no_flower(monkeypatch: pytest.MonkeyPatch) -> None:
 def trained(tiny_job: MakeJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished tiny run."""
     folder = RunFolder(tmp_path_factory.mktemp("runs") / "tiny")
-    job = tiny_job("eval.max_windows=8", "name=tiny")
+    job = tiny_job("eval.max_windows=8", "deploy.new_tokens=4", "name=tiny")
     folder.create(job)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.cpu_count", lambda: 1)
@@ -213,6 +214,18 @@ def test_an_impossible_device_is_refused_before_anything_starts(
     assert status == 2
     assert reason in error
     assert sorted(trained.iterdir()) == before
+
+
+@pytest.mark.usefixtures("no_flower")
+def test_a_latency_that_cannot_be_measured_is_refused_before_anything_starts(
+    run: Run, tiny_job: MakeJob, tmp_path: Path
+) -> None:
+    job, folder = tiny_job("deploy.new_tokens=32"), RunFolder(tmp_path / "run")
+    folder.create(job)
+    folder.save(start(job))
+    status, _, error = run("deploy", folder.path)
+    assert status == 2
+    assert "deploy.new_tokens=32 does not fit a context of 32: use at most 31" in error
 
 
 def test_a_finished_run_is_not_run_again(run: Run, trained: Path, no_flower: None) -> None:

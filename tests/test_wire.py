@@ -278,6 +278,10 @@ def test_a_reply_with_half_of_its_moments(tiny_job: MakeJob, random_state: Rando
             'Message: ray::ClientAppActor.run() (pid=7)\n  File "a.py", line 3\nRuntimeError: no GPU\'>',
             "RuntimeError: no GPU",
         ),
+        (
+            "<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'\x1b[36mray::run()\x1b[39m\nValueError: no room'>",
+            "ValueError: no room",
+        ),
         ("Node is gone", "Node is gone"),
         ("  \n", "Flower error 5"),
         (None, "Flower error 5"),
