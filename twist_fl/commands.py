@@ -134,7 +134,10 @@ def _run(console: Console, folder: RunFolder, config: Config) -> None:
             events = progress.follow(process)
     except KeyboardInterrupt:
         done = len(folder.checkpoints()) and int(folder.checkpoints()[-1].name.rpartition("-")[2])
-        console.print(f"\ninterrupted; {done} rounds are saved. Go on with:  twist-fl train --resume {folder.path}")
+        console.print(
+            f"\ninterrupted; {done} rounds are saved. Go on with:  twist-fl train --resume {folder.path}",
+            soft_wrap=True,
+        )
         raise typer.Exit(INTERRUPTED) from None
     _require(events, "done", folder)
     results = json.loads(folder.results_file.read_text())
