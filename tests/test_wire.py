@@ -279,7 +279,7 @@ def test_a_reply_with_half_of_its_moments(tiny_job: MakeJob, random_state: Rando
             "RuntimeError: no GPU",
         ),
         (
-            "<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'\x1b[36mray::run()\x1b[39m\nValueError: no room'>",
+            "<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'\x1b[36mray::run()\nValueError: no room'>",
             "ValueError: no room",
         ),
         ("Node is gone", "Node is gone"),

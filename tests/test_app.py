@@ -1,0 +1,257 @@
+"""The real thing, a few times: Flower's simulation and a SuperLink with SuperNodes, killed, interrupted, resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from math import ceil
+from pathlib import Path
+
+import psutil
+import pytest
+from local_grid import assert_same_run
+from transformers import AutoModelForCausalLM
+
+from twist_fl import launch, ship
+from twist_fl.blueprint import draw_ticket, full_blueprint
+from twist_fl.checkpoint import RunFolder
+from twist_fl.config import DeviceConfig
+from twist_fl.data import cache_dir
+from twist_fl.deploy import make_ticket, ticket_memory_bytes
+from twist_fl.evaluate import perplexity
+from twist_fl.job import Job
+from twist_fl.results import commit
+from twist_fl.rounds import run, start
+
+PATIENCE = 300.0
+"""Seconds after which a command counts as stuck: a busy machine is slow."""
+
+
+@pytest.fixture(scope="module")
+def small(tiny: tuple[str, ...]) -> tuple[str, ...]:
+    """The tiny job for two workers, with little to evaluate."""
+    return (*tiny, "train.workers=2", "eval.every=0", "eval.max_windows=4", "eval.tickets=2", "deploy.new_tokens=4")
+
+
+def command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "twist_fl.cli", *map(str, words)]
+
+
+def twist_fl(*words: object) -> subprocess.CompletedProcess[str]:
+    """The command, to its end."""
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
+    return subprocess.run(
+        command(*words), env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
+
+
+@contextmanager
+def started(*words: object) -> Iterator[subprocess.Popen[str]]:
+    """The command, running; it is stopped with all its processes if the test fails."""
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
+    process = subprocess.Popen(
+        command(*words), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        yield process
+    finally:
+        launch.stop_tree(process)  # type: ignore[arg-type]
+        if process.stdout:
+            process.stdout.close()
+
+
+def processes_of(folder: RunFolder) -> list[psutil.Process]:
+    """Whatever runs for this run: its folder is in FLWR_HOME, which every process inherits, Ray's too."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = [*process.cmdline(), *process.environ().values()]
+        except psutil.Error:
+            continue
+        if process.pid != os.getpid() and any(str(folder.path) in word for word in words):
+            found.append(process)
+    return found
+
+
+def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not ready():
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def saved_rounds(folder: RunFolder) -> int:
+    found = folder.checkpoints()
+    return int(found[-1].name.rpartition("-")[2]) if found else 0
+
+
+def assert_is_rounds_run(folder: RunFolder, scratch: Path) -> None:
+    """The final checkpoint is what `rounds.run` gives, bit for bit."""
+    job, ended = folder.job(), folder.load()
+    assert ended is not None
+    assert_same_run(ended, run(job, start(job), scratch))
+
+
+# A simulation
+
+
+@pytest.fixture(scope="module")
+def finished(small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run of two rounds by the command line."""
+    folder = RunFolder(tmp_path_factory.mktemp("app") / "run")
+    done = twist_fl("train", "demo", *small, "train.optimizer_state=server", f"dir={folder.path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"results in {folder.results_file}" in done.stdout
+    return folder
+
+
+def test_a_simulation_is_rounds_run(finished: RunFolder, tmp_path: Path) -> None:
+    assert_is_rounds_run(finished, tmp_path)
+    assert [(event["answered"], event["dropped"]) for event in finished.events("round")] == [([0, 1], {})] * 2
+    assert [event["event"] for event in finished.events()][-1] == "done"
+    results = json.loads(finished.results_file.read_text())
+    job, ended = finished.job(), finished.load()
+    assert ended is not None
+    full = job.models().load_sliced(full_blueprint(job.layout), ended.params)
+    assert results["full"] == pytest.approx(perplexity(full, job.corpus.test[:4], 4), rel=1e-6)
+    assert results["rounds"] == 2
+    assert results["commit"] == commit()
+
+
+def test_nothing_of_a_finished_run_is_left(finished: RunFolder) -> None:
+    assert processes_of(finished) == []
+    assert not (finished.path / "flower").exists()  # Flower's own state
+    assert (finished.path / "flower.log").stat().st_size > 0
+
+
+def device_for(job: Job, name: str, size: int) -> DeviceConfig:
+    """A device that a ticket of this size just fits."""
+    blueprint = draw_ticket(job.layout, job.division, (size, size), 0, 0)
+    needed = ticket_memory_bytes(job.layout, job.model_config.to_dict(), blueprint)
+    return DeviceConfig(name, ceil(needed / 1e3) / 1e3)
+
+
+def test_tickets_are_shipped_to_two_devices(
+    finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, ended = finished.job(), finished.load()
+    assert ended is not None
+    devices = [device_for(job, "phone", 2), device_for(job, "watch", 1)]
+    words = [word for device in devices for word in ("--device", f"{device.name}={device.memory_mb}")]
+    done = twist_fl("deploy", finished.path, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((finished.path / "deployed.json").read_text())
+    assert [(row["name"], row["size"], row["of"]) for row in rows] == [("phone", 2, 4), ("watch", 1, 4)]
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for place, (row, device) in enumerate(zip(rows, devices, strict=True)):
+        blueprint = ship.plan_device(job, device)
+        ticket = make_ticket(job.layout, ended.params, job.model_config.to_dict(), blueprint, "sqrt")
+        kept, arrived = finished.path / "deployed" / device.name, cache_dir() / "tickets" / job.run_id / device.name
+        for folder in (kept, arrived):
+            assert json.loads((folder / "twist.json").read_text())["digest"] == row["digest"] == ticket.digest
+        assert (arrived / "model.safetensors").read_bytes() == (kept / "model.safetensors").read_bytes()
+        windows = job.corpus.test[place::2][:64]  # the device's own text
+        dense = AutoModelForCausalLM.from_pretrained(arrived, trust_remote_code=True)
+        assert row["perplexity"] == pytest.approx(perplexity(dense, windows, 1), rel=1e-6)
+        subnet = job.models().load_sliced(blueprint, ended.params)
+        assert row["perplexity"] == pytest.approx(perplexity(subnet, windows, 4), rel=1e-5)
+        assert row["num_params"] == job.layout.num_params(blueprint)
+        assert 0 <= row["bytes_received"] - row["weight_bytes"] < 8_192
+        assert f"{row['perplexity']:.2f}" in done.stdout
+    assert processes_of(finished) == []
+
+
+def test_a_run_whose_workers_fail_says_why(small: tuple[str, ...], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    done = twist_fl("train", "demo", *small, "train.device=cuda:63", f"dir={folder.path}")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "error: the run failed: NoWorkersError: round 1: no worker answered" in done.stderr
+    assert "CUDA" in done.stderr  # Torch's reason, from inside the worker
+    assert f"Flower's log: {folder.path / 'flower.log'}" in done.stderr
+    assert not folder.results_file.exists()
+    assert processes_of(folder) == []
+
+
+def test_a_run_is_interrupted_then_killed_then_ends_as_if_nothing_had_happened(
+    small: tuple[str, ...], tmp_path: Path
+) -> None:
+    """With state that stays on the clients: the hardest to resume."""
+    folder = RunFolder(tmp_path / "run")
+    words = (*small, "train.optimizer_state=client", "train.rounds=16", "train.interval=20", "checkpoint_every=1")
+    with started("train", "demo", *words, f"dir={folder.path}") as process:
+        wait_until(lambda: saved_rounds(folder) >= 2, process)
+        names = " ".join(word for running in processes_of(folder) for word in running.cmdline())
+        assert "raylet" in names  # so that their absence below means something
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130, output
+    saved = saved_rounds(folder)
+    assert f"interrupted; {saved} rounds are saved. Go on with:  twist-fl train --resume {folder.path}" in output
+    assert processes_of(folder) == []
+    assert not folder.events("done")
+
+    with started("train", "--resume", folder.path) as process:
+        wait_until(lambda: saved_rounds(folder) >= saved + 2, process)
+        process.kill()  # first the one that would clean up
+        for running in processes_of(folder):
+            running.kill()
+        process.wait()
+    assert saved + 2 <= saved_rounds(folder) < 16
+    assert not folder.events("done")
+
+    done = twist_fl("train", "--resume", folder.path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_is_rounds_run(folder, tmp_path / "oracle")
+    assert [event["round"] for event in folder.events("round")] == list(range(1, 17))
+    assert processes_of(folder) == []
+
+
+# A network: a SuperLink and two SuperNodes, as on three machines
+
+
+@contextmanager
+def network(home: Path, num_nodes: int) -> Iterator[dict[str, str]]:
+    """On the loopback interface; yields the environment in which `flwr run . twist-fl` finds it."""
+    home.mkdir(parents=True)
+    address = f"127.0.0.1:{launch.free_port()}"
+    (home / "config.toml").write_text(f'[superlink.twist-fl]\naddress = "{address}"\ninsecure = true\n')
+    environment = launch.quiet_environment(home) | {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
+    log = home / "flower.log"
+
+    with log.open("w") as output, ExitStack() as stack:
+
+        def begin(*words: str) -> subprocess.Popen[bytes]:
+            process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+            stack.callback(launch.stop_tree, process)
+            return process
+
+        link = begin("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", address.partition(":")[2])
+        launch._wait_until_healthy(address, link, log)
+        for i in range(num_nodes):
+            partition = f"partition-id={i} num-partitions={num_nodes}"
+            port = str(launch.free_port())
+            begin("flower-supernode", "--insecure", "--superlink", address, "--port", port, "--node-config", partition)
+        yield environment
+
+
+def test_a_network_is_rounds_run(small: tuple[str, ...], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    settings = {"preset": "demo", "overrides": " ".join(small), "run-dir": str(folder.path)}
+    file = tmp_path / "settings.toml"
+    file.write_text("".join(f"{key} = {launch._toml_string(value)}\n" for key, value in settings.items()))
+    with network(tmp_path / "flower", 2) as environment:
+        words = ["flwr", "run", str(launch.app_dir()), "twist-fl", "--stream", "--run-config", str(file)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    log = (tmp_path / "flower" / "flower.log").read_text()
+    assert [event["event"] for event in folder.events()][-1:] == ["done"], done.stdout + done.stderr + log
+    assert [(event["nodes"], event["failed"]) for event in folder.events("nodes")] == [(2, [])]
+    assert [(event["answered"], event["dropped"]) for event in folder.events("round")] == [([0, 1], {})] * 2
+    assert_is_rounds_run(folder, tmp_path / "oracle")
