@@ -129,6 +129,8 @@ def main() -> None:
     # Also when started in the background, where a shell has them ignored: nothing of a run must outlive it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a closed terminal; nohup has it ignored
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         app()
     except ConfigError as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import Config, load_config
@@ -19,7 +19,7 @@ from twist_fl.look import load_final
 from twist_fl.progress import RunProgress
 
 INTERRUPTED = 130
-DEVICES = "deployed devices: dense tickets, measured where they arrived"
+DEVICES = "deployed devices, as they measured it"
 
 
 def train(console: Console, preset: str, overrides: list[str]) -> RunFolder:
@@ -53,8 +53,8 @@ def demo(console: Console, directory: Path, overrides: list[str]) -> None:
             runs.append(train(console, "demo", [*overrides, f"algorithm={algorithm}", f"dir={path}"]))
     rows = _deployed(runs[0]) or deploy(console, runs[0].path, [])
     lines = table_cells(comparison_table(runs))
-    console.print(rich_table("test perplexity: full model, and random tickets without fine-tuning (mean ± std)", lines))
-    console.print(rich_table(DEVICES, device_cells(rows)))
+    console.print(terminal_table("test perplexity, tickets without fine-tuning: mean ± std", lines))
+    console.print(terminal_table(DEVICES, device_cells(rows)))
     report(console, [run.path for run in runs], directory / "report.html")
 
 
@@ -101,14 +101,12 @@ def markdown(lines: list[list[str]]) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in (header, rule, *rest))
 
 
-def rich_table(title: str, lines: list[list[str]]) -> Table:
-    """A header and lines of text for the terminal, numbers to the right."""
-    header, *rest = lines
-    table = Table(title=title)
-    for column in header:
-        table.add_column(column, justify="left" if column == header[0] else "right")
-    for line in rest:
-        table.add_row(*line)
+def terminal_table(title: str, lines: list[list[str]]) -> Table:
+    """A header and lines of text turned on their side, which fits a narrow terminal: a column per run or device."""
+    first, *rest = zip(*lines, strict=True)
+    table = Table(*first[:1], *(Column(name, justify="right") for name in first[1:]), title=title)
+    for row in rest:
+        table.add_row(*row)
     return table
 
 
@@ -167,7 +165,7 @@ def deploy(console: Console, path: Path, devices: list[str]) -> list[dict[str, A
         events = RunProgress(console, folder, 0).follow(run)
     _require(events, "deployed", folder)
     rows: list[dict[str, Any]] = json.loads((folder.path / "deployed.json").read_text())
-    console.print(rich_table(DEVICES, device_cells(rows)))
+    console.print(terminal_table(DEVICES, device_cells(rows)))
     console.print(f"dense models, for AutoModelForCausalLM.from_pretrained, in {folder.path / 'deployed'}")
     return rows
 
