@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -115,7 +116,10 @@ def test_a_command_that_does_not_exist(run: Run) -> None:
 
 # Refusals
 
-TEXT = ("demo", "data.source=files", "data.path=TEXT", "data.vocab_size=300")
+TEXT = (
+    *("demo", "data.source=files", "data.path=TEXT", "data.vocab_size=300", "data.window=16"),
+    *("train.workers=4", "model.n_head=12", "model.n_positions=128"),
+)
 IMPOSSIBLE: dict[str, tuple[tuple[str, ...], str]] = {
     "preset": (("demoo",), r"no preset 'demoo', did you mean 'demo'\?; presets: .*wikitext2"),
     "file": (("mine.yaml",), r"no file 'mine\.yaml': give a preset \(demo, "),
@@ -127,7 +131,10 @@ IMPOSSIBLE: dict[str, tuple[tuple[str, ...], str]] = {
     "range": (("demo", "train.workers=0"), r"train\.workers must be more than 0, got 0"),
     "num_sub too small": ((*TEXT, "blueprint.num_sub=2"), r"the smallest legal N_sub for all is 3"),
     "num_sub too large": ((*TEXT, "blueprint.num_sub=13"), r"more than the 12 blocks of a layer: use at most 12"),
-    "layers": ((*TEXT, "model.n_layer=4"), r"leave none of the 4 layers to divide"),
+    "layers": (
+        (*TEXT, "model.n_layer=4", "blueprint.undivided_first=2", "blueprint.undivided_last=2"),
+        r"leave none of the 4 layers to divide",
+    ),
     "window longer than the model": ((*TEXT, "data.window=129"), r"data\.window=129 .*use at most 128"),
     "windows longer than the text": (
         (*TEXT, "data.window=100000", "model.n_positions=100000"),
@@ -259,6 +266,17 @@ def test_a_run_that_fails_exits_with_1_and_the_reason(
     status, _, error = run("train", "--resume", untrained)
     assert status == 1
     assert f"the run ended before its time. Flower's log: {untrained / 'flower.log'}" in error
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_signals_that_end_a_command_let_it_clean_up(nohup: bool, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ignored SIGINT, as in a shell's background, is taken all the same; an ignored SIGHUP is what nohup wants."""
+    handlers: dict[int, Any] = {}
+    monkeypatch.setattr("signal.signal", handlers.__setitem__)
+    monkeypatch.setattr("signal.getsignal", lambda number: signal.SIG_IGN if nohup else signal.SIG_DFL)
+    run("keys")
+    taken = {signal.SIGINT, signal.SIGTERM} | (set() if nohup else {signal.SIGHUP})
+    assert handlers == dict.fromkeys(taken, signal.default_int_handler)
 
 
 # Looking
