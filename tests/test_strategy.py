@@ -320,11 +320,11 @@ def test_evaluation_every_k_rounds(make_strategy: Callable[..., TwistStrategy], 
     job = strategy.job
     strategy.run(LocalGrid())
     found = events(strategy, "eval")
-    assert [event["round"] for event in found] == [2, 4]  # the last round is evaluated with the results
+    assert [event["round"] for event in found] == [2, 4, 5]  # and after the last round
     models, windows, worker = job.models(), job.corpus.test[:20], tmp_path / "oracle"
     state = start(job)
     for event in found:
-        state = run(job, state, worker, num_rounds=2)
+        state = run(job, state, worker, num_rounds=event["round"] - state.round)
         full = models.load_sliced(full_blueprint(job.layout), state.params)
         assert event["full"] == perplexity(full, windows, 4)
         drawn = job.blueprints(state.round)
@@ -340,7 +340,7 @@ def test_evaluation_only_as_asked(overrides: tuple[str, ...], make_strategy: Cal
     strategy = make_strategy(*overrides)
     strategy.run(LocalGrid())
     found = events(strategy, "eval")
-    assert [(event["round"], event["windows"]) for event in found] == ([(1, 9)] if "eval.every=1" in overrides else [])
+    assert [(event["round"], event["windows"]) for event in found] == ([(1, 9), (2, 9)] if "eval.every=1" in overrides else [])
     assert not any("subnets" in event for event in found)
 
 

@@ -38,7 +38,6 @@ def final_results(job: Job, state: RunState, folder: RunFolder) -> dict[str, Any
         "full": evaluate.perplexity(full, windows, config.eval.batch_size),
         "tickets": [],
     }
-    folder.log("eval", round=state.round, windows=len(windows), full=results["full"])
     for size in config.eval.sizes:
         on_ticket = partial(folder.log, "ticket", round=state.round, size=size)
         tickets = evaluate.ticket_distribution(

@@ -151,7 +151,7 @@ class TwistStrategy(Strategy):
             if last or self.state.round % config.checkpoint_every == 0:
                 self.folder.save(self.state)
                 self._saved_round = self.state.round
-            if config.eval.every and not last and self.state.round % config.eval.every == 0:
+            if config.eval.every and (last or self.state.round % config.eval.every == 0):
                 self._evaluate()
         return self.state
 
