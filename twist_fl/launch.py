@@ -24,7 +24,8 @@ from twist_fl.config import Config, conf_dir
 from twist_fl.results import commit
 
 _START_SECONDS = 60
-_STOP_SECONDS = 10
+_STOP_SECONDS = 3
+_APP_FILES = ("*.py", "pyproject.toml", "conf/*.yaml", "twist_fl/**/*.py")
 _CONNECTION = "twist-fl"
 
 
@@ -35,6 +36,16 @@ class LaunchError(RuntimeError):
 def app_dir() -> Path:
     """The folder that `flwr run` takes: the source tree, or its copy inside an installed wheel."""
     return conf_dir().parent
+
+
+def stage_app(target: Path) -> Path:
+    """The app's own files by themselves: `flwr run` resolves every file below the folder it takes, a .venv's too."""
+    source = app_dir()
+    for file in (found for pattern in _APP_FILES for found in source.glob(pattern)):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+    return target
 
 
 def free_port() -> int:
@@ -137,7 +148,7 @@ def flower_run(
         f"client-resources-num-gpus={config.flower.gpus_per_worker}"
     )
     with superlink(folder.path / "flower", log) as environment:
-        command = ["flwr", "run", str(app_dir()), _CONNECTION, "--stream"]
+        command = ["flwr", "run", str(stage_app(folder.path / "flower" / "app")), _CONNECTION, "--stream"]
         command += ["--run-config", str(settings), "--federation-config", resources]
         with log.open("a") as output:
             process = subprocess.Popen(
