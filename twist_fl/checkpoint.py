@@ -6,8 +6,10 @@ A checkpoint is a folder that is renamed into place when it is whole; the two ne
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +59,21 @@ class RunFolder:
         return job_from_json(self.job_file.read_text())
 
     def log(self, event: str, **fields: Any) -> None:
+        """Append one line. A line that a crash cut off before is ended first."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with self.events_file.open("a") as file:
-            file.write(json.dumps({"event": event, **fields}) + "\n")
+        with self.events_file.open("a+b") as file:
+            if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
+                file.write(b"\n")
+            file.write(json.dumps({"event": event, **fields}).encode() + b"\n")
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
-        """Events in order; a last line cut off by a crash is left out."""
+        """Events in order; lines cut off by a crash are left out."""
         if not self.events_file.exists():
             return []
-        lines = self.events_file.read_text().splitlines(keepends=True)
-        found = [json.loads(line) for line in lines if line.endswith("\n")]
+        found = []
+        for line in self.events_file.read_text().splitlines():
+            with suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
         return [entry for entry in found if event is None or entry["event"] == event]
 
     def checkpoints(self) -> list[Path]:

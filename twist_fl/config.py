@@ -128,6 +128,8 @@ class FlowerConfig:
     """Seconds after which a round goes on without the replies still missing."""
     poll_interval: float = 0.05
     """Seconds between two looks for replies."""
+    connect_timeout: float = 900.0
+    """Seconds a node has to read the text and build its worker before the first round."""
     wait_for_nodes: float = 30.0
     """Seconds to wait for as many nodes as workers; after that those present share the workers."""
     cpus_per_worker: int | None = None
@@ -292,6 +294,7 @@ def _check_values(config: Config) -> None:
         "checkpoint_every": config.checkpoint_every,
         "flower.round_timeout": config.flower.round_timeout,
         "flower.poll_interval": config.flower.poll_interval,
+        "flower.connect_timeout": config.flower.connect_timeout,
         "flower.wait_for_nodes": config.flower.wait_for_nodes,
         "flower.cpus_per_worker": config.flower.cpus_per_worker,
         "deploy.new_tokens": config.deploy.new_tokens,

@@ -16,6 +16,7 @@ from twist_fl.blocks import Layout, make_layout
 from twist_fl.blueprint import Blueprint, Debt, Division, draw_round, full_blueprint
 from twist_fl.config import Config, ConfigError, from_yaml, to_yaml
 from twist_fl.data import Corpus, Shard, load_corpus, open_corpus
+from twist_fl.evaluate import ticket_sizes
 from twist_fl.subnet import ModelCache, State, get_state
 
 
@@ -116,8 +117,9 @@ def _make_job(config: Config, model_config: GPT2Config, corpus: Corpus, run_id: 
             blueprint.undivided_last,
             tuple(blueprint.common),
         )
-        if config.algorithm == "twist":
-            division.check(layout)
+        division.check(layout, coverage=config.algorithm == "twist")
+        for size in config.eval.sizes:
+            ticket_sizes(layout, division, size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return Job(config, model_config, layout, division, corpus, run_id)

@@ -52,6 +52,18 @@ def from_arrays(record: ArrayRecord) -> State:
     return state
 
 
+def node_record(partition: object) -> RecordDict:
+    """A node's answer to `connect`: its place among the nodes."""
+    return RecordDict({"node": ConfigRecord({"partition": str(partition)})})
+
+
+def partition_of(content: RecordDict) -> int:
+    """The place a node gave itself; what is not a number comes last."""
+    record = content.config_records.get("node", ConfigRecord())
+    partition = str(record.get("partition", ""))
+    return int(partition) if partition.isdecimal() else 2**64
+
+
 def _to_record(fields: Mapping[str, Any]) -> ConfigRecord:
     return ConfigRecord({"json": json.dumps(fields)})
 
