@@ -47,8 +47,8 @@ class RunFolder:
         """Start a new run here. Raises ConfigError if the folder already holds one."""
         if self.job_file.exists():
             raise ConfigError(
-                f"{self.path} already holds a run: resume it with `twist-fl train --resume {self.path}`, "
-                "or choose another folder with dir=..."
+                f"{self.path} already holds a run: resume it with `twist-fl train --resume {self.path}` "
+                f'(or run-dir="{self.path}" under `flwr run`), or choose another folder with dir=...'
             )
         write_text(job.to_json(), self.job_file)
 

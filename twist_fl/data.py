@@ -24,7 +24,7 @@ from twist_fl.config import ConfigError, DataConfig
 
 Windows = npt.NDArray[np.int32]
 END_OF_TEXT = "<|endoftext|>"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ class Corpus:
     folder: Path
     digest: str
     vocab_size: int
+    end_token: int | None
+    """Id of the tokenizer's end-of-text token."""
     train: Windows
     test: Windows
 
@@ -74,7 +76,7 @@ def open_corpus(digest: str, window: int) -> Corpus:
         whole = len(tokens) // window
         return tokens[: whole * window].reshape(whole, window)  # type: ignore[no-any-return]
 
-    return Corpus(folder, digest, meta["vocab_size"], windows("train"), windows("test"))
+    return Corpus(folder, digest, meta["vocab_size"], meta["end_token"], windows("train"), windows("test"))
 
 
 class Documents:
@@ -185,7 +187,12 @@ def _tokenise(config: DataConfig, documents: Documents) -> Path:
             np.save(making / f"{split}.npy", tokens)
             sizes[split] = len(tokens)
         tokenizer.save_pretrained(making / "tokenizer")
-        meta = {"vocab_size": len(tokenizer), "tokens": sizes, "data": asdict(config)}
+        meta = {
+            "vocab_size": len(tokenizer),
+            "end_token": tokenizer.eos_token_id,
+            "tokens": sizes,
+            "data": asdict(config),
+        }
         (making / "meta.json").write_text(json.dumps(meta, indent=1))
         try:
             making.rename(folder)
@@ -197,7 +204,7 @@ def _tokenise(config: DataConfig, documents: Documents) -> Path:
 
 
 def _encode(tokenizer: Any, texts: Iterable[str], separate: bool) -> npt.NDArray[np.int32]:
-    end = tokenizer.backend_tokenizer.token_to_id(END_OF_TEXT)
+    end = tokenizer.eos_token_id
     tail = [end] if separate and end is not None else []
     parts: list[npt.NDArray[np.int32]] = []
     for batch in _batches(texts, 1000):

@@ -67,7 +67,9 @@ class Job:
         else:
             torch.manual_seed(self.config.seed)
             model = GPT2LMHeadModel(self.model_config)
-        return {name: tensor.clone() for name, tensor in get_state(model).items()}
+        state = {name: tensor.clone() for name, tensor in get_state(model).items()}
+        self.layout.check_names({name: tuple(tensor.shape) for name, tensor in state.items()})
+        return state
 
     def to_json(self) -> str:
         """What a worker needs to rebuild this job without reading the hub or the text again."""
@@ -144,7 +146,6 @@ def _model_config(config: Config, corpus: Corpus) -> GPT2Config:
                 f"{loaded.vocab_size}: set data.tokenizer to the model's own"
             )
     else:
-        end = corpus.vocab_size - 1 if config.data.tokenizer else 0
         loaded = GPT2Config(
             vocab_size=corpus.vocab_size,
             # GPT-2's gelu_new as one fused kernel: the same function, a fifth less time per step on a CPU.
@@ -156,8 +157,8 @@ def _model_config(config: Config, corpus: Corpus) -> GPT2Config:
             resid_pdrop=model.dropout,
             embd_pdrop=model.dropout,
             attn_pdrop=model.dropout,
-            bos_token_id=end,
-            eos_token_id=end,
+            bos_token_id=corpus.end_token,
+            eos_token_id=corpus.end_token,
         )
     if window > loaded.n_positions:
         raise ConfigError(f"data.window={window} is longer than the model's context: use at most {loaded.n_positions}")

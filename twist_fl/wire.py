@@ -24,7 +24,7 @@ from twist_fl.train import MOMENTS, Moments
 
 _DTYPES = {"float32": np.float32}
 _STYPE = "raw.little"
-_REPLY_TYPES = {"digest": str, "loss": float, "num_tokens": int, "num_batches": int, "seconds": float}
+_REPLY_TYPES = {"digest": str, "loss": float, "num_tokens": int, "num_batches": int, "seconds": float, "note": str}
 
 
 def to_arrays(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
@@ -96,6 +96,7 @@ def reply_to_records(reply: Reply) -> RecordDict:
         "num_tokens": reply.num_tokens,
         "num_batches": reply.num_batches,
         "seconds": reply.seconds,
+        "note": reply.note,
         "moment_step": reply.moments and reply.moments.step,
     }
     content = RecordDict({"reply": _to_record(fields)})
