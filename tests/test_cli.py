@@ -342,7 +342,7 @@ def test_tickets_of_the_sizes_of_the_run(run: Run, trained: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        (("--sizes", "9"), "a ticket of 9 blocks is impossible: choose 1 to 4"),
+        (("--sizes", "9"), "a ticket size of 9 (eval.sizes, --sizes) is impossible: choose 1 to 4"),
         (("--sizes", "two"), "--sizes 'two' is not a list of numbers, for example 8,6,4"),
         (("--sizes", ""), "--sizes '' is not a list of numbers"),
         (("--draws", "0"), "--draws"),
@@ -399,7 +399,7 @@ def test_generate_from_a_deployed_ticket(
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        (("--size", "5"), "a ticket of 5 blocks is impossible: choose 1 to 4"),
+        (("--size", "5"), "ticket size of 5 (eval.sizes, --sizes) is impossible: choose 1 to 4"),
         (("--prompt", "of the " * 40), "the prompt fills the model's context of 32 tokens: shorten it"),
         (("--prompt", ""), "the prompt is empty"),
         (("--new-tokens", "0"), "--new-tokens"),
