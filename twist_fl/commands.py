@@ -16,6 +16,7 @@ from twist_fl.files import write_text
 from twist_fl.job import make_job
 from twist_fl.launch import LaunchError, flower_run
 from twist_fl.look import load_final
+from twist_fl.machine import check_simulation
 from twist_fl.progress import RunProgress
 from twist_fl.results import portable_config
 
@@ -26,7 +27,9 @@ DEVICES = "deployed devices, as they measured it"
 def train(console: Console, preset: str, overrides: list[str]) -> RunFolder:
     """A new run from preset and overrides, refused before anything starts if it cannot work."""
     config = load_config(preset, overrides)
+    check_simulation(config)
     folder = RunFolder(Path(config.dir or f"runs/{config.name}"))
+    folder.refuse_second_run()
     config.dir = str(folder.path)
     with console.status("reading text and model configuration"):
         job = make_job(config)
@@ -129,6 +132,7 @@ def resume(console: Console, path: Path) -> RunFolder:
     """Go on with an interrupted run from its newest checkpoint."""
     folder = RunFolder(path)
     config = folder.job().config
+    check_simulation(config)
     if folder.events("done"):
         console.print(f"{folder.path} is finished; nothing to do")
         return folder
@@ -162,7 +166,10 @@ def _require(events: list[dict[str, Any]], last: str, folder: RunFolder) -> None
     if failed:
         raise LaunchError(f"the run failed: {failed[0]}. Flower's log: {folder.path / 'flower.log'}")
     if not any(event["event"] == last for event in events):
-        raise LaunchError(f"the run ended before its time. Flower's log: {folder.path / 'flower.log'}")
+        log = folder.path / "flower.log"
+        errors = [line.strip() for line in log.read_text(errors="replace").splitlines() if "Error: " in line]
+        reason = f": {errors[-1]}" if errors else ""
+        raise LaunchError(f"the run ended before its time{reason}. Flower's log: {log}")
 
 
 def deploy(console: Console, path: Path, devices: list[str]) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ def open_run(run_dir: str, preset: str, overrides: str) -> tuple[RunFolder, Job]
 def train_run(grid: Grid, folder: RunFolder, job: Job) -> None:
     """Train to the end and write results.json; what goes wrong is in the run's log as well as in Flower's."""
     print(f"twist_fl: run folder {folder.path}", flush=True)
-    with failures_logged(folder):
+    with folder.lock("server"), failures_logged(folder):
         state = TwistStrategy(job, folder).run(grid)
         final_results(job, state, folder)
     shutil.rmtree(moment_folder(job), ignore_errors=True)

@@ -65,7 +65,7 @@ def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> No
 
     Devices are served one after another, so that they do not disturb each other's latency.
     """
-    with failures_logged(folder):
+    with folder.lock("server"), failures_logged(folder):
         state = folder.load()
         if state is None:
             raise ConfigError(f"{folder.path} has no checkpoint yet: train first")

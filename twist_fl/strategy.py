@@ -7,7 +7,6 @@ arrive, and a round ends at its deadline with whoever has answered.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from twist_fl.checkpoint import RunFolder
 from twist_fl.config import FlowerConfig
 from twist_fl.cost import moment_bytes, round_bytes
 from twist_fl.job import Job
+from twist_fl.machine import usable_cores
 from twist_fl.rounds import RoundMean, RunState, Task, dispatch, plan, start
 
 BYTE_KINDS = ("weights", "moments", "other")
@@ -194,7 +194,7 @@ class TwistStrategy(Strategy):
 
     def _evaluate(self) -> None:
         """Perplexity of the full model and of the round's subnets; the workers are idle meanwhile."""
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(usable_cores())
         job, state = self.job, self.state
         windows = job.corpus.test[: job.config.eval.watch_windows]
         size = job.config.eval.batch_size
