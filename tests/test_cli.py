@@ -128,7 +128,7 @@ IMPOSSIBLE: dict[str, tuple[tuple[str, ...], str]] = {
     "form": (("demo", "train.lr"), r"override 'train\.lr' is not of the form key=value"),
     "type": (("demo", "train.lr=fast"), r"train\.lr: .*'fast'"),
     "choice": (("demo", "blueprint.setting=heads"), r"blueprint\.setting"),
-    "range": (("demo", "train.workers=0"), r"train\.workers must be more than 0, got 0"),
+    "range": (("demo", "train.workers=0"), r"train\.workers=0 must be more than 0"),
     "num_sub too small": ((*TEXT, "blueprint.num_sub=2"), r"the smallest legal N_sub for all is 3"),
     "num_sub too large": ((*TEXT, "blueprint.num_sub=13"), r"more than the 12 blocks of a layer: use at most 12"),
     "layers": (
@@ -142,7 +142,7 @@ IMPOSSIBLE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "missing path": (("demo", "data.source=files", "data.path=/no/such/text"), r"'/no/such/text' does not exist"),
     "no path": (("demo", "data.source=files"), r"data\.source=files needs data\.path"),
-    "missing model": ((*TEXT, "model.pretrained=/no/model"), r"'/no/model' is no folder with a config\.json"),
+    "missing model": ((*TEXT, "model.pretrained=/no/model"), "'/no/model' is neither a folder here nor on a hub"),
 }
 
 

@@ -167,7 +167,8 @@ def _require(events: list[dict[str, Any]], last: str, folder: RunFolder) -> None
         raise LaunchError(f"the run failed: {failed[0]}. Flower's log: {folder.path / 'flower.log'}")
     if not any(event["event"] == last for event in events):
         log = folder.path / "flower.log"
-        errors = [line.strip() for line in log.read_text(errors="replace").splitlines() if "Error: " in line]
+        lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+        errors = [line.strip() for line in lines if "Error: " in line]
         reason = f": {errors[-1]}" if errors else ""
         raise LaunchError(f"the run ended before its time{reason}. Flower's log: {log}")
 
