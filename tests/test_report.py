@@ -173,7 +173,7 @@ def test_comparison_table_sums_what_was_logged(make_run: MakeRun) -> None:
     first = json.loads(runs[0].results_file.read_text())["tickets"][0]
     assert twist.tickets["8/12"] == (first["mean"], first["std"])
     assert (twist.weight_bytes, twist.moment_bytes, twist.seconds) == (120_000_000, 30_000_000, 150.0)
-    assert table_cells([twist])[1][-3:] == ["120.0 MB", "30.0 MB", "2 min 30 s"]
+    assert table_cells([twist])[1][-5:] == ["120.0 MB", "0 B", "30.0 MB", "6.0 kB", "2 min 30 s"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import exp
+from math import exp, inf
 from statistics import fmean, stdev
 
 import torch
@@ -15,6 +15,9 @@ from twist_fl.blueprint import Blueprint, Division, draw_ticket
 from twist_fl.data import Windows
 from twist_fl.subnet import ModelCache
 from twist_fl.train import next_token_loss
+
+LARGEST_NLL = 700.0
+"""Nats per token above which a perplexity is infinite."""
 
 
 def mean_nll(model: nn.Module, windows: Windows, batch_size: int) -> float:
@@ -31,7 +34,8 @@ def mean_nll(model: nn.Module, windows: Windows, batch_size: int) -> float:
 
 def perplexity(model: nn.Module, windows: Windows, batch_size: int) -> float:
     """exp(total negative log-likelihood / number of predicted tokens)."""
-    return exp(mean_nll(model, windows, batch_size))
+    nll = mean_nll(model, windows, batch_size)
+    return exp(nll) if nll < LARGEST_NLL else inf
 
 
 def subnet_perplexity(
