@@ -3,7 +3,7 @@
 import time
 from dataclasses import replace
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from twist_fl import serve, ship, wire
@@ -16,7 +16,7 @@ def connect(message: Message, context: Context) -> Message:
     """Build the worker, so that what is wrong with this node shows before training starts."""
     serve.worker_for(str(message.content.config_records["job"]["json"]))
     partition = context.node_config.get("partition-id", context.node_id)
-    return Message(RecordDict({"node": ConfigRecord({"partition": str(partition)})}), reply_to=message)
+    return Message(wire.node_record(partition), reply_to=message)
 
 
 @app.train()

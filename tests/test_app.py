@@ -248,7 +248,15 @@ def test_a_network_is_rounds_run(small: tuple[str, ...], tmp_path: Path) -> None
     file = tmp_path / "settings.toml"
     file.write_text("".join(f"{key} = {launch._toml_string(value)}\n" for key, value in settings.items()))
     with network(tmp_path / "flower", 2) as environment:
-        words = ["flwr", "run", str(launch.app_dir()), "twist-fl", "--stream", "--run-config", str(file)]
+        words = [
+            "flwr",
+            "run",
+            str(launch.stage_app(tmp_path / "app")),
+            "twist-fl",
+            "--stream",
+            "--run-config",
+            str(file),
+        ]
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     log = (tmp_path / "flower" / "flower.log").read_text()
     assert [event["event"] for event in folder.events()][-1:] == ["done"], done.stdout + done.stderr + log

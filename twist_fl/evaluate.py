@@ -73,12 +73,13 @@ def ticket_sizes(layout: Layout, division: Division, size: int) -> tuple[int, in
     heads, ffn_blocks = layout.num_blocks
     of = blocks_per_layer(layout, division)
     if not 1 <= size <= of:
-        raise ValueError(f"a ticket of {size} blocks is impossible: choose 1 to {of}")
+        raise ValueError(f"a ticket size of {size} (eval.sizes, --sizes) is impossible: choose 1 to {of}")
     ffn = size * ffn_blocks / of
     if division.divides("ffn") and ffn != int(ffn):
         legal = [n for n in range(1, of + 1) if n * ffn_blocks % of == 0]
         raise ValueError(
-            f"{size} of {of} blocks is no whole number of the {ffn_blocks} FFN blocks: choose one of {legal}"
+            f"a ticket size of {size} (eval.sizes, --sizes) of {of} blocks is no whole number of the "
+            f"{ffn_blocks} FFN blocks: choose one of {legal}"
         )
     return (size if division.divides("attn") else heads, int(ffn) if division.divides("ffn") else ffn_blocks)
 

@@ -41,7 +41,7 @@ class Network:
         """`flwr run` to its end; its output."""
         file = self.home / "settings.toml"
         file.write_text("".join(f"{key} = {launch._toml_string(value)}\n" for key, value in settings.items()))
-        words = ["flwr", "run", str(app or launch.app_dir()), launch._CONNECTION, "--stream"]
+        words = ["flwr", "run", str(app or launch.stage_app(self.home / "app")), launch._CONNECTION, "--stream"]
         done = subprocess.run(
             [*words, "--run-config", str(file)] if settings else words,
             env=self.environment,

@@ -44,6 +44,8 @@ def run_node(arguments: list[str]) -> None:
     SuperNode ends by itself.
     """
     check_flower()
+    for name in ("NO_PROXY", "no_proxy"):  # no proxy stands between the three processes
+        os.environ[name] = ",".join(filter(None, [_HOST, os.environ.get(name)]))
     from twist_fl.executor import TaskSource
 
     with supernode(arguments) as (process, address, secret):

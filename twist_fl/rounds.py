@@ -56,6 +56,8 @@ class Reply:
     num_batches: int
     seconds: float = 0.0
     moments: Moments | None = None
+    note: str = ""
+    """What the run's log should say of this worker."""
 
 
 @dataclass
@@ -69,6 +71,8 @@ class RoundReport:
     answered: list[int] = field(default_factory=list)
     dropped: dict[int, str] = field(default_factory=dict)
     """Workers whose reply did not count, and why."""
+    notes: dict[int, str] = field(default_factory=dict)
+    """What workers whose reply counted had to say."""
 
 
 def start(job: Job) -> RunState:
@@ -121,8 +125,11 @@ class Worker:
         config = self.job.config
         torch.set_num_threads(config.train.threads or 1)
         model = self.models.load(task.blueprint, params)
+        note = ""
         if config.train.optimizer_state == "client":
             moments = self.shelf.load(task.worker, task.round)
+            if moments is None and task.cursor > 0:
+                note = "its optimiser state is not on this machine: started anew"
         seed = int(np.random.SeedSequence((config.seed, task.round, task.worker)).generate_state(1)[0])
         interval = train_interval(model, self.batches(task), config.train, seed, moments)
         if config.train.optimizer_state == "client":
@@ -138,6 +145,7 @@ class Worker:
             moments=Moments(interval.moments.step, {m: _on_cpu(v) for m, v in interval.moments.values.items()})
             if travels
             else None,
+            note=note,
         )
 
 
@@ -172,6 +180,8 @@ class RoundMean:
         self._cursors[task.worker] += reply.num_batches
         self.report.num_tokens += reply.num_tokens
         self.report.answered.append(task.worker)
+        if reply.note:
+            self.report.notes[task.worker] = reply.note
 
     def _check(self, task: Task, reply: Reply) -> None:
         layout, blueprint = self.job.layout, task.blueprint

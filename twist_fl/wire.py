@@ -24,7 +24,7 @@ from twist_fl.train import MOMENTS, Moments
 
 _DTYPES = {"float32": np.float32}
 _STYPE = "raw.little"
-_REPLY_TYPES = {"digest": str, "loss": float, "num_tokens": int, "num_batches": int, "seconds": float}
+_REPLY_TYPES = {"digest": str, "loss": float, "num_tokens": int, "num_batches": int, "seconds": float, "note": str}
 
 
 def to_arrays(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
@@ -50,6 +50,18 @@ def from_arrays(record: ArrayRecord) -> State:
             raise ReplyError(f"{name} has {len(array.data)} bytes for shape {tuple(array.shape)}")
         state[name] = torch.from_numpy(np.frombuffer(bytearray(array.data), dtype).reshape(tuple(array.shape)))
     return state
+
+
+def node_record(partition: object) -> RecordDict:
+    """A node's answer to `connect`: its place among the nodes."""
+    return RecordDict({"node": ConfigRecord({"partition": str(partition)})})
+
+
+def partition_of(content: RecordDict) -> int:
+    """The place a node gave itself; what is not a number comes last."""
+    record = content.config_records.get("node", ConfigRecord())
+    partition = str(record.get("partition", ""))
+    return int(partition) if partition.isdecimal() else 2**64
 
 
 def _to_record(fields: Mapping[str, Any]) -> ConfigRecord:
@@ -84,6 +96,7 @@ def reply_to_records(reply: Reply) -> RecordDict:
         "num_tokens": reply.num_tokens,
         "num_batches": reply.num_batches,
         "seconds": reply.seconds,
+        "note": reply.note,
         "moment_step": reply.moments and reply.moments.step,
     }
     content = RecordDict({"reply": _to_record(fields)})
