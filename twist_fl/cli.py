@@ -127,6 +127,36 @@ def keys() -> None:
     look.keys(console)
 
 
+@app.command()
+def node(
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="The SuperLink's Fleet API.")],
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS: for loopback and trusted networks.")] = False,
+    root_certificates: Annotated[
+        Path | None, typer.Option(help="CA certificate (PEM) of the SuperLink; default: the system's.")
+    ] = None,
+    auth_supernode_private_key: Annotated[
+        Path | None, typer.Option(help="This node's key, registered with `flwr supernode register`.")
+    ] = None,
+    node_config: Annotated[
+        str, typer.Option(help='For example "partition-id=0 num-partitions=2".', show_default=False)
+    ] = "",
+    trusted_entities: Annotated[
+        Path | None, typer.Option(help="YAML file of public keys: run only apps that one of them has signed.")
+    ] = None,
+) -> None:
+    """Join a Flower network as a SuperNode whose worker stays warm between rounds; see docs/nodes.md."""
+    from twist_fl.node import run_node
+
+    given = {
+        "--superlink": superlink,
+        "--root-certificates": root_certificates,
+        "--auth-supernode-private-key": auth_supernode_private_key,
+        "--node-config": node_config,
+        "--trusted-entities": trusted_entities,
+    }
+    run_node(["--insecure"] * insecure + [word for pair in given.items() if pair[1] for word in map(str, pair)])
+
+
 def _complain(error: Exception) -> None:
     Console(stderr=True, markup=False).print(f"error: {error}", style="red", soft_wrap=True, highlight=False)
 
