@@ -171,10 +171,10 @@ def test_tickets_are_shipped_to_two_devices(
 
 def test_a_run_whose_workers_fail_says_why(small: tuple[str, ...], tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    done = twist_fl("train", "demo", *small, "train.device=cuda:63", f"dir={folder.path}")
+    done = twist_fl("train", "demo", *small, "train.lr=1e38", "train.rounds=2", f"dir={folder.path}")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "error: the run failed: NoWorkersError: round 1: no worker answered" in done.stderr
-    assert "CUDA" in done.stderr  # Torch's reason, from inside the worker
+    assert "training loss is nan" in done.stderr
     assert f"Flower's log: {folder.path / 'flower.log'}" in done.stderr
     assert not folder.results_file.exists()
     assert processes_of(folder) == []
