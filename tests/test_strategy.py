@@ -340,7 +340,9 @@ def test_evaluation_only_as_asked(overrides: tuple[str, ...], make_strategy: Cal
     strategy = make_strategy(*overrides)
     strategy.run(LocalGrid())
     found = events(strategy, "eval")
-    assert [(event["round"], event["windows"]) for event in found] == ([(1, 9), (2, 9)] if "eval.every=1" in overrides else [])
+    assert [(event["round"], event["windows"]) for event in found] == (
+        [(1, 9), (2, 9)] if "eval.every=1" in overrides else []
+    )
     assert not any("subnets" in event for event in found)
 
 

@@ -18,6 +18,7 @@ from yaml import YAMLError
 
 Algorithm = Literal["twist", "fedavg"]
 OptimizerState = Literal["reset", "client", "server"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 class ConfigError(ValueError):
@@ -101,6 +102,12 @@ class TrainConfig:
     device: str = "auto"
     threads: int | None = None
     """CPU threads per worker; null: cores / workers."""
+    precision: Precision = "float32"
+    """Of the products in a step: tf32 needs a CUDA GPU; bfloat16 is autocast. Parameters and Adam are float32."""
+    compile: bool = False
+    """torch.compile the model's body, once per subnet shape and batch size; needs a C++ compiler."""
+    loss_chunk: int = 256
+    """Tokens whose logits exist at a time in the loss; a batch of no more tokens takes the model's own loss."""
 
 
 @dataclass
@@ -284,6 +291,7 @@ def _check_values(config: Config) -> None:
         "train.rounds": train.rounds,
         "train.lr": train.lr,
         "train.threads": train.threads,
+        "train.loss_chunk": train.loss_chunk,
         "data.window": data.window - 1,
         "eval.batch_size": evaluation.batch_size,
         "eval.watch_windows": evaluation.watch_windows,
