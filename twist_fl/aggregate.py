@@ -30,8 +30,7 @@ class StreamingMean:
     """Sum and weight of each block, one reply at a time.
 
     Memory: the float64 sums, 8 bytes a parameter, whatever the number of replies. NumPy does the arithmetic,
-    because it converts between float32 and float64 in the processor's cache, where torch writes a float64 copy
-    first, and because its new arrays lie in huge pages, which the system hands out twice as fast.
+    because it converts between float32 and float64 in the processor's cache; torch writes a float64 copy first.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -43,7 +42,7 @@ class StreamingMean:
         """Add one subnet's state. `state` must have passed `check_state`."""
         for param in self._layout.params:
             if param.name not in self._sums:
-                self._sums[param.name] = torch.from_numpy(np.empty(param.shape))
+                self._sums[param.name] = torch.empty(param.shape, dtype=torch.float64)
             weights = self._weights[param.name]
             held = self._layout.held(param, blueprint) or range(param.num_blocks)
             total = _blocked(param, self._sums[param.name], param.num_blocks)
@@ -67,15 +66,15 @@ class StreamingMean:
         weights = self._weights[param.name].tolist()
         if not any(weights):
             return old
-        total, before = (_blocked(param, t, param.num_blocks) for t in (self._sums[param.name], old))
-        new = np.empty_like(before)
+        new = torch.empty(param.shape, dtype=old.dtype)
+        total, before, after = (_blocked(param, t, param.num_blocks) for t in (self._sums[param.name], old, new))
         for blocks, _ in runs(range(param.num_blocks), weights):
             weight = weights[blocks.start]
             if weight:
-                np.divide(total[:, :, blocks], weight, out=new[:, :, blocks], casting="same_kind")
+                np.divide(total[:, :, blocks], weight, out=after[:, :, blocks], casting="same_kind")
             else:
-                new[:, :, blocks] = before[:, :, blocks]
-        return torch.from_numpy(new).view(param.shape)
+                after[:, :, blocks] = before[:, :, blocks]
+        return new
 
 
 Array = npt.NDArray[Any]
