@@ -21,6 +21,7 @@ from twist_fl.checks import check_values
 
 Algorithm = Literal["twist", "fedavg"]
 OptimizerState = Literal["reset", "client", "server"]
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 @dataclass
@@ -100,6 +101,12 @@ class TrainConfig:
     device: str = "auto"
     threads: int | None = None
     """CPU threads per worker; null: cores / workers."""
+    precision: Precision = "float32"
+    """Of the products in a step: tf32 needs a CUDA GPU; bfloat16 is autocast. Parameters and Adam are float32."""
+    compile: bool = False
+    """torch.compile the model's body, once per subnet shape and batch size; needs a C++ compiler."""
+    loss_chunk: int = 256
+    """Tokens whose logits exist at a time in the loss; a batch of no more tokens takes the model's own loss."""
 
 
 @dataclass

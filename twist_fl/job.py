@@ -56,8 +56,9 @@ class Job:
             return chosen
         return "cuda" if torch.cuda.is_available() else "cpu"
 
-    def models(self, device: str | None = None) -> ModelCache:
-        return ModelCache(self.model_config, self.layout, self.config.blueprint.scale, device or self.device())
+    def models(self, device: str | None = None, compile: bool = False) -> ModelCache:
+        scale = self.config.blueprint.scale
+        return ModelCache(self.model_config, self.layout, scale, device or self.device(), compile)
 
     def initial_state(self) -> State:
         """The pretrained parameters, or random ones from the run's seed."""
