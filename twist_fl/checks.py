@@ -16,8 +16,9 @@ class ConfigError(ValueError):
 _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "more than 0": (
         lambda value: value > 0,
-        "train.workers train.interval train.batch_size train.epochs train.rounds train.lr train.threads train.loss_chunk "
-        "model.n_layer model.n_head model.n_embd model.n_positions eval.batch_size eval.watch_windows eval.max_windows eval.tickets "
+        "train.workers train.interval train.batch_size train.epochs train.rounds train.lr train.threads "
+        "train.loss_chunk model.n_layer model.n_head model.n_embd model.n_positions eval.batch_size "
+        "eval.watch_windows eval.max_windows eval.tickets "
         "checkpoint_every flower.round_timeout flower.poll_interval flower.connect_timeout flower.wait_for_nodes "
         "flower.cpus_per_worker deploy.new_tokens",
     ),
