@@ -13,7 +13,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 import client_app
-from twist_fl import wire
+from twist_fl import serve, tensors, transport, wire
+from twist_fl.job import Job
 from twist_fl.rounds import Reply, RunState, Task
 from twist_fl.subnet import State
 from twist_fl.train import MOMENTS
@@ -42,6 +43,7 @@ class Served:
     node: int
     task: Task
     params: State
+    transport: str
 
 
 class LocalGrid(Grid):
@@ -83,8 +85,10 @@ class LocalGrid(Grid):
 
         if message.metadata.message_type != "train":
             return [failing("no room on this node")(message) if partition in self.broken else answer()]
-        _, task, params, _ = wire.task_from_records(message.content)
-        self.served.append(Served(node, task, params))
+        parcel = wire.task_from_records(job_of(message), message.content)
+        # The reply will be written where the task is read.
+        params = {name: tensor.clone() for name, tensor in parcel.params.items()}
+        self.served.append(Served(node, task := parcel.task, params, tensors.transport_of(message.content)))
         return self.bend(task, message, answer)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -113,10 +117,18 @@ class LocalGrid(Grid):
         raise NotImplementedError
 
 
-def changed(message: Message, change: Callable[[Reply], Reply]) -> Message:
-    """An answer with another reply inside."""
-    content = wire.reply_to_records(change(wire.reply_from_records(message.content)))
-    return Message(content=content, metadata=message.metadata)  # type: ignore[call-overload,no-any-return]
+def changed(task: Task, message: Message, answer: Message, change: Callable[[Reply], Reply]) -> Message:
+    """An answer with another reply inside, which travels as the honest one."""
+    job, handle = job_of(message), tensors.handle_of(answer.content)
+    segment = None if handle is None else transport.attach(handle, job.run_id)
+    reply = change(wire.reply_from_records(job, task.blueprint, answer.content, segment))
+    content = wire.reply_to_records(job, task.blueprint, reply, segment)
+    return Message(content=content, metadata=answer.metadata)  # type: ignore[call-overload,no-any-return]
+
+
+def job_of(message: Message) -> Job:
+    """The job a message to a node belongs to."""
+    return serve.worker_for(wire.job_of(message.content)).job
 
 
 def with_nan(reply: Reply) -> Reply:

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from flwr.app import ArrayRecord, Error, Message, RecordDict
-from local_grid import Answer, Bend, LocalGrid, assert_same_run, changed, failing, honest, same, with_nan
+from local_grid import Answer, Bend, LocalGrid, assert_same_run, changed, failing, honest, job_of, same, with_nan
 
+from twist_fl import tensors, transport, wire
 from twist_fl.aggregate import coverage_debt
 from twist_fl.blueprint import full_blueprint
 from twist_fl.checkpoint import RunFolder
@@ -200,19 +201,27 @@ def of_another(task: Task, message: Message, answer: Answer) -> list[Message]:
     """Same names, same shapes, other blocks: only the digest tells."""
     other = replace(task.blueprint, attn=task.blueprint.ffn, ffn=task.blueprint.attn)
     assert other.shape == task.blueprint.shape
-    return [changed(answer(), lambda reply: replace(reply, digest=other.digest))]
+    return [changed(task, message, answer(), lambda reply: replace(reply, digest=other.digest))]
 
 
 def not_finite(task: Task, message: Message, answer: Answer) -> list[Message]:
-    return [changed(answer(), with_nan)]
+    return [changed(task, message, answer(), with_nan)]
 
 
 def lazy(task: Task, message: Message, answer: Answer) -> list[Message]:
-    return [changed(answer(), lambda reply: replace(reply, num_batches=1))]
+    return [changed(task, message, answer(), lambda reply: replace(reply, num_batches=1))]
 
 
 def headless(task: Task, message: Message, answer: Answer) -> list[Message]:
-    return [changed(answer(), lambda reply: replace(reply, params=dict(list(reply.params.items())[1:])))]
+    """Without the embedding: sent inline, for in a segment every parameter has its place."""
+    job, reply = job_of(message), answer()
+    handle = tensors.handle_of(reply.content)
+    segment = None if handle is None else transport.attach(handle, job.run_id)
+    content = wire.reply_to_records(
+        job, task.blueprint, wire.reply_from_records(job, task.blueprint, reply.content, segment)
+    )
+    content.array_records["params"].pop("transformer.wte.weight")
+    return [Message(content=content, metadata=reply.metadata)]  # type: ignore[call-overload]
 
 
 FAILURES: dict[str, tuple[Bend, str]] = {
@@ -340,7 +349,9 @@ def test_evaluation_only_as_asked(overrides: tuple[str, ...], make_strategy: Cal
     strategy = make_strategy(*overrides)
     strategy.run(LocalGrid())
     found = events(strategy, "eval")
-    assert [(event["round"], event["windows"]) for event in found] == ([(1, 9), (2, 9)] if "eval.every=1" in overrides else [])
+    assert [(event["round"], event["windows"]) for event in found] == (
+        [(1, 9), (2, 9)] if "eval.every=1" in overrides else []
+    )
     assert not any("subnets" in event for event in found)
 
 

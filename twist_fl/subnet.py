@@ -8,13 +8,14 @@ projection, so the shared output bias is never scaled.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import GPT2Config, PreTrainedModel
 
-from twist_fl.blocks import KINDS, Layout
+from twist_fl.blocks import KINDS, Layout, Param
 from twist_fl.blueprint import Blueprint, Scale
 from twist_fl.modeling_subnet import SubnetGPT2LMHeadModel
 
@@ -35,6 +36,24 @@ def _take(layout: Layout, name: str, tensor: torch.Tensor, blueprint: Blueprint)
     if held is None:
         return tensor
     return tensor.index_select(param.dim, torch.tensor(param.index(held), device=tensor.device))
+
+
+def copy_slice(layout: Layout, blueprint: Blueprint, name: str, tensor: torch.Tensor, out: torch.Tensor) -> None:
+    """Write what `slice_state` takes of one parameter into `out`, in `out`'s dtype, without a copy in between."""
+    param = layout.by_name[name]
+    held = layout.held(param, blueprint)
+    if held is None:
+        out.copy_(tensor)
+        return
+    source, target = _by_block(param, tensor), _by_block(param, out)
+    for place, block in enumerate(held):
+        target[:, :, place].copy_(source[:, :, block])
+
+
+def _by_block(param: Param, tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor of the parameter's blocks seen as (before, section, block, inside a block)."""
+    inside = param.width * prod(param.shape[param.dim + 1 :])
+    return tensor.view(prod(param.shape[: param.dim]), param.sections, -1, inside)
 
 
 def get_state(model: nn.Module) -> State:
