@@ -98,7 +98,7 @@ def put_tensors(
 def _pack(packing: Packing, record: str, state: State, write: Write, known: KnownArrays) -> ArrayRecord:
     """One array for the blocks, one for each parameter held whole."""
     dtype = packing.dtype(record)
-    arrays = {}
+    arrays = ArrayRecord()  # its constructor copies arrays, and with them loses the hashes
     for param in packing.shared:
         place = record, param.name
         if place not in known:
@@ -111,14 +111,14 @@ def _pack(packing: Packing, record: str, state: State, write: Write, known: Know
 
     if packing.blocks:
         arrays[BLOCKS] = _new_array((packing.num_elements(packing.blocks),), dtype, write_blocks)
-    return ArrayRecord(arrays)
+    return arrays
 
 
 def get_tensors(
     content: RecordDict, packing: Packing, step: int | None, segment: Segment | None
 ) -> tuple[State, Moments | None]:
     if (step is not None) != packing.with_moments:
-        raise TypeError(f"moment_step={step}, where the job's messages have records {packing.records}")
+        raise TypeError(f"moment_step={step}, where the job's messages hold {', '.join(packing.records)}")
     handle = handle_of(content)
     if handle is None:
         states = {record: _unpack(packing, record, content.array_records[record]) for record in packing.records}
@@ -180,7 +180,7 @@ def num_bytes(content: RecordDict) -> dict[str, int]:
     in_segment, whole = segment.get("weights", 0), segment.get("num_bytes", 0)
     if isinstance(in_segment, int) and isinstance(whole, int):
         weights, moments = weights + in_segment, moments + whole - in_segment
-    other = sum(record.count_bytes() for record in content.config_records.values())
+    other = sum(len(record.deflate()) for record in content.config_records.values())
     return {"weights": weights, "moments": moments, "other": other}
 
 
