@@ -57,10 +57,12 @@ class LocalGrid(Grid):
         last_first: bool = False,
         one_at_a_time: bool = False,
         broken: Sequence[int] = (),
+        far: Sequence[int] = (),
     ) -> None:
         ids = random.Random(11).sample(range(2**62, 2**63), num_nodes)
         self.partitions = dict(zip(ids, range(num_nodes), strict=True))
         self.bend, self.last_first, self.one_at_a_time, self.broken = bend, last_first, one_at_a_time, broken
+        self.far = far
         self.served: list[Served] = []
         self._replies: list[Message] = []
 
@@ -84,12 +86,23 @@ class LocalGrid(Grid):
             return client_app.app(message, context)
 
         if message.metadata.message_type != "train":
-            return [failing("no room on this node")(message) if partition in self.broken else answer()]
+            if partition in self.broken:
+                return [failing("no room on this node")(message)]
+            return [self._from_afar(message, answer) if partition in self.far else answer()]
         parcel = wire.task_from_records(job_of(message), message.content)
         # The reply will be written where the task is read.
         params = {name: tensor.clone() for name, tensor in parcel.params.items()}
         self.served.append(Served(node, task := parcel.task, params, tensors.transport_of(message.content)))
         return self.bend(task, message, answer)
+
+    @staticmethod
+    def _from_afar(message: Message, answer: Answer) -> Message:
+        """The answer of another machine, where the server's process and files do not exist."""
+        handle = message.content.config_records["segment"]
+        here, handle["fd"] = handle["fd"], 99_999
+        found = answer()
+        handle["fd"] = here
+        return found
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         wanted = set(message_ids)

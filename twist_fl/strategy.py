@@ -190,9 +190,24 @@ class TwistStrategy(Strategy):
         deadline = time.monotonic() + flower.wait_for_nodes
         while len(found := sorted(grid.get_node_ids())) < workers and time.monotonic() < deadline:
             time.sleep(flower.poll_interval)
-        token = self._make_token()
+        ready, failed = self._ask(grid, found[:workers])
+        self.nodes = [node for _, node in sorted(ready)]
+        self.folder.log(
+            "nodes",
+            round=self.state.round,
+            nodes=len(self.nodes),
+            shared_memory=len(self._neighbours),
+            failed=list(failed.values()),
+        )
+        if not self.nodes:
+            reasons = "; ".join(sorted(set(failed.values()))) or f"none connected within {flower.wait_for_nodes:g} s"
+            raise NoWorkersError(f"no node is ready for the run: {reasons}")
+
+    def _ask(self, grid: Grid, nodes: list[int]) -> tuple[list[tuple[int, int]], dict[int, str]]:
+        """Which nodes are ready, with their partitions, and why the others are not. Notes who shares this machine."""
+        flower, token = self.job.config.flower, self._make_token()
         content = wire.question(self.job_json, token)
-        asked = [Message(content, dst_node_id=node, message_type=MessageType.QUERY) for node in found[:workers]]
+        asked = [Message(content, dst_node_id=node, message_type=MessageType.QUERY) for node in nodes]
         ready: list[tuple[int, int]] = []
         failed: dict[int, str] = {}
         for reply in exchange(grid, asked, flower):
@@ -209,17 +224,7 @@ class TwistStrategy(Strategy):
             ready.append((int(str(fields["partition"])), node))
         if token is not None:
             transport.close(token)
-        self.nodes = [node for _, node in sorted(ready)]
-        self.folder.log(
-            "nodes",
-            round=self.state.round,
-            nodes=len(self.nodes),
-            shared_memory=len(self._neighbours),
-            failed=list(failed.values()),
-        )
-        if not self.nodes:
-            reasons = "; ".join(sorted(set(failed.values()))) or f"none connected within {flower.wait_for_nodes:g} s"
-            raise NoWorkersError(f"no node is ready for the run: {reasons}")
+        return ready, failed
 
     def _make_token(self) -> transport.Segment | None:
         """What a node must read to get its tensors by shared memory; None if no node shall."""
