@@ -210,6 +210,7 @@ class TwistStrategy(Strategy):
         asked = [Message(content, dst_node_id=node, message_type=MessageType.QUERY) for node in nodes]
         ready: list[tuple[int, int]] = []
         failed: dict[int, str] = {}
+        self._neighbours = set()
         for reply in exchange(grid, asked, flower):
             node = reply.metadata.src_node_id
             if reply.has_error():
