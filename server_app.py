@@ -1,8 +1,12 @@
 """Flower's ServerApp: glue. The work is in twist_fl/serve.py and twist_fl/strategy.py."""
 
+from pathlib import Path
+
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from twist_fl.checkpoint import RunFolder
+from twist_fl.config import ConfigError
 from twist_fl.serve import open_run, train_run
 from twist_fl.ship import deploy_run
 
@@ -13,8 +17,11 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Train, or with mode="deploy" ship tickets of a trained run; see [tool.flwr.app.config] for the keys."""
     given = context.run_config
-    folder, job = open_run(str(given["run-dir"]), str(given["preset"]), str(given["overrides"]))
-    if given["mode"] == "deploy":
-        deploy_run(grid, folder, job, str(given["devices"]))
+    mode, run_dir = str(given["mode"]), str(given["run-dir"])
+    if mode == "train":
+        train_run(grid, *open_run(run_dir, str(given["preset"]), str(given["overrides"])))
+    elif mode == "deploy":
+        folder = RunFolder(Path(run_dir))
+        deploy_run(grid, folder, folder.job(), str(given["devices"]))
     else:
-        train_run(grid, folder, job)
+        raise ConfigError(f'mode={mode!r} must be "train" or "deploy"')

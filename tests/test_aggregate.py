@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twist_fl.aggregate import ReplyError, StreamingMean, check_state, coverage_debt
+from twist_fl.aggregate import ReplyError, StreamingMean, _accumulate, check_state, coverage_debt
 from twist_fl.blocks import KINDS, Layout, make_layout
 from twist_fl.blueprint import Blueprint, Division, draw_round, full_blueprint
 from twist_fl.job import Job
@@ -134,6 +134,52 @@ def test_memory_does_not_grow_with_the_number_of_replies(random_state: RandomSta
         held = [*mean._sums.values(), *mean._weights.values()]
         sizes.add((len(held), sum(tensor.numel() for tensor in held)))
     assert len(sizes) == 1
+
+
+def test_emptied_sums_are_as_new_in_the_same_memory(random_state: RandomState) -> None:
+    old, kept = random_state(LAYOUT, 99), StreamingMean(LAYOUT)
+    for num, round_ in ((3, 1), (1, 2), (2, 3)):
+        replies = replies_of(random_state, num, round_)
+        for weight, (blueprint, state) in enumerate(replies, start=1):
+            kept.add(blueprint, state, weight)
+        assert same(kept.finish(old), aggregate(old, replies, list(range(1, num + 1))))
+        memory = {name: total.data_ptr() for name, total in kept._sums.items()}
+        assert kept.emptied() is kept
+        assert all(kept.finish(old)[name] is old[name] for name in old)
+    assert {name: total.data_ptr() for name, total in kept._sums.items()} == memory
+
+
+def test_a_weighted_sum_in_pieces_is_the_whole_sum() -> None:
+    """Larger than one piece, along either axis, contiguous or not."""
+    rng = np.random.default_rng(0)
+    for shape in ((300, 3, 2, 64), (1, 1, 5, 40000)):
+        total, value = rng.normal(size=shape), rng.normal(size=shape).astype(np.float32)
+        expected = total + 7 * value.astype(np.float64)
+        _accumulate(total, value, 7, is_new=False)
+        assert np.array_equal(total, expected)
+
+
+def test_a_round_takes_the_sums_of_the_round_before_and_nobody_elses(
+    tiny_job: Callable[..., Job], random_state: RandomState
+) -> None:
+    job = tiny_job("train.optimizer_state=server")
+    state = RoundMean(job, start(job), plan(job, start(job))).finish()
+    assert len(state.spare) == 3
+    tasks, given = plan(job, state), [id(mean) for mean in state.spare]
+    first, second = RoundMean(job, state, tasks), RoundMean(job, state, tasks)
+    assert sorted(map(id, (first._params, *first._moments.values()))) == sorted(given)
+    assert not {id(second._params), *map(id, second._moments.values())} & set(given)
+    for mean, seed in ((first, 1), (second, 2)):
+        for task in tasks:
+            mean.add(task, honest(job, task, random_state, seed))
+    name = "transformer.wte.weight"
+    for mean, seed in ((first, 1), (second, 2)):
+        assert torch.equal(mean.finish().params[name], random_state(job.layout, seed)[name])
+
+
+def test_finite_values_with_an_infinite_sum_are_finite(random_state: RandomState) -> None:
+    blueprint, state = replies_of(random_state, 1)[0]
+    check_state(LAYOUT, blueprint, state | {BIAS: torch.full_like(state[BIAS], 3e38)})
 
 
 def test_adding_does_not_change_the_reply_or_the_old_state(random_state: RandomState) -> None:

@@ -180,10 +180,10 @@ def test_tickets_are_shipped_to_two_devices(
 
 def test_a_run_whose_workers_fail_says_why(small: tuple[str, ...], tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    done = twist_fl("train", "demo", *small, "train.device=cuda:63", f"dir={folder.path}")
+    done = twist_fl("train", "demo", *small, "train.lr=1e38", "train.rounds=2", f"dir={folder.path}")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "error: the run failed: NoWorkersError: round 1: no worker answered" in done.stderr
-    assert "CUDA" in done.stderr  # Torch's reason, from inside the worker
+    assert "training loss is nan" in done.stderr
     assert f"Flower's log: {folder.path / 'flower.log'}" in done.stderr
     assert not folder.results_file.exists()
     assert processes_of(folder) == []
@@ -257,7 +257,15 @@ def test_a_network_is_rounds_run(small: tuple[str, ...], tmp_path: Path) -> None
     file = tmp_path / "settings.toml"
     file.write_text("".join(f"{key} = {launch._toml_string(value)}\n" for key, value in settings.items()))
     with network(tmp_path / "flower", 2) as environment:
-        words = ["flwr", "run", str(launch.app_dir()), "twist-fl", "--stream", "--run-config", str(file)]
+        words = [
+            "flwr",
+            "run",
+            str(launch.stage_app(tmp_path / "app")),
+            "twist-fl",
+            "--stream",
+            "--run-config",
+            str(file),
+        ]
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     log = (tmp_path / "flower" / "flower.log").read_text()
     assert [event["event"] for event in folder.events()][-1:] == ["done"], done.stdout + done.stderr + log

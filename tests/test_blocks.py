@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from twist_fl.blocks import Layout, Param, make_layout
+from twist_fl.blocks import Layout, Param, make_layout, runs
 from twist_fl.job import Job
+from twist_fl.subnet import take_blocks
 
 SMALL: dict[str, Any] = {
     "model_type": "gpt2",
@@ -39,6 +40,31 @@ def test_index_is_the_naive_one(num_blocks: int, width: int, sections: int, data
     positions = torch.arange(sections * num_blocks * width).view(sections, num_blocks, width)
     assert param.index(held) == positions[:, held].flatten().tolist()
     assert param.shape_with(len(held)) == (2, len(param.index(held)))
+
+
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 3), st.integers(0, 2), st.data())
+def test_blocks_are_taken_as_the_index_says(
+    num_blocks: int, width: int, sections: int, dim: int, data: st.DataObject
+) -> None:
+    held = data.draw(st.sets(st.integers(0, num_blocks - 1), min_size=1).map(sorted))
+    shape = [2, 3, 2]
+    shape[dim] = sections * num_blocks * width
+    param = Param("x", tuple(shape), 0, "attn", dim, sections, width)
+    whole = torch.randn(shape)
+    out = torch.empty(param.shape_with(len(held)))
+    take_blocks(param, held, whole, out)
+    assert torch.equal(out, whole.index_select(dim, torch.tensor(param.index(held))))
+
+
+def test_runs_join_neighbours_with_equal_tags() -> None:
+    assert list(runs([0, 1, 2, 5, 7, 8])) == [
+        (slice(0, 3), slice(0, 3)),
+        (slice(5, 6), slice(3, 4)),
+        (slice(7, 9), slice(4, 6)),
+    ]
+    assert list(runs(range(4), ["a", "b", "b", "a"])) == [
+        (slice(a, b), slice(a, b)) for a, b in ((0, 1), (1, 3), (3, 4))
+    ]
 
 
 def test_c_attn_gives_each_head_its_query_key_and_value() -> None:

@@ -191,12 +191,11 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     folder.log("round", round=1)
     folder.log("round", round=2)
     whole = folder.events_file.read_text()
-    for length in range(len(whole) // 2, len(whole)):
+    for length in range(len(whole) // 2 + 1, len(whole) - 1):
         folder.events_file.write_text(whole[:length])
         assert [event["round"] for event in folder.events()] == [1]
-    folder.rewind(1)
-    folder.log("round", round=2)
-    assert [event["round"] for event in folder.events()] == [1, 2]
+        folder.log("failed", round=1)  # what is written next does not join it
+        assert [event["event"] for event in folder.events()] == ["round", "failed"]
 
 
 def test_rewinding_forgets_what_will_be_written_again(tmp_path: Path) -> None:

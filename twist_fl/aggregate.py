@@ -9,12 +9,15 @@ float32's 24), which weights of one model do. Memory does not grow with the numb
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from math import isfinite
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from twist_fl.blocks import KINDS, Layout, Param
+from twist_fl.blocks import KINDS, Layout, Param, runs
 from twist_fl.blueprint import Blueprint, Debt, Division
 from twist_fl.subnet import State
 
@@ -24,43 +27,84 @@ class ReplyError(ValueError):
 
 
 class StreamingMean:
-    """Sum and weight of each block, one reply at a time."""
+    """Sum and weight of each block, one reply at a time.
+
+    Memory: the float64 sums, 8 bytes a parameter, whatever the number of replies. NumPy does the arithmetic,
+    because it converts between float32 and float64 in the processor's cache; torch writes a float64 copy first.
+    """
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
         self._sums: State = {}
-        self._weights: dict[str, torch.Tensor] = {}
+        self._weights = {param.name: torch.zeros(param.num_blocks, dtype=torch.int64) for param in layout.params}
 
     def add(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor], weight: int = 1) -> None:
         """Add one subnet's state. `state` must have passed `check_state`."""
         for param in self._layout.params:
             if param.name not in self._sums:
-                self._sums[param.name] = torch.zeros(param.shape, dtype=torch.float64)
-                num_weights = param.shape[param.dim] if param.kind else 1
-                self._weights[param.name] = torch.zeros(num_weights, dtype=torch.float64)
-            total, weights = self._sums[param.name], self._weights[param.name]
-            value = state[param.name]
-            held = self._layout.held(param, blueprint)
-            if held is None:
-                total.add_(value, alpha=weight)
-                weights.add_(weight)
-            else:
-                index = torch.tensor(param.index(held))
-                total.index_add_(param.dim, index, value.to(torch.float64), alpha=weight)
-                weights[index] += weight
+                self._sums[param.name] = torch.empty(param.shape, dtype=torch.float64)
+            weights = self._weights[param.name]
+            held = self._layout.held(param, blueprint) or range(param.num_blocks)
+            total = _blocked(param, self._sums[param.name], param.num_blocks)
+            value = _blocked(param, state[param.name], len(held))
+            is_new = (weights == 0).tolist()
+            for blocks, positions in runs(held, is_new):
+                _accumulate(total[:, :, blocks], value[:, :, positions], weight, is_new[blocks.start])
+                weights[blocks] += weight
 
     def finish(self, state: Mapping[str, torch.Tensor]) -> State:
         """The new state: means where somebody held the element, `state`'s own value elsewhere."""
         return {param.name: self._mean(param, state[param.name]) for param in self._layout.params}
 
+    def emptied(self) -> StreamingMean:
+        """This object, without its replies but with its memory."""
+        for weights in self._weights.values():
+            weights.zero_()
+        return self
+
     def _mean(self, param: Param, old: torch.Tensor) -> torch.Tensor:
-        if param.name not in self._sums:
+        weights = self._weights[param.name].tolist()
+        if not any(weights):
             return old
-        along = [1] * len(param.shape)
-        along[param.dim] = -1
-        weights = self._weights[param.name].view(along)
-        mean = (self._sums[param.name] / weights.clamp_min(1)).to(old.dtype)
-        return mean if bool((weights > 0).all()) else torch.where(weights > 0, mean, old)
+        new = torch.empty(param.shape, dtype=old.dtype)
+        total, before, after = (_blocked(param, t, param.num_blocks) for t in (self._sums[param.name], old, new))
+        for blocks, _ in runs(range(param.num_blocks), weights):
+            weight = weights[blocks.start]
+            if weight:
+                np.divide(total[:, :, blocks], weight, out=after[:, :, blocks], casting="same_kind")
+            else:
+                after[:, :, blocks] = before[:, :, blocks]
+        return new
+
+
+Array = npt.NDArray[Any]
+PIECE = 2**16
+"""Elements of a temporary: 0.5 MB in float64, which stays in the cache."""
+
+
+def _blocked(param: Param, tensor: torch.Tensor, num_held: int) -> Array:
+    """The tensor's own memory as (outer, sections, num_held, inner)."""
+    array: Array = tensor.contiguous().numpy().reshape(param.blocked(num_held))
+    return array
+
+
+def _accumulate(total: Array, value: Array, weight: int, is_new: bool) -> None:
+    """total += weight * value in float64, in place; a new total has no value yet."""
+    if is_new:
+        np.multiply(value, weight, out=total, dtype=np.float64)
+    elif weight == 1:
+        np.add(total, value, out=total)
+    else:
+        for part, of in zip(_pieces(total), _pieces(value), strict=True):
+            np.add(part, np.multiply(of, weight, dtype=np.float64), out=part)
+
+
+def _pieces(array: Array) -> Iterator[Array]:
+    """Views of about PIECE elements, cut along the outer axis or, where that is 1, the inner one."""
+    axis = 0 if array.shape[0] > 1 else array.ndim - 1
+    step = max(1, PIECE * array.shape[axis] // array.size)
+    for start in range(0, array.shape[axis], step):
+        yield array[start : start + step] if axis == 0 else array[..., start : start + step]
 
 
 def check_state(layout: Layout, blueprint: Blueprint, state: Mapping[str, torch.Tensor]) -> None:
@@ -72,8 +116,8 @@ def check_state(layout: Layout, blueprint: Blueprint, state: Mapping[str, torch.
     for name, tensor in state.items():
         if tensor.dtype != torch.float32:
             raise ReplyError(f"{name} is {tensor.dtype}, expected torch.float32")
-        # A finite sum has finite terms, and is 15 times as fast to find; large terms may overflow it, hence the rest.
-        if not bool(tensor.sum().isfinite()) and not bool(tensor.isfinite().all()):
+        # A sum of finite values is finite or, rarely, overflows; testing each value takes 30 times longer.
+        if not isfinite(tensor.sum()) and not bool(torch.isfinite(tensor).all()):
             raise ReplyError(f"{name} has values that are not finite")
 
 

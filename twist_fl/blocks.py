@@ -6,7 +6,7 @@ export. A new architecture is new rows here and nothing else. Pure Python: neith
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -75,12 +75,37 @@ class Param:
             for offset in range(self.width)
         ]
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks along `dim`; a parameter that is not divided is one block."""
+        return self.shape[self.dim] // (self.sections * self.width) if self.kind else 1
+
+    def blocked(self, num_held: int) -> tuple[int, int, int, int]:
+        """(outer, sections, num_held, inner): the shape as which a subnet's parameter shows its blocks as axis 2."""
+        if self.kind is None:
+            return 1, 1, 1, prod(self.shape)
+        return prod(self.shape[: self.dim]), self.sections, num_held, self.width * prod(self.shape[self.dim + 1 :])
+
     def shape_with(self, num_held: int) -> tuple[int, ...]:
         """Shape of this parameter in a subnet that holds `num_held` of the layer's blocks."""
         if self.kind is None:
             return self.shape
         size = self.sections * num_held * self.width
         return (*self.shape[: self.dim], size, *self.shape[self.dim + 1 :])
+
+
+def runs(held: Sequence[int], tags: Sequence[object] | None = None) -> Iterator[tuple[slice, slice]]:
+    """Consecutive block ids as (slice of the full parameter's blocks, slice of positions in `held`).
+
+    With `tags`, one for each block of the layer, a run's blocks have equal tags.
+    """
+    first = 0
+    for end in range(1, len(held) + 1):
+        before = held[end - 1]
+        if end < len(held) and held[end] == before + 1 and (tags is None or tags[before] == tags[before + 1]):
+            continue
+        yield slice(held[first], before + 1), slice(first, end)
+        first = end
 
 
 @dataclass(frozen=True)

@@ -102,34 +102,40 @@ class Division:
     def layers(self, num_layers: int) -> range:
         return range(self.undivided_first, num_layers - self.undivided_last)
 
-    def check(self, layout: Layout) -> None:
-        """Raises ValueError, naming the smallest legal N_sub, if some block could go untrained (section 3.1)."""
+    def check(self, layout: Layout, coverage: bool = True) -> None:
+        """Raises ValueError for layers or common blocks that do not exist, and as `_check_coverage` if asked to."""
         if not self.layers(layout.num_layers):
             raise ValueError(
                 f"blueprint.undivided_first={self.undivided_first} and undivided_last={self.undivided_last} leave "
                 f"none of the {layout.num_layers} layers to divide: make their sum at most {layout.num_layers - 1}"
             )
+        common = len(self.common)
         for i, kind in enumerate(KINDS):
+            num_full = layout.num_blocks[i]
             if not self.divides(kind):
                 continue
-            num_full, common = layout.num_blocks[i], len(self.common)
             if len(set(self.common)) != common or any(not 0 <= block < num_full for block in self.common):
                 raise ValueError(
                     f"blueprint.common={list(self.common)} must be distinct block ids from 0 to {num_full - 1}"
                 )
-            num_sub = [worker[i] for worker in self.num_sub]
-            num_workers = len(num_sub)
-            smallest = max(common, 1, -(-(num_full + (num_workers - 1) * common) // num_workers))
-            what = f"blueprint.num_sub={num_sub if len(set(num_sub)) > 1 else num_sub[0]} ({kind})"
-            if max(num_sub) > num_full:
-                raise ValueError(f"{what} is more than the {num_full} blocks of a layer: use at most {num_full}")
-            if min(num_sub) < max(common, 1):
-                raise ValueError(f"{what} is below {max(common, 1)}, the blocks every worker must hold")
-            if sum(n - common for n in num_sub) < num_full - common:
-                raise ValueError(
-                    f"{what}: {num_workers} workers with {common} common blocks cannot cover all {num_full} blocks; "
-                    f"the smallest legal N_sub for all is {smallest}"
-                )
+            if coverage:
+                self._check_coverage(kind, num_full, [worker[i] for worker in self.num_sub])
+
+    def _check_coverage(self, kind: Kind, num_full: int, num_sub: list[int]) -> None:
+        """Raises ValueError, naming the smallest legal N_sub, if some block could go untrained (section 3.1)."""
+        num_workers, common = len(num_sub), len(self.common)
+        smallest = max(common, 1, -(-(num_full + (num_workers - 1) * common) // num_workers))
+        key = "num_sub" if kind == "attn" else "num_sub_ffn or num_sub"
+        what = f"blueprint.{key}={num_sub if len(set(num_sub)) > 1 else num_sub[0]} ({kind})"
+        if max(num_sub) > num_full:
+            raise ValueError(f"{what} is more than the {num_full} blocks of a layer: use at most {num_full}")
+        if min(num_sub) < max(common, 1):
+            raise ValueError(f"{what} is below {max(common, 1)}, the blocks every worker must hold")
+        if sum(n - common for n in num_sub) < num_full - common:
+            raise ValueError(
+                f"{what}: {num_workers} workers with {common} common blocks cannot cover all {num_full} blocks; "
+                f"the smallest legal N_sub for all is {smallest}"
+            )
 
 
 def _generator(*coordinates: int) -> np.random.Generator:
@@ -146,22 +152,23 @@ def algorithm_1(
     """Draw each worker's blocks of one layer: sorted, distinct, N_sub_s of them, every block held by someone.
 
     As Algorithm 1, with the remaining blocks shuffled before they are dealt round-robin (otherwise block b
-    would always go to worker b mod S), and with N_sub_s of each worker's own. The blocks in `first` (coverage
-    debt) lead both the deal and the top-up, so that they go out twice where there is room.
+    would always go to worker b mod S), from a random worker on (otherwise what is owed would always go to the
+    first), and with N_sub_s of each worker's own. The blocks in `first` (coverage debt) lead both the deal and
+    the top-up, so that they go out twice where there is room.
     """
-    debt = [block for block in first if block not in set(common)]
-    rest = [int(block) for block in rng.permutation(num_full) if block not in {*common, *debt}]
+    owed = set(first) - set(common)
+    shuffled = [int(block) for block in rng.permutation(num_full) if block not in set(common)]
+    shuffled.sort(key=lambda block: block not in owed)
     rows = [list(common) for _ in num_sub]
-    # With unequal workers the deal passes over the full ones; order of dealing is worker 0, 1, ..., S-1, 0, ...
-    worker = 0
-    for block in debt + rest:
-        while len(rows[worker]) >= num_sub[worker]:
+    worker = int(rng.integers(len(rows)))
+    for block in shuffled:
+        while len(rows[worker]) >= num_sub[worker]:  # unequal workers: the deal passes over the full ones
             worker = (worker + 1) % len(rows)
         rows[worker].append(block)
         worker = (worker + 1) % len(rows)
     for row, size in zip(rows, num_sub, strict=True):
         others = [int(block) for block in rng.permutation(num_full) if block not in row]
-        others.sort(key=lambda block: block not in debt)
+        others.sort(key=lambda block: block not in owed)
         row.extend(others[: size - len(row)])
     return [tuple(sorted(row)) for row in rows]
 
@@ -189,6 +196,8 @@ def draw_round(layout: Layout, division: Division, seed: int, round_: int, debt:
 def draw_ticket(layout: Layout, division: Division, num_sub: tuple[int, int], seed: int, draw: int) -> Blueprint:
     """A random subnet for deployment, `num_sub` = (heads, FFN blocks) per divided layer: no coverage constraint.
 
+    As in training, the common blocks are in it (of a ticket smaller than C, a random part of C is all).
+
     Raises ValueError if a size is not between 1 and the blocks of a layer.
     """
     full = full_blueprint(layout)
@@ -201,5 +210,7 @@ def draw_ticket(layout: Layout, division: Division, num_sub: tuple[int, int], se
             continue
         for layer in division.layers(layout.num_layers):
             rng = _generator(seed, _TICKET, draw, layer, i)
-            rows[kind][layer] = tuple(sorted(int(b) for b in rng.choice(num_full, num_sub[i], replace=False)))
+            blocks = [int(block) for block in rng.permutation(num_full)]
+            blocks.sort(key=lambda block: block not in division.common)
+            rows[kind][layer] = tuple(sorted(blocks[: num_sub[i]]))
     return Blueprint(layout.num_blocks, tuple(rows["attn"]), tuple(rows["ffn"]))

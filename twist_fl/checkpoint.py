@@ -5,9 +5,12 @@ A checkpoint is a folder that is renamed into place when it is whole; the two ne
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +44,29 @@ class RunFolder:
     def results_file(self) -> Path:
         return self.path / "results.json"
 
+    @contextmanager
+    def lock(self, who: str) -> Iterator[None]:
+        """Only one `who` (command or server) at a time works in this folder; the lock dies with its process."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / f".{who}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(f"another {who} is at work in {self.path}: wait for it, or stop it") from error
+            yield
+
     def create(self, job: Job) -> None:
         """Start a new run here. Raises ConfigError if the folder already holds one."""
+        self.refuse_second_run()
+        write_text(job.to_json(), self.job_file)
+
+    def refuse_second_run(self) -> None:
+        """Raises ConfigError if the folder already holds a run."""
         if self.job_file.exists():
             raise ConfigError(
-                f"{self.path} already holds a run: resume it with `twist-fl train --resume {self.path}`, "
-                "or choose another folder with dir=..."
+                f"{self.path} already holds a run: resume it with `twist-fl train --resume {self.path}` "
+                f'(or run-dir="{self.path}" under `flwr run`), or choose another folder with dir=...'
             )
-        write_text(job.to_json(), self.job_file)
 
     def job(self) -> Job:
         """The run's job. Raises ConfigError if there is no run here."""
@@ -57,16 +75,21 @@ class RunFolder:
         return job_from_json(self.job_file.read_text())
 
     def log(self, event: str, **fields: Any) -> None:
+        """Append one line. A line that a crash cut off before is ended first."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with self.events_file.open("a") as file:
-            file.write(json.dumps({"event": event, **fields}) + "\n")
+        with self.events_file.open("a+b") as file:
+            if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
+                file.write(b"\n")
+            file.write(json.dumps({"event": event, **fields}).encode() + b"\n")
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
-        """Events in order; a last line cut off by a crash is left out."""
+        """Events in order; lines cut off by a crash are left out."""
         if not self.events_file.exists():
             return []
-        lines = self.events_file.read_text().splitlines(keepends=True)
-        found = [json.loads(line) for line in lines if line.endswith("\n")]
+        found = []
+        for line in self.events_file.read_text().splitlines():
+            with suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
         return [entry for entry in found if event is None or entry["event"] == event]
 
     def checkpoints(self) -> list[Path]:

@@ -20,7 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+# No markup: names, paths and error texts may hold brackets.
+console = Console(markup=False)
 
 RunDir = Annotated[Path, typer.Argument(help="Folder of a trained run, for example runs/demo/twist.")]
 Overrides = Annotated[
@@ -38,6 +39,8 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder instead.")] = None,
 ) -> None:
     """Train with TwIST, or with algorithm=fedavg, through a Flower simulation on this machine."""
+    if resume and overrides:
+        raise ConfigError(f"a resumed run keeps its settings: leave out {' '.join(overrides)}")
     if resume:
         commands.resume(console, resume)
     else:
@@ -124,6 +127,40 @@ def keys() -> None:
     look.keys(console)
 
 
+@app.command()
+def node(
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="The SuperLink's Fleet API.")],
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS: for loopback and trusted networks.")] = False,
+    root_certificates: Annotated[
+        Path | None, typer.Option(help="CA certificate (PEM) of the SuperLink; default: the system's.")
+    ] = None,
+    auth_supernode_private_key: Annotated[
+        Path | None, typer.Option(help="This node's key, registered with `flwr supernode register`.")
+    ] = None,
+    node_config: Annotated[
+        str, typer.Option(help='For example "partition-id=0 num-partitions=2".', show_default=False)
+    ] = "",
+    trusted_entities: Annotated[
+        Path | None, typer.Option(help="YAML file of public keys: run only apps that one of them has signed.")
+    ] = None,
+) -> None:
+    """Join a Flower network as a SuperNode whose worker stays warm between rounds; see docs/nodes.md."""
+    from twist_fl.node import run_node
+
+    given = {
+        "--superlink": superlink,
+        "--root-certificates": root_certificates,
+        "--auth-supernode-private-key": auth_supernode_private_key,
+        "--node-config": node_config,
+        "--trusted-entities": trusted_entities,
+    }
+    run_node(["--insecure"] * insecure + [word for pair in given.items() if pair[1] for word in map(str, pair)])
+
+
+def _complain(error: Exception) -> None:
+    Console(stderr=True, markup=False).print(f"error: {error}", style="red", soft_wrap=True, highlight=False)
+
+
 def main() -> None:
     """Entry point: what the user can mend is one line and exit status 2, a failed run is 1, Ctrl-C is 130."""
     # Also when started in the background, where a shell has them ignored: nothing of a run must outlive it.
@@ -134,10 +171,10 @@ def main() -> None:
     try:
         app()
     except ConfigError as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+        _complain(error)
         raise SystemExit(2) from None
     except LaunchError as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", soft_wrap=True, highlight=False)
+        _complain(error)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

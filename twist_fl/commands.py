@@ -11,12 +11,14 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from twist_fl.checkpoint import RunFolder
-from twist_fl.config import Config, load_config
+from twist_fl.config import Config, ConfigError, load_config
 from twist_fl.files import write_text
 from twist_fl.job import make_job
 from twist_fl.launch import LaunchError, flower_run
 from twist_fl.look import load_final
+from twist_fl.machine import check_simulation
 from twist_fl.progress import RunProgress
+from twist_fl.results import portable_config
 
 INTERRUPTED = 130
 DEVICES = "deployed devices, as they measured it"
@@ -25,7 +27,9 @@ DEVICES = "deployed devices, as they measured it"
 def train(console: Console, preset: str, overrides: list[str]) -> RunFolder:
     """A new run from preset and overrides, refused before anything starts if it cannot work."""
     config = load_config(preset, overrides)
+    check_simulation(config)
     folder = RunFolder(Path(config.dir or f"runs/{config.name}"))
+    folder.refuse_second_run()
     config.dir = str(folder.path)
     with console.status("reading text and model configuration"):
         job = make_job(config)
@@ -47,15 +51,29 @@ def demo(console: Console, directory: Path, overrides: list[str]) -> None:
     runs = []
     for algorithm in ("twist", "fedavg"):
         path = directory / algorithm
-        if RunFolder(path).job_file.is_file():
-            runs.append(resume(console, path))
-        else:
-            runs.append(train(console, "demo", [*overrides, f"algorithm={algorithm}", f"dir={path}"]))
+        wanted = [*overrides, f"algorithm={algorithm}", f"dir={path}"]
+        if not RunFolder(path).job_file.is_file():
+            runs.append(train(console, "demo", wanted))
+            continue
+        _same_settings(RunFolder(path), load_config("demo", wanted))
+        runs.append(resume(console, path))
     rows = _deployed(runs[0]) or deploy(console, runs[0].path, [])
     lines = table_cells(comparison_table(runs))
     console.print(terminal_table("test perplexity, tickets without fine-tuning: mean ± std", lines))
     console.print(terminal_table(DEVICES, device_cells(rows)))
     report(console, [run.path for run in runs], directory / "report.html")
+
+
+def _same_settings(folder: RunFolder, wanted: Config) -> None:
+    """Raises ConfigError if the run in `folder` was started with other settings than `wanted`."""
+    found, asked = portable_config(folder.job().config), portable_config(wanted)
+    found["train"]["threads"] = asked["train"]["threads"]  # resolved when the run was made
+    for section, value in asked.items():
+        if found[section] != value:
+            raise ConfigError(
+                f"{folder.path} holds a run with other settings ({section}: {found[section]}, asked: {value}): "
+                "remove it, or choose another --dir"
+            )
 
 
 def _deployed(folder: RunFolder) -> list[dict[str, Any]]:
@@ -114,6 +132,7 @@ def resume(console: Console, path: Path) -> RunFolder:
     """Go on with an interrupted run from its newest checkpoint."""
     folder = RunFolder(path)
     config = folder.job().config
+    check_simulation(config)
     if folder.events("done"):
         console.print(f"{folder.path} is finished; nothing to do")
         return folder
@@ -122,7 +141,7 @@ def resume(console: Console, path: Path) -> RunFolder:
 
 
 def _run(console: Console, folder: RunFolder, config: Config) -> None:
-    console.print(f"run folder [bold]{folder.path}[/]")
+    console.print(f"run folder {folder.path}", soft_wrap=True)
     num_tickets = len(config.eval.sizes) * config.eval.tickets
     try:
         with (
@@ -147,7 +166,11 @@ def _require(events: list[dict[str, Any]], last: str, folder: RunFolder) -> None
     if failed:
         raise LaunchError(f"the run failed: {failed[0]}. Flower's log: {folder.path / 'flower.log'}")
     if not any(event["event"] == last for event in events):
-        raise LaunchError(f"the run ended before its time. Flower's log: {folder.path / 'flower.log'}")
+        log = folder.path / "flower.log"
+        lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+        errors = [line.strip() for line in lines if "Error: " in line]
+        reason = f": {errors[-1]}" if errors else ""
+        raise LaunchError(f"the run ended before its time{reason}. Flower's log: {log}")
 
 
 def deploy(console: Console, path: Path, devices: list[str]) -> list[dict[str, Any]]:

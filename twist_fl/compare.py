@@ -24,6 +24,7 @@ class FinishedRun:
     """The content of results.json."""
     rounds: Sequence[Mapping[str, Any]]
     """The "round" events, oldest first."""
+    predicted_round_bytes: int
     full_by_round: Mapping[int, float]
     """Perplexity of the full model after the rounds at which it was evaluated."""
 
@@ -64,7 +65,10 @@ def _results(folder: RunFolder) -> dict[str, Any]:
 
 def _finished(label: str, results: dict[str, Any], folder: RunFolder) -> FinishedRun:
     evaluations = folder.events("eval")
-    return FinishedRun(label, results, folder.events("round"), {each["round"]: each["full"] for each in evaluations})
+    starts = folder.events("start")
+    predicted = starts[-1]["predicted_round_bytes"] if starts else 0
+    full_by_round = {each["round"]: each["full"] for each in evaluations}
+    return FinishedRun(label, results, folder.events("round"), predicted, full_by_round)
 
 
 def _labels(configs: Sequence[Mapping[str, Any]], folder_names: Sequence[str]) -> list[str]:
@@ -96,7 +100,11 @@ class Row:
     """Mean and standard deviation of the perplexity of random tickets, by size: 'k/12'."""
     weight_bytes: int
     """Both directions, all rounds and workers."""
+    predicted_weight_bytes: int
+    """What Appendix C says `weight_bytes` should be."""
     moment_bytes: int
+    other_bytes: int
+    """Blueprints, configuration and metrics."""
     seconds: float
     """Wall clock of the rounds, without evaluation."""
 
@@ -112,7 +120,9 @@ def row_of(run: FinishedRun) -> Row:
         full=run.full,
         tickets={size_label(ticket): (ticket["mean"], ticket["std"]) for ticket in run.tickets},
         weight_bytes=_wire_bytes(run, "weights"),
+        predicted_weight_bytes=run.predicted_round_bytes * len(run.rounds),
         moment_bytes=_wire_bytes(run, "moments"),
+        other_bytes=_wire_bytes(run, "other"),
         seconds=sum(each["seconds"] for each in run.rounds),
     )
 
@@ -139,7 +149,16 @@ def sizes_of(rows: Iterable[Row]) -> list[str]:
 def table_cells(rows: Sequence[Row]) -> list[list[str]]:
     """The comparison as text: a header, then a line per run."""
     sizes = sizes_of(rows)
-    header = ["run", "full model", *sizes, "weights on the wire", "moments on the wire", "wall clock of rounds"]
+    header = [
+        "run",
+        "full model",
+        *sizes,
+        "weights sent",
+        "predicted",
+        "moments sent",
+        "other sent",
+        "wall clock of rounds",
+    ]
     return [header, *([*_cells(row, sizes)] for row in rows)]
 
 
@@ -149,7 +168,9 @@ def _cells(row: Row, sizes: Sequence[str]) -> Iterator[str]:
     for size in sizes:
         yield _spread_text(*row.tickets[size]) if size in row.tickets else MISSING
     yield human_bytes(row.weight_bytes)
+    yield human_bytes(row.predicted_weight_bytes)
     yield human_bytes(row.moment_bytes) if row.moment_bytes else MISSING
+    yield human_bytes(row.other_bytes)
     yield duration_text(row.seconds)
 
 

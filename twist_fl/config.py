@@ -16,12 +16,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from twist_fl.checks import ConfigError as ConfigError  # noqa: PLC0414 (the name users import)
+from twist_fl.checks import check_values
+
 Algorithm = Literal["twist", "fedavg"]
 OptimizerState = Literal["reset", "client", "server"]
-
-
-class ConfigError(ValueError):
-    """The user's configuration cannot be run; the message names the value, the constraint and the fix."""
+Precision = Literal["float32", "tf32", "bfloat16"]
 
 
 @dataclass
@@ -101,6 +101,12 @@ class TrainConfig:
     device: str = "auto"
     threads: int | None = None
     """CPU threads per worker; null: cores / workers."""
+    precision: Precision = "float32"
+    """Of the products in a step: tf32 needs a CUDA GPU; bfloat16 is autocast. Parameters and Adam are float32."""
+    compile: bool = False
+    """torch.compile the model's body, once per subnet shape and batch size; needs a C++ compiler."""
+    loss_chunk: int = 256
+    """Tokens whose logits exist at a time in the loss; a batch of no more tokens takes the model's own loss."""
 
 
 @dataclass
@@ -128,6 +134,8 @@ class FlowerConfig:
     """Seconds after which a round goes on without the replies still missing."""
     poll_interval: float = 0.05
     """Seconds between two looks for replies."""
+    connect_timeout: float = 900.0
+    """Seconds a node has to read the text and build its worker before the first round."""
     wait_for_nodes: float = 30.0
     """Seconds to wait for as many nodes as workers; after that those present share the workers."""
     transport: Literal["auto", "shm", "inline"] = "auto"
@@ -179,8 +187,8 @@ class Config:
 def conf_dir() -> Path:
     """The presets: beside the package in a source tree, inside it in a wheel."""
     package = Path(__file__).resolve().parent
-    beside = package.parent / "conf"
-    return beside if beside.is_dir() else package / "app" / "conf"
+    beside = package.parent
+    return (beside if (beside / "server_app.py").is_file() else package / "app") / "conf"
 
 
 def presets() -> list[str]:
@@ -223,10 +231,15 @@ def from_layers(layers: Sequence[Any]) -> Config:
         if not isinstance(plain, dict):
             raise ConfigError(f"a configuration is a mapping of keys to values, not {plain!r}")
         _check_keys(plain, Config, "")
-        for key in ("num_sub", "num_sub_ffn"):
-            section = plain.get("blueprint")
-            if isinstance(section, dict) and isinstance(section.get(key), int):
-                section[key] = [section[key]]
+        for section, key in (
+            ("blueprint", "num_sub"),
+            ("blueprint", "num_sub_ffn"),
+            ("blueprint", "common"),
+            ("eval", "sizes"),
+        ):
+            values = plain.get(section)
+            if isinstance(values, dict) and isinstance(values.get(key), int):
+                values[key] = [values[key]]  # one number is a list of one
         try:
             merged = OmegaConf.merge(merged, OmegaConf.create(plain))
         except OmegaConfBaseException as error:
@@ -236,7 +249,7 @@ def from_layers(layers: Sequence[Any]) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(config, Config)
-    _check_values(config)
+    check_values(config)
     _make_absolute(config)
     return config
 
@@ -277,62 +290,3 @@ def _check_keys(given: dict[Any, Any], schema: Any, prefix: str) -> None:
                     f"{fields(default)[0].name}=..."
                 )
             _check_keys(value, type(default), f"{prefix}{key}.")
-
-
-def _check_values(config: Config) -> None:
-    train, data, evaluation = config.train, config.data, config.eval
-    positive = {
-        "train.workers": train.workers,
-        "train.interval": train.interval,
-        "train.batch_size": train.batch_size,
-        "train.epochs": train.epochs,
-        "train.rounds": train.rounds,
-        "train.lr": train.lr,
-        "train.threads": train.threads,
-        "data.window": data.window - 1,
-        "eval.batch_size": evaluation.batch_size,
-        "eval.watch_windows": evaluation.watch_windows,
-        "eval.max_windows": evaluation.max_windows,
-        "eval.tickets": evaluation.tickets,
-        "checkpoint_every": config.checkpoint_every,
-        "flower.round_timeout": config.flower.round_timeout,
-        "flower.poll_interval": config.flower.poll_interval,
-        "flower.wait_for_nodes": config.flower.wait_for_nodes,
-        "flower.cpus_per_worker": config.flower.cpus_per_worker,
-        "deploy.new_tokens": config.deploy.new_tokens,
-    }
-    for key, value in positive.items():
-        if value is not None and not value > 0:  # NaN is not
-            least = "at least 2" if key == "data.window" else "more than 0"
-            raise ConfigError(f"{key} must be {least}, got {value + (key == 'data.window')}")
-    not_negative = {
-        "seed": config.seed,
-        "blueprint.undivided_first": config.blueprint.undivided_first,
-        "blueprint.undivided_last": config.blueprint.undivided_last,
-        "train.eps": train.eps,
-        "train.weight_decay": train.weight_decay,
-        "eval.every": evaluation.every,
-    }
-    for key, value in not_negative.items():
-        if not value >= 0:
-            raise ConfigError(f"{key}={value} must be 0 or more")
-    for key, value in (("train.beta1", train.beta1), ("train.beta2", train.beta2)):
-        if not 0 <= value < 1:
-            raise ConfigError(f"{key}={value} must lie in [0, 1)")
-    if not 0 < data.test_fraction < 1:
-        raise ConfigError(f"data.test_fraction={data.test_fraction} must lie between 0 and 1, for example 0.1")
-    if not 0 <= config.model.dropout < 1:
-        raise ConfigError(f"model.dropout={config.model.dropout} must lie in [0, 1)")
-    if config.model.pretrained is None and config.model.n_embd % config.model.n_head:
-        raise ConfigError(
-            f"model.n_embd={config.model.n_embd} must be a multiple of model.n_head={config.model.n_head}: use "
-            f"{max(1, round(config.model.n_embd / config.model.n_head)) * config.model.n_head}"
-        )
-    if data.source == "files" and not data.path:
-        raise ConfigError("data.source=files needs data.path: a text file or a folder")
-    for key, given in (("num_sub", config.blueprint.num_sub), ("num_sub_ffn", config.blueprint.num_sub_ffn)):
-        if given is not None and len(given) not in (1, train.workers):
-            raise ConfigError(
-                f"blueprint.{key}={given} has {len(given)} entries for train.workers={train.workers}: "
-                "give one, or one each"
-            )

@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +25,8 @@ from twist_fl.config import ConfigError, DataConfig
 
 Windows = npt.NDArray[np.int32]
 END_OF_TEXT = "<|endoftext|>"
-_FORMAT = 1
+WIKITEXTS = ("wikitext-2-raw-v1", "wikitext-103-raw-v1", "wikitext-2-v1", "wikitext-103-v1")
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Corpus:
     folder: Path
     digest: str
     vocab_size: int
+    end_token: int | None
+    """Id of the tokenizer's end-of-text token."""
     train: Windows
     test: Windows
 
@@ -74,7 +78,7 @@ def open_corpus(digest: str, window: int) -> Corpus:
         whole = len(tokens) // window
         return tokens[: whole * window].reshape(whole, window)  # type: ignore[no-any-return]
 
-    return Corpus(folder, digest, meta["vocab_size"], windows("train"), windows("test"))
+    return Corpus(folder, digest, meta["vocab_size"], meta["end_token"], windows("train"), windows("test"))
 
 
 class Documents:
@@ -147,7 +151,10 @@ def _paragraphs(text: str, least: int = 2000) -> Iterator[str]:
 def _wikitext(config: DataConfig) -> Documents:
     from datasets import load_dataset
 
-    dataset: Any = load_dataset(config.path or "Salesforce/wikitext", config.name)
+    if not config.path and config.name not in WIKITEXTS:
+        raise ConfigError(f"data.name={config.name!r} is no WikiText: choose one of {', '.join(WIKITEXTS)}")
+    with reachable(f"data set {config.path or 'Salesforce/wikitext'} ({config.name})"):
+        dataset: Any = load_dataset(config.path or "Salesforce/wikitext", config.name)
     digest = hashlib.sha256()
     # Not the data set's own fingerprint: of a local copy, that is a hash of its path.
     for split in ("train", "test"):
@@ -185,7 +192,12 @@ def _tokenise(config: DataConfig, documents: Documents) -> Path:
             np.save(making / f"{split}.npy", tokens)
             sizes[split] = len(tokens)
         tokenizer.save_pretrained(making / "tokenizer")
-        meta = {"vocab_size": len(tokenizer), "tokens": sizes, "data": asdict(config)}
+        meta = {
+            "vocab_size": len(tokenizer),
+            "end_token": tokenizer.eos_token_id,
+            "tokens": sizes,
+            "data": asdict(config),
+        }
         (making / "meta.json").write_text(json.dumps(meta, indent=1))
         try:
             making.rename(folder)
@@ -197,7 +209,7 @@ def _tokenise(config: DataConfig, documents: Documents) -> Path:
 
 
 def _encode(tokenizer: Any, texts: Iterable[str], separate: bool) -> npt.NDArray[np.int32]:
-    end = tokenizer.backend_tokenizer.token_to_id(END_OF_TEXT)
+    end = tokenizer.eos_token_id
     tail = [end] if separate and end is not None else []
     parts: list[npt.NDArray[np.int32]] = []
     for batch in _batches(texts, 1000):
@@ -217,6 +229,16 @@ def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
+@contextmanager
+def reachable(what: str) -> Iterator[None]:
+    """Turns a library's failure to load `what` into a ConfigError with its first line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{what} is neither a folder here nor on a hub that can be reached: {reason}") from error
+
+
 def load_tokenizer(name: str) -> Any:
     """A fast tokenizer from a folder (`tokenizer.json` alone is enough) or from the hub by name."""
     from transformers import AutoTokenizer, GPT2TokenizerFast  # type: ignore[attr-defined]
@@ -232,8 +254,8 @@ def load_tokenizer(name: str) -> Any:
             raise ConfigError(f"data.tokenizer={name!r} has no tokenizer.json")
         if not (folder / "tokenizer_config.json").is_file() and not (folder / "config.json").is_file():
             return GPT2TokenizerFast.from_pretrained(str(folder))
-        return AutoTokenizer.from_pretrained(str(folder))
-    return AutoTokenizer.from_pretrained(name)
+    with reachable(f"data.tokenizer={name!r}"):
+        return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from math import exp
+from math import exp, inf
 from statistics import fmean, stdev
 
 import torch
@@ -15,6 +15,9 @@ from twist_fl.blueprint import Blueprint, Division, draw_ticket
 from twist_fl.data import Windows
 from twist_fl.subnet import ModelCache
 from twist_fl.train import next_token_loss
+
+LARGEST_NLL = 700.0
+"""Nats per token above which a perplexity is infinite."""
 
 
 def mean_nll(model: nn.Module, windows: Windows, batch_size: int) -> float:
@@ -31,7 +34,8 @@ def mean_nll(model: nn.Module, windows: Windows, batch_size: int) -> float:
 
 def perplexity(model: nn.Module, windows: Windows, batch_size: int) -> float:
     """exp(total negative log-likelihood / number of predicted tokens)."""
-    return exp(mean_nll(model, windows, batch_size))
+    nll = mean_nll(model, windows, batch_size)
+    return exp(nll) if nll < LARGEST_NLL else inf
 
 
 def subnet_perplexity(
@@ -73,12 +77,13 @@ def ticket_sizes(layout: Layout, division: Division, size: int) -> tuple[int, in
     heads, ffn_blocks = layout.num_blocks
     of = blocks_per_layer(layout, division)
     if not 1 <= size <= of:
-        raise ValueError(f"a ticket of {size} blocks is impossible: choose 1 to {of}")
+        raise ValueError(f"a ticket size of {size} (eval.sizes, --sizes) is impossible: choose 1 to {of}")
     ffn = size * ffn_blocks / of
     if division.divides("ffn") and ffn != int(ffn):
         legal = [n for n in range(1, of + 1) if n * ffn_blocks % of == 0]
         raise ValueError(
-            f"{size} of {of} blocks is no whole number of the {ffn_blocks} FFN blocks: choose one of {legal}"
+            f"a ticket size of {size} (eval.sizes, --sizes) of {of} blocks is no whole number of the "
+            f"{ffn_blocks} FFN blocks: choose one of {legal}"
         )
     return (size if division.divides("attn") else heads, int(ffn) if division.divides("ffn") else ffn_blocks)
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,9 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 from twist_fl.blocks import Layout, make_layout
 from twist_fl.blueprint import Blueprint, Debt, Division, draw_round, full_blueprint
 from twist_fl.config import Config, ConfigError, from_yaml, to_yaml
-from twist_fl.data import Corpus, Shard, load_corpus, open_corpus
+from twist_fl.data import Corpus, Shard, load_corpus, open_corpus, reachable
+from twist_fl.evaluate import ticket_sizes
+from twist_fl.machine import usable_cores
 from twist_fl.subnet import ModelCache, State, get_state
 
 
@@ -56,8 +56,9 @@ class Job:
             return chosen
         return "cuda" if torch.cuda.is_available() else "cpu"
 
-    def models(self, device: str | None = None) -> ModelCache:
-        return ModelCache(self.model_config, self.layout, self.config.blueprint.scale, device or self.device())
+    def models(self, device: str | None = None, compile: bool = False) -> ModelCache:
+        scale = self.config.blueprint.scale
+        return ModelCache(self.model_config, self.layout, scale, device or self.device(), compile)
 
     def initial_state(self) -> State:
         """The pretrained parameters, or random ones from the run's seed."""
@@ -66,7 +67,9 @@ class Job:
         else:
             torch.manual_seed(self.config.seed)
             model = GPT2LMHeadModel(self.model_config)
-        return {name: tensor.clone() for name, tensor in get_state(model).items()}
+        state = {name: tensor.clone() for name, tensor in get_state(model).items()}
+        self.layout.check_names({name: tuple(tensor.shape) for name, tensor in state.items()})
+        return state
 
     def to_json(self) -> str:
         """What a worker needs to rebuild this job without reading the hub or the text again."""
@@ -80,10 +83,16 @@ class Job:
 
 
 def make_job(config: Config) -> Job:
-    """Resolve `config`, reading model configuration and text. Raises ConfigError before anything starts."""
+    """Resolve `config`, reading model configuration and text.
+
+    Raises ConfigError before anything starts, and before any text is read if the sizes alone are impossible.
+    """
+    model_config = _model_config(config)
+    _divide(config, model_config)
     corpus = load_corpus(config.data, config.train.workers)
-    config.train.threads = config.train.threads or max(1, (os.cpu_count() or 1) // config.train.workers)
-    return _make_job(config, _model_config(config, corpus), corpus, uuid.uuid4().hex)
+    _fit_vocabulary(config, model_config, corpus)
+    config.train.threads = config.train.threads or max(1, usable_cores() // config.train.workers)
+    return _job(config, model_config, corpus, uuid.uuid4().hex)
 
 
 def job_from_json(text: str) -> Job:
@@ -99,10 +108,14 @@ def job_from_json(text: str) -> Job:
             f"this machine's text or tokenizer is not the server's (hash {corpus.digest}, "
             f"expected {fields['corpus']}): give every node the same data"
         )
-    return _make_job(config, GPT2Config(**fields["model"]), corpus, fields["run_id"])
+    return _job(config, GPT2Config(**fields["model"]), corpus, fields["run_id"])
 
 
-def _make_job(config: Config, model_config: GPT2Config, corpus: Corpus, run_id: str) -> Job:
+def _job(config: Config, model_config: GPT2Config, corpus: Corpus, run_id: str) -> Job:
+    return Job(config, model_config, *_divide(config, model_config), corpus, run_id)
+
+
+def _divide(config: Config, model_config: GPT2Config) -> tuple[Layout, Division]:
     blueprint, workers = config.blueprint, config.train.workers
     heads = blueprint.num_sub * (workers if len(blueprint.num_sub) == 1 else 1)
     ffn = blueprint.num_sub_ffn or blueprint.num_sub
@@ -116,35 +129,22 @@ def _make_job(config: Config, model_config: GPT2Config, corpus: Corpus, run_id: 
             blueprint.undivided_last,
             tuple(blueprint.common),
         )
-        if config.algorithm == "twist":
-            division.check(layout)
+        division.check(layout, coverage=config.algorithm == "twist")
+        for size in config.eval.sizes:
+            ticket_sizes(layout, division, size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return Job(config, model_config, layout, division, corpus, run_id)
+    return layout, division
 
 
-def _model_config(config: Config, corpus: Corpus) -> GPT2Config:
+def _model_config(config: Config) -> GPT2Config:
+    """The model's sizes; of a model from scratch, the vocabulary is only known with the text."""
     model, window = config.model, config.data.window
     if model.pretrained:
-        path = Path(model.pretrained).expanduser()
-        if (path.is_absolute() or model.pretrained[0] in "~.") and not (path / "config.json").is_file():
-            raise ConfigError(f"model.pretrained={model.pretrained!r} is no folder with a config.json")
-        loaded: Any = AutoConfig.from_pretrained(model.pretrained)
-        if loaded.model_type != "gpt2":
-            raise ConfigError(
-                f"model.pretrained={model.pretrained!r} is a {loaded.model_type!r} model; only 'gpt2' is known"
-            )
-        if not loaded.tie_word_embeddings:
-            raise ConfigError(f"model.pretrained={model.pretrained!r} has an untied lm_head: only tied ones are known")
-        if loaded.vocab_size < corpus.vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {corpus.vocab_size} tokens and model.pretrained={model.pretrained!r} only "
-                f"{loaded.vocab_size}: set data.tokenizer to the model's own"
-            )
+        loaded = _pretrained_config(model.pretrained)
     else:
-        end = corpus.vocab_size - 1 if config.data.tokenizer else 0
         loaded = GPT2Config(
-            vocab_size=corpus.vocab_size,
+            vocab_size=config.data.vocab_size,
             # GPT-2's gelu_new as one fused kernel: the same function, a fifth less time per step on a CPU.
             activation_function="gelu_pytorch_tanh",
             n_positions=model.n_positions,
@@ -154,10 +154,32 @@ def _model_config(config: Config, corpus: Corpus) -> GPT2Config:
             resid_pdrop=model.dropout,
             embd_pdrop=model.dropout,
             attn_pdrop=model.dropout,
-            bos_token_id=end,
-            eos_token_id=end,
+            bos_token_id=None,
+            eos_token_id=None,
         )
     if window > loaded.n_positions:
         raise ConfigError(f"data.window={window} is longer than the model's context: use at most {loaded.n_positions}")
+    return loaded
+
+
+def _pretrained_config(name: str) -> GPT2Config:
+    with reachable(f"model.pretrained={name!r}"):
+        loaded: Any = AutoConfig.from_pretrained(name)
+    if loaded.model_type != "gpt2":
+        raise ConfigError(f"model.pretrained={name!r} is a {loaded.model_type!r} model; only 'gpt2' is known")
+    if not loaded.tie_word_embeddings:
+        raise ConfigError(f"model.pretrained={name!r} has an untied lm_head: only tied ones are known")
     assert isinstance(loaded, GPT2Config)
     return loaded
+
+
+def _fit_vocabulary(config: Config, model_config: GPT2Config, corpus: Corpus) -> None:
+    """A model from scratch takes the tokenizer's vocabulary; a pretrained one must have room for it."""
+    if not config.model.pretrained:
+        model_config.vocab_size = corpus.vocab_size
+        model_config.bos_token_id = model_config.eos_token_id = corpus.end_token
+    elif model_config.vocab_size < corpus.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {corpus.vocab_size} tokens and model.pretrained={config.model.pretrained!r} only "
+            f"{model_config.vocab_size}: set data.tokenizer to the model's own"
+        )

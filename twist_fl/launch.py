@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,20 +23,32 @@ import psutil
 
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import Config, conf_dir
+from twist_fl.machine import cpus_per_worker, usable_cores
 from twist_fl.results import commit
 
 _START_SECONDS = 60
-_STOP_SECONDS = 10
+_STOP_SECONDS = 3
 _CONNECTION = "twist-fl"
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class LaunchError(RuntimeError):
     """Flower did not start, or the run did not finish; the message names the log to read."""
 
 
-def app_dir() -> Path:
-    """The folder that `flwr run` takes: the source tree, or its copy inside an installed wheel."""
-    return conf_dir().parent
+def stage_app(target: Path) -> Path:
+    """The folder that `flwr run` takes, put together in `target` from the source tree or an installed wheel.
+
+    The app's own files by themselves: `flwr run` resolves every file below the folder it takes, a .venv's too.
+    """
+    package, app = Path(__file__).resolve().parent, conf_dir().parent
+    files = {app / name: name for name in ("server_app.py", "client_app.py", "pyproject.toml")}
+    files |= {file: f"conf/{file.name}" for file in conf_dir().glob("*.yaml")}
+    files |= {file: f"twist_fl/{file.relative_to(package)}" for file in package.rglob("*.py")}
+    for file, name in files.items():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target / name)
+    return target
 
 
 def free_port() -> int:
@@ -53,6 +67,8 @@ def quiet_environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "NO_PROXY": "127.0.0.1,localhost," + os.environ.get("NO_PROXY", ""),
+        "no_proxy": "127.0.0.1,localhost," + os.environ.get("no_proxy", ""),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_worker_niceness": "0",  # Ray's default, 15, starves the workers beside any other job
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -67,30 +83,48 @@ def quiet_environment(home: Path) -> dict[str, str]:
 @contextmanager
 def superlink(home: Path, log: Path) -> Iterator[dict[str, str]]:
     """A private simulation SuperLink; yields the environment in which `flwr` finds it as `twist-fl`."""
-    shutil.rmtree(home, ignore_errors=True)
-    home.mkdir(parents=True)
     address = f"127.0.0.1:{free_port()}"
     (home / "config.toml").write_text(f'[superlink.{_CONNECTION}]\naddress = "{address}"\ninsecure = true\n')
     environment = quiet_environment(home)
     host, port = address.split(":")
     command = ["flower-superlink", "--insecure", "--simulation", "--host", host, "--port", port]
-    with log.open("a") as output:
-        process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-    try:
+    with _process(command, environment, log) as process:
         _wait_until_healthy(address, process, log)
         yield environment
+
+
+@contextmanager
+def _process(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process whose output goes to `log`; it and all below it are stopped at the end of the block."""
+    process = None
+    try:
+        with log.open("a") as output:
+            process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+        yield process
     finally:
-        stop_tree(process)
-        shutil.rmtree(home, ignore_errors=True)
+        if process is not None:
+            with _undisturbed():
+                stop_tree(process)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """An impatient second Ctrl-C must not leave processes behind."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            if httpx.get(f"http://{address}/health", timeout=1).is_success:
+            if httpx.get(f"http://{address}/health", timeout=1, trust_env=False).is_success:
                 return
         except httpx.HTTPError:
             time.sleep(0.1)
@@ -101,9 +135,14 @@ def stop_tree(process: subprocess.Popen[bytes]) -> None:
     """Stop `process` and every process below it: politely, then for good."""
     try:
         tree = psutil.Process(process.pid)
-        processes = [*tree.children(recursive=True), tree]
+        stop([*tree.children(recursive=True), tree])
     except psutil.NoSuchProcess:
         return
+    process.wait()
+
+
+def stop(processes: list[psutil.Process]) -> None:
+    """Ask `processes` to end, and kill those that have not after a few seconds."""
     for member in processes:
         with suppress(psutil.NoSuchProcess):
             member.terminate()
@@ -111,13 +150,16 @@ def stop_tree(process: subprocess.Popen[bytes]) -> None:
     for member in alive:
         with suppress(psutil.NoSuchProcess):
             member.kill()
-    process.wait()
 
 
-def cpus_per_worker(config: Config) -> int:
-    """CPU cores Flower reserves per simulated worker."""
-    chosen = config.flower.cpus_per_worker
-    return chosen or max(1, (os.cpu_count() or 1) // config.train.workers)
+def processes_of(home: Path) -> list[psutil.Process]:
+    """Processes that were started with this FLWR_HOME, also those whose parent has died."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("FLWR_HOME") == str(home):
+                found.append(process)
+    return found
 
 
 @contextmanager
@@ -126,27 +168,34 @@ def flower_run(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """`flwr run` of our app in a private simulation of `num_nodes` nodes; yields the running process.
 
-    Its output goes to flower.log in the run's folder. Leaving the block stops everything.
+    Its output goes to flower.log in the run's folder. Leaving the block stops everything. Raises ConfigError if
+    another command is using the folder.
     """
     log = folder.path / "flower.log"
-    settings = folder.path / "flower.toml"
-    pairs = {"run-dir": str(folder.path), **run_config}
-    settings.write_text("".join(f"{key} = {_toml_string(value)}\n" for key, value in pairs.items()))
     resources = (
         f"num-supernodes={num_nodes} client-resources-num-cpus={cpus_per_worker(config)} "
-        f"client-resources-num-gpus={config.flower.gpus_per_worker}"
+        f"client-resources-num-gpus={config.flower.gpus_per_worker} init-args-num-cpus={usable_cores()}"
     )
-    with superlink(folder.path / "flower", log) as environment:
-        command = ["flwr", "run", str(app_dir()), _CONNECTION, "--stream"]
+    with folder.lock("command"), _flower_home(folder.path) as home, superlink(home, log) as environment:
+        settings = home / "settings.toml"
+        pairs = {"run-dir": str(folder.path), **run_config}
+        settings.write_text("".join(f"{key} = {_toml_string(value)}\n" for key, value in pairs.items()))
+        command = ["flwr", "run", str(stage_app(home / "app")), _CONNECTION, "--stream"]
         command += ["--run-config", str(settings), "--federation-config", resources]
-        with log.open("a") as output:
-            process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-            )
-        try:
+        with _process(command, environment, log) as process:
             yield process
-        finally:
-            stop_tree(process)
+
+
+@contextmanager
+def _flower_home(folder: Path) -> Iterator[Path]:
+    """A FLWR_HOME of this run's own, gone afterwards with every process that was started in it."""
+    home = Path(tempfile.mkdtemp(prefix="flower-", dir=folder))
+    try:
+        yield home
+    finally:
+        with _undisturbed():
+            stop(processes_of(home))
+            shutil.rmtree(home, ignore_errors=True)
 
 
 def _toml_string(value: str) -> str:

@@ -86,12 +86,15 @@ class RunProgress:
 
     def _on_nodes(self, event: dict[str, Any]) -> None:
         for reason in event["failed"]:
-            self.console.print(f"[yellow]a node is not ready: {reason}")
+            self.console.print(f"a node is not ready: {reason}", style="yellow", markup=False)
 
     def _on_round(self, event: dict[str, Any]) -> None:
         self._bytes += sum(event["bytes_down"].values()) + sum(event["bytes_up"].values())
         for worker, reason in event["dropped"].items():
-            self.console.print(f"[yellow]round {event['round']}: worker {worker} did not count: {reason}")
+            text = f"round {event['round']}: worker {worker} did not count: {reason}"
+            self.console.print(text, style="yellow", markup=False)
+        for worker, note in event["notes"].items():
+            self.console.print(f"round {event['round']}: worker {worker}: {note}", style="yellow", markup=False)
         self._note = f"loss {event['loss']:.3f}{self._perplexity}  {human_bytes(self._bytes)}"
         if self._train is not None:
             self._bar.update(self._train, completed=event["round"], note=self._note)

@@ -19,12 +19,13 @@ from twist_fl.checkpoint import RunFolder
 from twist_fl.config import Config
 from twist_fl.files import write_text
 from twist_fl.job import Job
+from twist_fl.machine import usable_cores
 from twist_fl.rounds import RunState
 
 
 def final_results(job: Job, state: RunState, folder: RunFolder) -> dict[str, Any]:
     """Evaluate the final model and random tickets of every size in eval.sizes; write results.json."""
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(usable_cores())
     config = job.config
     windows = job.corpus.test[: config.eval.max_windows]
     models = job.models()
@@ -78,7 +79,7 @@ def provenance() -> dict[str, Any]:
         "torch": torch.__version__,
         "hardware": {
             "processor": _processor(),
-            "cores": os.cpu_count(),
+            "cores": usable_cores(),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
     }

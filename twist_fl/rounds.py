@@ -6,6 +6,7 @@ network in between (`wire.task_to_records` sends what `dispatch` gives); on CPU 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -17,6 +18,7 @@ from twist_fl.aggregate import ReplyError, StreamingMean, check_state, coverage_
 from twist_fl.blueprint import Blueprint, Debt
 from twist_fl.data import Windows
 from twist_fl.job import Job
+from twist_fl.precision import check_precision
 from twist_fl.shelf import MomentShelf
 from twist_fl.subnet import State, get_state, slice_state
 from twist_fl.train import MOMENTS, Moments, train_interval
@@ -32,6 +34,8 @@ class RunState:
     debt: Debt = frozenset()
     moments: Moments | None = None
     """The server's, with train.optimizer_state=server."""
+    spare: list[StreamingMean] = field(default_factory=list, repr=False, compare=False)
+    """Sums of the round before, empty again: the next round takes their memory."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Reply:
     num_batches: int
     seconds: float = 0.0
     moments: Moments | None = None
+    note: str = ""
+    """What the run's log should say of this worker."""
 
 
 @dataclass
@@ -69,6 +75,8 @@ class RoundReport:
     answered: list[int] = field(default_factory=list)
     dropped: dict[int, str] = field(default_factory=dict)
     """Workers whose reply did not count, and why."""
+    notes: dict[int, str] = field(default_factory=dict)
+    """What workers whose reply counted had to say."""
 
 
 def start(job: Job) -> RunState:
@@ -106,23 +114,29 @@ class Worker:
     def __init__(self, job: Job, shelf: MomentShelf) -> None:
         self.job, self.shelf = job, shelf
         self.device = job.device()
-        self.models = job.models()
+        check_precision(job.config.train.precision, self.device)
+        self.models = job.models(compile=job.config.train.compile)
 
-    def batches(self, task: Task) -> list[torch.Tensor]:
+    def batches(self, task: Task) -> Iterator[torch.Tensor]:
+        """The task's batches, each read when it is asked for: a GPU is still busy with the one before."""
         windows: Windows = self.job.corpus.train
         shard = self.job.shard(task.worker)
-        return [
-            torch.tensor(windows[shard.batch(cursor)], dtype=torch.int64, device=self.device)  # (B, T)
-            for cursor in range(task.cursor, task.cursor + task.num_batches)
-        ]
+        for cursor in range(task.cursor, task.cursor + task.num_batches):
+            batch = torch.tensor(windows[shard.batch(cursor)], dtype=torch.int64)  # (B, T)
+            if self.device.startswith("cuda"):
+                batch = batch.pin_memory()
+            yield batch.to(self.device, non_blocking=True)
 
     def train(self, task: Task, params: State, moments: Moments | None) -> Reply:
         """Train the subnet for one interval; the reply's tensors are on the CPU."""
         config = self.job.config
         torch.set_num_threads(config.train.threads or 1)
         model = self.models.load(task.blueprint, params)
+        note = ""
         if config.train.optimizer_state == "client":
             moments = self.shelf.load(task.worker, task.round)
+            if moments is None and task.cursor > 0:
+                note = "its optimiser state is not on this machine: started anew"
         seed = int(np.random.SeedSequence((config.seed, task.round, task.worker)).generate_state(1)[0])
         interval = train_interval(model, self.batches(task), config.train, seed, moments)
         if config.train.optimizer_state == "client":
@@ -138,6 +152,7 @@ class Worker:
             moments=Moments(interval.moments.step, {m: _on_cpu(v) for m, v in interval.moments.values.items()})
             if travels
             else None,
+            note=note,
         )
 
 
@@ -151,10 +166,14 @@ class RoundMean:
     def __init__(self, job: Job, state: RunState, tasks: list[Task]) -> None:
         self.job, self.state, self.tasks = job, state, tasks
         self.report = RoundReport(state.round + 1)
-        self._params = StreamingMean(job.layout)
-        self._moments = {name: StreamingMean(job.layout) for name in MOMENTS}
+        self._params = self._take_mean()
+        self._moments = {name: self._take_mean() for name in MOMENTS if state.moments is not None}
         self._loss_sum = 0.0
         self._cursors = list(state.cursors)
+
+    def _take_mean(self) -> StreamingMean:
+        """Memory that another round has given back, or new; nobody else gets it."""
+        return self.state.spare.pop() if self.state.spare else StreamingMean(self.job.layout)
 
     def add(self, task: Task, reply: Reply) -> None:
         """Count the reply in; a bad one is named in the report and dropped."""
@@ -172,6 +191,8 @@ class RoundMean:
         self._cursors[task.worker] += reply.num_batches
         self.report.num_tokens += reply.num_tokens
         self.report.answered.append(task.worker)
+        if reply.note:
+            self.report.notes[task.worker] = reply.note
 
     def _check(self, task: Task, reply: Reply) -> None:
         layout, blueprint = self.job.layout, task.blueprint
@@ -206,7 +227,9 @@ class RoundMean:
             moments = Moments(moments.step + longest, values)
         blueprints = [task.blueprint for task in self.tasks if task.worker in answered]
         debt = coverage_debt(self.job.layout, self.job.division, blueprints)
-        return RunState(self._params.finish(state.params), self._cursors, state.round + 1, debt, moments)
+        params = self._params.finish(state.params)
+        spare = [mean.emptied() for mean in (self._params, *self._moments.values())]
+        return RunState(params, self._cursors, state.round + 1, debt, moments, spare)
 
 
 def twist_round(job: Job, state: RunState, workers: list[Worker]) -> tuple[RunState, RoundReport]:

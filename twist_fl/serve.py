@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,8 +30,12 @@ def open_run(run_dir: str, preset: str, overrides: str) -> tuple[RunFolder, Job]
         raise ConfigError(f"run-dir={run_dir!r} must be an absolute path: Flower runs the app in another folder")
     if run_dir and RunFolder(Path(run_dir)).job_file.is_file():
         folder = RunFolder(Path(run_dir))
+        if overrides:
+            raise ConfigError(f"{run_dir} holds a run, which keeps its settings: leave out overrides={overrides!r}")
         return folder, folder.job()
-    config = load_config(preset, overrides.split())
+    config = load_config(preset, shlex.split(overrides))
+    if config.dir and not Path(config.dir).expanduser().is_absolute():
+        raise ConfigError(f"dir={config.dir!r} must be an absolute path: Flower runs the app in another folder")
     folder = RunFolder(Path(run_dir or config.dir or f"~/twist_fl_runs/{config.name}"))
     job = make_job(config)
     folder.create(job)
@@ -40,7 +45,7 @@ def open_run(run_dir: str, preset: str, overrides: str) -> tuple[RunFolder, Job]
 def train_run(grid: Grid, folder: RunFolder, job: Job) -> None:
     """Train to the end and write results.json; what goes wrong is in the run's log as well as in Flower's."""
     print(f"twist_fl: run folder {folder.path}", flush=True)
-    with failures_logged(folder):
+    with folder.lock("server"), failures_logged(folder):
         state = TwistStrategy(job, folder).run(grid)
         final_results(job, state, folder)
     shutil.rmtree(moment_folder(job), ignore_errors=True)

@@ -65,7 +65,7 @@ def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> No
 
     Devices are served one after another, so that they do not disturb each other's latency.
     """
-    with failures_logged(folder):
+    with folder.lock("server"), failures_logged(folder):
         state = folder.load()
         if state is None:
             raise ConfigError(f"{folder.path} has no checkpoint yet: train first")
@@ -84,7 +84,7 @@ def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> No
             content = _to_records(job, device, ticket, place, len(targets))
             node = nodes[place % len(nodes)]
             message = Message(content, dst_node_id=node, message_type=MESSAGE_TYPE)
-            replies = list(exchange(grid, [message], job.config.flower))
+            replies = list(exchange(grid, [message], job.config.flower, job.config.flower.round_timeout))
             rows.append(_row(job, device, ticket, replies))
             export_ticket(ticket, folder.path / "deployed" / device.name, job.corpus.tokenizer_folder)
             folder.log("device", round=state.round, **rows[-1])

@@ -7,7 +7,6 @@ arrive, and a round ends at its deadline with whoever has answered.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -24,6 +23,7 @@ from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError, FlowerConfig
 from twist_fl.cost import moment_bytes, round_bytes
 from twist_fl.job import Job
+from twist_fl.machine import usable_cores
 from twist_fl.packing import Packing
 from twist_fl.rounds import RoundMean, RunState, Task, plan, start
 from twist_fl.tensors import KnownArrays
@@ -101,6 +101,7 @@ class TwistStrategy(Strategy):
             worker = int(message.metadata.group_id)
             if message.has_error():
                 mean.report.dropped[worker] = wire.error_of(message)
+                self.nodes = []  # the next round looks again for who is there
                 continue
             self._count(message.content, up)
             try:
@@ -116,6 +117,7 @@ class TwistStrategy(Strategy):
         for worker in tasks.keys() - set(report.answered):
             self._segments.drop(worker)
         for worker in tasks.keys() - set(report.answered) - set(report.dropped):
+            self.nodes = []
             report.dropped[worker] = f"no reply within flower.round_timeout={self.job.config.flower.round_timeout:g} s"
         self.folder.log(
             "round",
@@ -173,13 +175,14 @@ class TwistStrategy(Strategy):
     def _round(self, grid: Grid) -> None:
         config, round_ = self.job.config, self.state.round + 1
         messages = self.configure_train(round_, ArrayRecord(), ConfigRecord(), grid)
-        self.aggregate_train(round_, exchange(grid, messages, config.flower))
+        self.aggregate_train(round_, exchange(grid, messages, config.flower, config.flower.round_timeout))
         last = self.state.round == self.job.num_rounds
+        if config.eval.every and (last or self.state.round % config.eval.every == 0):
+            self._evaluate()
+        # After the evaluation: a run killed in between repeats both.
         if last or self.state.round % config.checkpoint_every == 0:
             self.folder.save(self.state)
             self._saved_round = self.state.round
-        if config.eval.every and (last or self.state.round % config.eval.every == 0):
-            self._evaluate()
 
     def connect(self, grid: Grid) -> None:
         """Find the nodes and have each build its worker; node i serves the workers i, i + nodes, ...
@@ -188,8 +191,14 @@ class TwistStrategy(Strategy):
         """
         flower, workers = self.job.config.flower, self.job.config.train.workers
         deadline = time.monotonic() + flower.wait_for_nodes
-        while len(found := sorted(grid.get_node_ids())) < workers and time.monotonic() < deadline:
+        found = sorted(grid.get_node_ids())
+        if len(found) < workers:
+            print(
+                f"twist_fl: {len(found)} of {workers} nodes are here, waiting {flower.wait_for_nodes:g} s", flush=True
+            )
+        while len(found) < workers and time.monotonic() < deadline:
             time.sleep(flower.poll_interval)
+            found = sorted(grid.get_node_ids())
         ready, failed = self._ask(grid, found[:workers])
         self.nodes = [node for _, node in sorted(ready)]
         self.folder.log(
@@ -211,18 +220,17 @@ class TwistStrategy(Strategy):
         ready: list[tuple[int, int]] = []
         failed: dict[int, str] = {}
         self._neighbours = set()
-        for reply in exchange(grid, asked, flower):
+        for reply in exchange(grid, asked, flower, flower.connect_timeout):
             node = reply.metadata.src_node_id
             if reply.has_error():
                 failed[node] = wire.error_of(reply)
                 continue
-            fields = reply.content.config_records["node"]
-            if token is not None and fields["token"] == transport.token_text(token):
+            if token is not None and wire.token_of(reply.content) == transport.token_text(token):
                 self._neighbours.add(node)
             elif flower.transport == "shm":
                 failed[node] = "flower.transport=shm, but the node cannot read the server's memory: use auto or inline"
                 continue
-            ready.append((int(str(fields["partition"])), node))
+            ready.append((wire.partition_of(reply.content), node))
         if token is not None:
             transport.close(token)
         return ready, failed
@@ -239,7 +247,7 @@ class TwistStrategy(Strategy):
 
     def _evaluate(self) -> None:
         """Perplexity of the full model and of the round's subnets; the workers are idle meanwhile."""
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(usable_cores())
         job, state = self.job, self.state
         windows = job.corpus.test[: job.config.eval.watch_windows]
         size = job.config.eval.batch_size
@@ -252,18 +260,30 @@ class TwistStrategy(Strategy):
         torch.set_num_threads(1)
 
 
-def exchange(grid: Grid, messages: Iterable[Message], flower: FlowerConfig) -> Iterator[Message]:
+def exchange(grid: Grid, messages: Iterable[Message], flower: FlowerConfig, timeout: float) -> Iterator[Message]:
     """Push each message as it is made, then yield replies as they arrive, until all are in or time is up.
 
-    The caller works on a reply while others still train.
+    The caller works on a reply while others still train. `timeout` is in seconds.
+    Each reply is given as an answer to the message that was sent, whatever it says itself: the errors that Flower
+    reports (a message expired, a node gone) lack those fields, and a client's are not to be trusted.
     """
-    pending: set[str] = set()
+    pending: dict[str, Message] = {}
     for message in messages:
-        pending |= set(grid.push_messages([message]))
-    deadline = time.monotonic() + flower.round_timeout
+        pushed = grid.push_messages([message])
+        pending |= dict.fromkeys(pushed, _envelope(message))
+    deadline = time.monotonic() + timeout
     while pending and time.monotonic() < deadline:
         for reply in grid.pull_messages(pending):
-            pending.discard(reply.metadata.reply_to_message_id)
-            yield reply
+            sent = pending.pop(reply.metadata.reply_to_message_id, None)
+            if sent is not None:
+                yield Message(reply.error if reply.has_error() else reply.content, reply_to=sent)
         if pending:
             time.sleep(flower.poll_interval)
+
+
+def _envelope(message: Message) -> Message:
+    """The message without its content: what is sent must not stay in memory until it is answered."""
+    about = message.metadata
+    return Message(
+        RecordDict(), dst_node_id=about.dst_node_id, message_type=about.message_type, group_id=about.group_id
+    )

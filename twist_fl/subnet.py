@@ -7,19 +7,31 @@ projection, so the shared output bias is never scaled.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from math import prod
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GPT2Config, PreTrainedModel
+from transformers import AttentionInterface, GPT2Config, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from twist_fl.blocks import KINDS, Layout, Param
+from twist_fl.blocks import KINDS, Layout, Param, runs
 from twist_fl.blueprint import Blueprint, Scale
+from twist_fl.config import ConfigError
 from twist_fl.modeling_subnet import SubnetGPT2LMHeadModel
 
 State = dict[str, torch.Tensor]
+
+CAUSAL = "sdpa_causal"
+"""SDPA without a mask function: whole windows need no mask but the causal one, which the kernel makes itself.
+
+Hugging Face's own "sdpa" looks for packed sequences in every forward pass, which waits for the GPU, and compiled
+it builds an explicit mask, which the fast kernels refuse. The same numbers, bit for bit.
+"""
+AttentionInterface.register(CAUSAL, sdpa_attention_forward)
 
 
 def slice_state(layout: Layout, state: Mapping[str, torch.Tensor], blueprint: Blueprint) -> State:
@@ -27,15 +39,25 @@ def slice_state(layout: Layout, state: Mapping[str, torch.Tensor], blueprint: Bl
 
     Parameters held whole are not copied.
     """
-    return {param.name: _take(layout, param.name, state[param.name], blueprint) for param in layout.params}
+    sliced = {}
+    for param in layout.params:
+        tensor, held = state[param.name], layout.held(param, blueprint)
+        if held is not None:
+            whole, tensor = tensor, tensor.new_empty(param.shape_with(len(held)))
+            take_blocks(param, held, whole, tensor)
+        sliced[param.name] = tensor
+    return sliced
 
 
-def _take(layout: Layout, name: str, tensor: torch.Tensor, blueprint: Blueprint) -> torch.Tensor:
-    param = layout.by_name[name]
-    held = layout.held(param, blueprint)
-    if held is None:
-        return tensor
-    return tensor.index_select(param.dim, torch.tensor(param.index(held), device=tensor.device))
+def take_blocks(param: Param, held: Sequence[int], whole: torch.Tensor, out: torch.Tensor) -> None:
+    """Copy the blocks `held` of the full parameter `whole` into `out`, of shape `param.shape_with(len(held))`.
+
+    Neighbouring blocks go in one strided copy, at the speed of memory; `out` may lie in any buffer.
+    """
+    source = whole.reshape(param.blocked(param.num_blocks))
+    target = out.view(param.blocked(len(held)))
+    for blocks, positions in runs(held):
+        target[:, :, positions].copy_(source[:, :, blocks])
 
 
 def copy_slice(layout: Layout, blueprint: Blueprint, name: str, tensor: torch.Tensor, out: torch.Tensor) -> None:
@@ -44,16 +66,8 @@ def copy_slice(layout: Layout, blueprint: Blueprint, name: str, tensor: torch.Te
     held = layout.held(param, blueprint)
     if held is None:
         out.copy_(tensor)
-        return
-    source, target = _by_block(param, tensor), _by_block(param, out)
-    for place, block in enumerate(held):
-        target[:, :, place].copy_(source[:, :, block])
-
-
-def _by_block(param: Param, tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor of the parameter's blocks seen as (before, section, block, inside a block)."""
-    inside = param.width * prod(param.shape[param.dim + 1 :])
-    return tensor.view(prod(param.shape[: param.dim]), param.sections, -1, inside)
+    else:
+        take_blocks(param, held, tensor, out)
 
 
 def get_state(model: nn.Module) -> State:
@@ -124,16 +138,26 @@ def fold_scale(layout: Layout, state: Mapping[str, torch.Tensor], blueprint: Blu
 
 
 class ModelCache:
-    """One physical model per shape, kept warm between rounds: new weights are copied into it."""
+    """One physical model per shape, kept warm between rounds: new weights are copied into it.
 
-    def __init__(self, config: GPT2Config, layout: Layout, scale: Scale, device: str = "cpu") -> None:
-        self.config, self.layout, self.scale, self.device = config, layout, scale, device
+    With `compile` its body is compiled, too, once per shape: parameters keep their place, so nothing makes torch
+    compile again but another batch size. Raises ConfigError where torch cannot compile.
+    """
+
+    backend = "inductor"
+
+    def __init__(
+        self, config: GPT2Config, layout: Layout, scale: Scale, device: str = "cpu", compile: bool = False
+    ) -> None:
+        if compile:
+            check_compiler(device)
+        self.config, self.layout, self.scale, self.device, self.compile = config, layout, scale, device, compile
         self._models: dict[object, PreTrainedModel] = {}
 
     def load(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
         """The model of `blueprint`'s shape, holding `state` (already sliced)."""
         if blueprint.shape not in self._models:
-            self._models[blueprint.shape] = build_model(self.config, self.layout, blueprint, self.scale, self.device)
+            self._models[blueprint.shape] = self._build(blueprint)
         model = self._models[blueprint.shape]
         load_state(model, state)
         return model
@@ -141,3 +165,20 @@ class ModelCache:
     def load_sliced(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
         """As `load`, from the full state."""
         return self.load(blueprint, slice_state(self.layout, state, blueprint))
+
+    def _build(self, blueprint: Blueprint) -> PreTrainedModel:
+        model = build_model(self.config, self.layout, blueprint, self.scale, self.device)
+        model.set_attn_implementation(CAUSAL)
+        if self.compile:
+            # All models share one piece of code, for which torch counts the compilations.
+            torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+            model.base_model.compile(fullgraph=True, dynamic=False, backend=self.backend)
+        return model
+
+
+def check_compiler(device: str) -> None:
+    """Raises ConfigError unless torch.compile finds what it needs: it must not fall back in silence."""
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        raise ConfigError("train.compile=true needs a C++ compiler (g++, clang++ or $CXX): install one or set it false")
+    if device.startswith("cuda") and find_spec("triton") is None:
+        raise ConfigError("train.compile=true needs triton on a GPU: pip install triton, or set it false")

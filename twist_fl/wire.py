@@ -23,7 +23,7 @@ from twist_fl.tensors import KnownArrays, copy_whole, get_tensors, handle_of, pu
 from twist_fl.train import Moments
 from twist_fl.transport import Segment, SegmentError
 
-_REPLY_TYPES = {"digest": str, "loss": float, "num_tokens": int, "num_batches": int, "seconds": float}
+_REPLY_TYPES = {"digest": str, "loss": float, "num_tokens": int, "num_batches": int, "seconds": float, "note": str}
 
 
 # Config records
@@ -55,13 +55,31 @@ def question(job_json: str, token: Segment | None) -> RecordDict:
     return content
 
 
-def answer(content: RecordDict, run_id: str, partition: str) -> RecordDict:
+def answer(content: RecordDict, run_id: str, partition: object) -> RecordDict:
     """A ready node's reply to `question`: the token's bytes prove that it can read the server's memory."""
     token, handle = "", handle_of(content)
     if handle is not None and transport.AVAILABLE:
         with suppress(SegmentError):  # another machine, user or container
             token = transport.token_text(transport.attach(handle, run_id))
-    return RecordDict({"node": ConfigRecord({"partition": partition, "token": token})})
+    return node_record(partition, token)
+
+
+def node_record(partition: object, token: str = "") -> RecordDict:
+    """A node's answer to `connect`: its place among the nodes, and what it read in the server's memory."""
+    return RecordDict({"node": ConfigRecord({"partition": str(partition), "token": token})})
+
+
+def partition_of(content: RecordDict) -> int:
+    """The place a node gave itself; what is not a number comes last."""
+    record = content.config_records.get("node", ConfigRecord())
+    partition = str(record.get("partition", ""))
+    return int(partition) if partition.isdecimal() else 2**64
+
+
+def token_of(content: RecordDict) -> str:
+    """What the node read in the server's memory; nothing if it cannot."""
+    record = content.config_records.get("node", ConfigRecord())
+    return str(record.get("token", ""))
 
 
 # Tasks
@@ -115,6 +133,7 @@ def reply_to_records(job: Job, blueprint: Blueprint, reply: Reply, segment: Segm
         "num_tokens": reply.num_tokens,
         "num_batches": reply.num_batches,
         "seconds": reply.seconds,
+        "note": reply.note,
         "moment_step": reply.moments and reply.moments.step,
     }
     content = RecordDict({"reply": _to_record(fields)})

@@ -1,0 +1,67 @@
+"""What the values of a configuration must satisfy by themselves; what they must together with a model or text is
+checked where that is read (`job.py`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """The user's configuration cannot be run; the message names the value, the constraint and the fix."""
+
+
+# Written so that NaN fails each.
+_BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "more than 0": (
+        lambda value: value > 0,
+        "train.workers train.interval train.batch_size train.epochs train.rounds train.lr train.threads "
+        "train.loss_chunk model.n_layer model.n_head model.n_embd model.n_positions eval.batch_size "
+        "eval.watch_windows eval.max_windows eval.tickets "
+        "checkpoint_every flower.round_timeout flower.poll_interval flower.connect_timeout flower.wait_for_nodes "
+        "flower.cpus_per_worker deploy.new_tokens",
+    ),
+    "0 or more": (
+        lambda value: value >= 0,
+        "seed blueprint.undivided_first blueprint.undivided_last train.eps train.weight_decay eval.every "
+        "flower.gpus_per_worker",
+    ),
+    "at least 2": (lambda value: value >= 2, "data.window"),
+    "in [0, 1)": (lambda value: 0 <= value < 1, "train.beta1 train.beta2 model.dropout"),
+    "between 0 and 1": (lambda value: 0 < value < 1, "data.test_fraction"),
+}
+_NAME = re.compile(r"[\w.+-]*\w[\w.+-]*")
+
+
+def check_values(config: Any) -> None:
+    """Raises ConfigError for the first value of a `Config` that cannot be."""
+    for words, (holds, keys) in _BOUNDS.items():
+        for key in keys.split():
+            value = config
+            for part in key.split("."):
+                value = getattr(value, part)
+            if value is not None and not holds(value):
+                raise ConfigError(f"{key}={value} must be {words}")
+    check_name("name", config.name)
+    for device in config.deploy.devices:
+        check_name("deploy.devices", device.name)
+    model, blueprint, workers = config.model, config.blueprint, config.train.workers
+    if model.pretrained is None and model.n_embd % model.n_head:
+        nearest = max(1, round(model.n_embd / model.n_head)) * model.n_head
+        raise ConfigError(
+            f"model.n_embd={model.n_embd} must be a multiple of model.n_head={model.n_head}: use {nearest}"
+        )
+    if config.data.source == "files" and not config.data.path:
+        raise ConfigError("data.source=files needs data.path: a text file or a folder")
+    for key, given in (("num_sub", blueprint.num_sub), ("num_sub_ffn", blueprint.num_sub_ffn)):
+        if given is not None and len(given) not in (1, workers):
+            raise ConfigError(
+                f"blueprint.{key}={given} has {len(given)} entries for train.workers={workers}: give one, or one each"
+            )
+
+
+def check_name(key: str, name: str) -> None:
+    """Names become folders: raises ConfigError for one that could lead elsewhere."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"{key}: {name!r} is no name for a folder: use letters, digits, '.', '_', '+' and '-'")

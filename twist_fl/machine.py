@@ -1,0 +1,54 @@
+"""What this machine, or the container it is, lets a run use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from twist_fl.config import Config, ConfigError
+
+
+def usable_cores() -> int:
+    """CPU cores this process may use: its affinity, and the quota of its control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, _quota(Path("/sys/fs/cgroup/cpu.max"), cores)))
+
+
+def _quota(file: Path, unlimited: int) -> int:
+    if not file.is_file():
+        return unlimited
+    quota, period = file.read_text().split()
+    return unlimited if quota == "max" else int(quota) // int(period)
+
+
+def cpus_per_worker(config: Config) -> int:
+    """CPU cores Flower reserves per simulated worker."""
+    return config.flower.cpus_per_worker or max(1, usable_cores() // config.train.workers)
+
+
+def check_simulation(config: Config) -> None:
+    """Raises ConfigError if this machine has not the cores or GPUs that one simulated worker asks for."""
+    import torch
+
+    cores, gpus = usable_cores(), torch.cuda.device_count()
+    if cpus_per_worker(config) > cores:
+        raise ConfigError(f"flower.cpus_per_worker={config.flower.cpus_per_worker} is more than the {cores} cores here")
+    if config.flower.gpus_per_worker > gpus:
+        raise ConfigError(
+            f"flower.gpus_per_worker={config.flower.gpus_per_worker:g}, but torch sees {gpus} GPUs here: "
+            f"use at most {gpus}"
+        )
+    check_device(config.train.device)
+
+
+def check_device(device: str) -> None:
+    """Raises ConfigError if `device` is not auto or a device that torch can use here."""
+    import torch
+
+    if device == "auto":
+        return
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"train.device={device!r} cannot be used here ({reason}): use auto or cpu") from error
