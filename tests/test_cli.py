@@ -33,9 +33,10 @@ COMMANDS = {
     "tickets": ("run", "--sizes", "--draws", "--windows"),
     "deploy": ("run", "--device"),
     "generate": ("model", "--prompt", "--new-tokens", "--temperature", "--size", "--seed"),
-    "report": ("runs", "--out"),
+    "report": ("runs", "--out", "--publish"),
     "cost": ("preset", "overrides", "--steps"),
     "keys": (),
+    "node": ("--superlink", "--insecure", "--root-certificates", "--auth-supernode-private-key", "--node-config"),
 }
 
 
@@ -44,7 +45,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     """`run("train", "demo")`: exit status, stdout and stderr of the command, in an empty folder, wide terminal."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("signal.signal", lambda *given: None)
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("NO_COLOR", "1")
 
@@ -78,7 +79,7 @@ def trained(tiny_job: MakeJob, tmp_path_factory: pytest.TempPathFactory) -> Path
     job = tiny_job("eval.max_windows=8", "deploy.new_tokens=4", "name=tiny")
     folder.create(job)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.cpu_count", lambda: 1)
+        patch.setattr("os.sched_getaffinity", lambda process: {0})
         serve.train_run(LocalGrid(), folder, job)
     return folder.path
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from twist_fl import data
 from twist_fl.config import ConfigError, DataConfig
-from twist_fl.data import END_OF_TEXT, Corpus, Shard, load_corpus, load_tokenizer, open_corpus, train_tokenizer
+from twist_fl.data import Corpus, Shard, load_corpus, open_corpus
 from twist_fl.job import Job, job_from_json, make_job
+from twist_fl.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 
 SENTENCE = "One block is held by two workers. "
 
@@ -167,7 +168,8 @@ RACER = """
 import sys, time
 from pathlib import Path
 from twist_fl.config import DataConfig
-from twist_fl.data import load_corpus, train_tokenizer
+from twist_fl.data import load_corpus
+from twist_fl.tokenizer import train_tokenizer
 train_tokenizer(["warm up"], 257)
 Path(sys.argv[2]).touch()
 while not all(Path(name).exists() for name in sys.argv[2:]):

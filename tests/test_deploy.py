@@ -18,11 +18,11 @@ from twist_fl import deploy, edge
 from twist_fl.blocks import Layout, make_layout
 from twist_fl.blueprint import Blueprint, Division, draw_ticket, full_blueprint
 from twist_fl.config import ConfigError
-from twist_fl.data import train_tokenizer
 from twist_fl.deploy import Ticket, export_ticket, make_ticket, plan_ticket, ticket_digest, ticket_memory_bytes
 from twist_fl.edge import EdgeReport, decode, measure, measure_here, receive_ticket
 from twist_fl.evaluate import perplexity
 from twist_fl.subnet import ModelCache, State, get_state
+from twist_fl.tokenizer import train_tokenizer
 
 CONFIG = GPT2Config(
     vocab_size=300, n_positions=32, n_embd=24, n_layer=5, n_head=6, n_inner=72, bos_token_id=0, eos_token_id=0

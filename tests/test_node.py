@@ -24,9 +24,10 @@ from typer.testing import CliRunner
 
 from twist_fl import node
 from twist_fl.checkpoint import RunFolder
+from twist_fl.checks import LaunchError
 from twist_fl.cli import app
 from twist_fl.config import ConfigError
-from twist_fl.launch import LaunchError, free_port, quiet_environment, stop_tree
+from twist_fl.launch import free_port, quiet_environment, stop_tree
 from twist_fl.loopback import Network, network, warm_node
 from twist_fl.rounds import run, start
 

@@ -74,7 +74,7 @@ def test_tf32_is_switched_on_and_back() -> None:
 def test_unknown_precision_and_chunk() -> None:
     with pytest.raises(ConfigError, match=r"train\.precision"):
         load_config(overrides=["train.precision=float8"])
-    with pytest.raises(ConfigError, match=r"train\.loss_chunk must be more than 0, got 0"):
+    with pytest.raises(ConfigError, match=r"train\.loss_chunk=0 must be more than 0"):
         load_config(overrides=["train.loss_chunk=0"])
 
 

@@ -12,6 +12,10 @@ class ConfigError(ValueError):
     """The user's configuration cannot be run; the message names the value, the constraint and the fix."""
 
 
+class LaunchError(RuntimeError):
+    """Flower did not start, or the run did not finish; the message names the log to read."""
+
+
 # Written so that NaN fails each.
 _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "more than 0": (

@@ -1,4 +1,4 @@
-"""The `twist-fl` command."""
+"""The `twist-fl` command. What it does is imported when it is done: help and mistakes need no torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from twist_fl import commands, look
+from twist_fl.checks import LaunchError
 from twist_fl.config import ConfigError, presets
-from twist_fl.launch import LaunchError
 
 app = typer.Typer(
     help="TwIST on Flower: train a transformer whose random subnets work without fine-tuning.\n\n"
@@ -39,6 +38,8 @@ def train(
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder instead.")] = None,
 ) -> None:
     """Train with TwIST, or with algorithm=fedavg, through a Flower simulation on this machine."""
+    from twist_fl import commands
+
     if resume and overrides:
         raise ConfigError(f"a resumed run keeps its settings: leave out {' '.join(overrides)}")
     if resume:
@@ -53,6 +54,8 @@ def demo(
     overrides: Overrides = None,
 ) -> None:
     """Train TwIST and FedAvg on the same budget, compare their tickets, deploy three, write a report. Minutes."""
+    from twist_fl import commands
+
     commands.demo(console, directory, overrides or [])
 
 
@@ -66,6 +69,8 @@ def tickets(
     windows: Annotated[int | None, typer.Option(min=1, help="Test windows to use; default: as the run.")] = None,
 ) -> None:
     """Draw random subnets from a trained run and show the distribution of their perplexity."""
+    from twist_fl import look
+
     try:
         wanted = [int(size) for size in sizes.split(",")] if sizes is not None else None
     except ValueError:
@@ -81,6 +86,8 @@ def deploy(
     ] = None,
 ) -> None:
     """Ship to each device the largest ticket that fits its memory, as a small dense model, and measure it there."""
+    from twist_fl import commands
+
     commands.deploy(console, run, device or [])
 
 
@@ -94,6 +101,8 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the ticket and of the sampling.")] = 0,
 ) -> None:
     """Continue a text with a deployed ticket, or with a trained run."""
+    from twist_fl import look
+
     look.generate(console, model, prompt, new_tokens, temperature, size, seed)
 
 
@@ -106,6 +115,8 @@ def report(
     ] = None,
 ) -> None:
     """Write a self-contained HTML report: table, training curves, perplexity against size, ticket distributions."""
+    from twist_fl import commands
+
     commands.report(console, runs, out)
     if publish:
         commands.publish(console, runs, publish)
@@ -118,12 +129,16 @@ def cost(
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the run; default: the paper's.")] = 45_700,
 ) -> None:
     """Parameters, bytes and memory of a setting on paper (Appendix C), for every subnet size. Reads no data."""
+    from twist_fl import look
+
     look.cost(console, preset, overrides or [], steps)
 
 
 @app.command()
 def keys() -> None:
     """List every setting with its default."""
+    from twist_fl import look
+
     look.keys(console)
 
 

@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from twist_fl.checkpoint import RunFolder
+from twist_fl.checks import LaunchError
 from twist_fl.config import Config, ConfigError, load_config
 from twist_fl.files import write_text
 from twist_fl.job import make_job
-from twist_fl.launch import LaunchError, flower_run
+from twist_fl.launch import flower_run
 from twist_fl.look import load_final
 from twist_fl.machine import check_simulation
 from twist_fl.progress import RunProgress

@@ -11,7 +11,6 @@ import json
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -22,9 +21,9 @@ import numpy.typing as npt
 
 from twist_fl import builtin_text
 from twist_fl.config import ConfigError, DataConfig
+from twist_fl.tokenizer import load_tokenizer, reachable, train_tokenizer
 
 Windows = npt.NDArray[np.int32]
-END_OF_TEXT = "<|endoftext|>"
 WIKITEXTS = ("wikitext-2-raw-v1", "wikitext-103-raw-v1", "wikitext-2-v1", "wikitext-103-v1")
 _FORMAT = 2
 
@@ -227,56 +226,6 @@ def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
             batch = []
     if batch:
         yield batch
-
-
-@contextmanager
-def reachable(what: str) -> Iterator[None]:
-    """Turns a library's failure to load `what` into a ConfigError with its first line."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{what} is neither a folder here nor on a hub that can be reached: {reason}") from error
-
-
-def load_tokenizer(name: str) -> Any:
-    """A fast tokenizer from a folder (`tokenizer.json` alone is enough) or from the hub by name."""
-    from transformers import AutoTokenizer, GPT2TokenizerFast  # type: ignore[attr-defined]
-
-    folder = Path(name).expanduser()
-    looks_like_path = os.sep in name and (folder.is_absolute() or name[0] in "~.")
-    if looks_like_path and not folder.is_dir():
-        raise ConfigError(
-            f"data.tokenizer={name!r} does not exist: give a folder with tokenizer.json, or a name on the hub"
-        )
-    if folder.is_dir():
-        if not (folder / "tokenizer.json").is_file():
-            raise ConfigError(f"data.tokenizer={name!r} has no tokenizer.json")
-        if not (folder / "tokenizer_config.json").is_file() and not (folder / "config.json").is_file():
-            return GPT2TokenizerFast.from_pretrained(str(folder))
-    with reachable(f"data.tokenizer={name!r}"):
-        return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """A byte-level BPE, as GPT-2's, trained on `texts`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    if vocab_size < 257:
-        raise ConfigError(f"data.vocab_size={vocab_size} must be at least 257: 256 bytes and the end of text")
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    make: Any = PreTrainedTokenizerFast  # untyped in transformers
-    return make(tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT)
 
 
 @dataclass(frozen=True)

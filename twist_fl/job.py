@@ -13,10 +13,11 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 from twist_fl.blocks import Layout, make_layout
 from twist_fl.blueprint import Blueprint, Debt, Division, draw_round, full_blueprint
 from twist_fl.config import Config, ConfigError, from_yaml, to_yaml
-from twist_fl.data import Corpus, Shard, load_corpus, open_corpus, reachable
+from twist_fl.data import Corpus, Shard, load_corpus, open_corpus
 from twist_fl.evaluate import ticket_sizes
 from twist_fl.machine import usable_cores
 from twist_fl.subnet import ModelCache, State, get_state
+from twist_fl.tokenizer import reachable
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ import httpx
 import psutil
 
 from twist_fl.checkpoint import RunFolder
+from twist_fl.checks import LaunchError
 from twist_fl.config import Config, conf_dir
 from twist_fl.machine import cpus_per_worker, usable_cores
 from twist_fl.results import commit
@@ -30,10 +31,6 @@ _START_SECONDS = 60
 _STOP_SECONDS = 3
 _CONNECTION = "twist-fl"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-class LaunchError(RuntimeError):
-    """Flower did not start, or the run did not finish; the message names the log to read."""
 
 
 def stage_app(target: Path) -> Path:

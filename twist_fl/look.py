@@ -128,8 +128,8 @@ def generate(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from twist_fl.blueprint import draw_ticket, full_blueprint
-    from twist_fl.data import load_tokenizer
     from twist_fl.evaluate import ticket_sizes
+    from twist_fl.tokenizer import load_tokenizer
 
     model: Any
     if (path / "job.json").is_file():

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING
 import httpx
 import psutil
 
+from twist_fl.checks import LaunchError
 from twist_fl.config import ConfigError
-from twist_fl.launch import LaunchError, free_port, stop_tree
+from twist_fl.launch import free_port, stop_tree
 
 if TYPE_CHECKING:
     from twist_fl.executor import TaskSource
