@@ -14,22 +14,24 @@ app = ClientApp()
 @app.query()
 def connect(message: Message, context: Context) -> Message:
     """Build the worker, so that what is wrong with this node shows before training starts."""
-    serve.worker_for(str(message.content.config_records["job"]["json"]))
+    worker = serve.worker_for(wire.job_of(message.content))
     partition = context.node_config.get("partition-id", context.node_id)
-    return Message(wire.node_record(partition), reply_to=message)
+    return Message(wire.answer(message.content, worker.job.run_id, partition), reply_to=message)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One interval on one subnet."""
     started = time.perf_counter()
-    job_json, task, params, moments = wire.task_from_records(message.content)
-    reply = serve.worker_for(job_json).train(task, params, moments)
+    worker = serve.worker_for(wire.job_of(message.content))
+    parcel = wire.task_from_records(worker.job, message.content)
+    reply = worker.train(parcel.task, parcel.params, parcel.moments)
     reply = replace(reply, seconds=time.perf_counter() - started)
-    return Message(wire.reply_to_records(reply), reply_to=message)
+    content = wire.reply_to_records(worker.job, parcel.task.blueprint, reply, parcel.segment)
+    return Message(content, reply_to=message)
 
 
 @app.query("ticket")
 def receive(message: Message, context: Context) -> Message:
     """Build the shipped ticket's small dense model, check its hash, measure it on local text."""
-    return Message(ship.receive(serve.worker_for(ship.job_of(message)).job, message.content), reply_to=message)
+    return Message(ship.receive(serve.worker_for(wire.job_of(message.content)).job, message.content), reply_to=message)

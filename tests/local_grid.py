@@ -13,7 +13,8 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 import client_app
-from twist_fl import wire
+from twist_fl import serve, tensors, transport, wire
+from twist_fl.job import Job
 from twist_fl.rounds import Reply, RunState, Task
 from twist_fl.subnet import State
 from twist_fl.train import MOMENTS
@@ -42,6 +43,7 @@ class Served:
     node: int
     task: Task
     params: State
+    transport: str
 
 
 class LocalGrid(Grid):
@@ -55,10 +57,12 @@ class LocalGrid(Grid):
         last_first: bool = False,
         one_at_a_time: bool = False,
         broken: Sequence[int] = (),
+        far: Sequence[int] = (),
     ) -> None:
         ids = random.Random(11).sample(range(2**62, 2**63), num_nodes)
         self.partitions = dict(zip(ids, range(num_nodes), strict=True))
         self.bend, self.last_first, self.one_at_a_time, self.broken = bend, last_first, one_at_a_time, broken
+        self.far = far
         self.served: list[Served] = []
         self._replies: list[Message] = []
 
@@ -82,10 +86,23 @@ class LocalGrid(Grid):
             return client_app.app(message, context)
 
         if message.metadata.message_type != "train":
-            return [failing("no room on this node")(message) if partition in self.broken else answer()]
-        _, task, params, _ = wire.task_from_records(message.content)
-        self.served.append(Served(node, task, params))
+            if partition in self.broken:
+                return [failing("no room on this node")(message)]
+            return [self._from_afar(message, answer) if partition in self.far else answer()]
+        parcel = wire.task_from_records(job_of(message), message.content)
+        # The reply will be written where the task is read.
+        params = {name: tensor.clone() for name, tensor in parcel.params.items()}
+        self.served.append(Served(node, task := parcel.task, params, tensors.transport_of(message.content)))
         return self.bend(task, message, answer)
+
+    @staticmethod
+    def _from_afar(message: Message, answer: Answer) -> Message:
+        """The answer of another machine, where the server's process and files do not exist."""
+        handle = message.content.config_records["segment"]
+        here, handle["fd"] = handle["fd"], 99_999
+        found = answer()
+        handle["fd"] = here
+        return found
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         wanted = set(message_ids)
@@ -113,10 +130,18 @@ class LocalGrid(Grid):
         raise NotImplementedError
 
 
-def changed(message: Message, change: Callable[[Reply], Reply]) -> Message:
-    """An answer with another reply inside."""
-    content = wire.reply_to_records(change(wire.reply_from_records(message.content)))
-    return Message(content=content, metadata=message.metadata)  # type: ignore[call-overload,no-any-return]
+def changed(task: Task, message: Message, answer: Message, change: Callable[[Reply], Reply]) -> Message:
+    """An answer with another reply inside, which travels as the honest one."""
+    job, handle = job_of(message), tensors.handle_of(answer.content)
+    segment = None if handle is None else transport.attach(handle, job.run_id)
+    reply = change(wire.reply_from_records(job, task.blueprint, answer.content, segment))
+    content = wire.reply_to_records(job, task.blueprint, reply, segment)
+    return Message(content=content, metadata=answer.metadata)  # type: ignore[call-overload,no-any-return]
+
+
+def job_of(message: Message) -> Job:
+    """The job a message to a node belongs to."""
+    return serve.worker_for(wire.job_of(message.content)).job
 
 
 def with_nan(reply: Reply) -> Reply:

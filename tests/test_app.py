@@ -115,6 +115,7 @@ def finished(small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
 def test_a_simulation_is_rounds_run(finished: RunFolder, tmp_path: Path) -> None:
     assert_is_rounds_run(finished, tmp_path)
     assert [(event["answered"], event["dropped"]) for event in finished.events("round")] == [([0, 1], {})] * 2
+    assert all(event["bytes_via"]["shm"] and not event["bytes_via"]["inline"] for event in finished.events("round"))
     assert [event["event"] for event in finished.events()][-1] == "done"
     results = json.loads(finished.results_file.read_text())
     job, ended = finished.job(), finished.load()
@@ -123,6 +124,14 @@ def test_a_simulation_is_rounds_run(finished: RunFolder, tmp_path: Path) -> None
     assert results["full"] == pytest.approx(perplexity(full, job.corpus.test[:4], 4), rel=1e-6)
     assert results["rounds"] == 2
     assert results["commit"] == commit()
+
+
+def test_an_inline_simulation_is_rounds_run(small: tuple[str, ...], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    done = twist_fl("train", "demo", *small, "flower.transport=inline", f"dir={folder.path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_is_rounds_run(folder, tmp_path / "oracle")
+    assert all(event["bytes_via"]["inline"] and not event["bytes_via"]["shm"] for event in folder.events("round"))
 
 
 def test_nothing_of_a_finished_run_is_left(finished: RunFolder) -> None:
@@ -260,6 +269,8 @@ def test_a_network_is_rounds_run(small: tuple[str, ...], tmp_path: Path) -> None
         done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     log = (tmp_path / "flower" / "flower.log").read_text()
     assert [event["event"] for event in folder.events()][-1:] == ["done"], done.stdout + done.stderr + log
-    assert [(event["nodes"], event["failed"]) for event in folder.events("nodes")] == [(2, [])]
+    assert [(event["nodes"], event["shared_memory"], event["failed"]) for event in folder.events("nodes")] == [
+        (2, 2, [])
+    ]
     assert [(event["answered"], event["dropped"]) for event in folder.events("round")] == [([0, 1], {})] * 2
     assert_is_rounds_run(folder, tmp_path / "oracle")

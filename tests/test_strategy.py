@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
-from local_grid import Answer, Bend, LocalGrid, assert_same_run, changed, failing, honest, same, with_nan
+from local_grid import Answer, Bend, LocalGrid, assert_same_run, changed, failing, honest, job_of, same, with_nan
 
+from twist_fl import tensors, transport, wire
 from twist_fl.aggregate import coverage_debt
 from twist_fl.blueprint import full_blueprint
 from twist_fl.checkpoint import RunFolder
-from twist_fl.cost import moment_bytes, round_bytes
+from twist_fl.config import ConfigError
+from twist_fl.cost import moment_bytes, round_bytes, state_bytes
 from twist_fl.evaluate import perplexity, subnet_perplexity
 from twist_fl.job import Job
 from twist_fl.rounds import RoundMean, RunState, Task, Worker, dispatch, plan, run, start
 from twist_fl.shelf import MomentShelf
 from twist_fl.strategy import NoWorkersError, TwistStrategy, exchange
+from twist_fl.transport import SegmentError
 
 MakeJob = Callable[..., Job]
 
@@ -70,14 +75,18 @@ def events(strategy: TwistStrategy, kind: str) -> list[dict[str, Any]]:
 # The same weights
 
 
+@pytest.mark.parametrize("by", ["shm", "inline"])
 @pytest.mark.parametrize("algorithm", ["twist", "fedavg"])
 @pytest.mark.parametrize("optimizer_state", ["reset", "client", "server"])
 def test_the_app_is_rounds_run(
-    algorithm: str, optimizer_state: str, make_strategy: Callable[..., TwistStrategy], tmp_path: Path
+    algorithm: str, optimizer_state: str, by: str, make_strategy: Callable[..., TwistStrategy], tmp_path: Path
 ) -> None:
-    strategy = make_strategy(f"algorithm={algorithm}", f"train.optimizer_state={optimizer_state}")
-    ours = strategy.run(LocalGrid())
+    strategy = make_strategy(
+        f"algorithm={algorithm}", f"train.optimizer_state={optimizer_state}", f"flower.transport={by}"
+    )
+    ours = strategy.run(grid := LocalGrid())
     assert ours.round == 2
+    assert {served.transport for served in grid.served} == {by}
     assert_same_run(ours, oracle(strategy.job, tmp_path / "oracle"))
     assert not same(ours.params, strategy.job.initial_state())
     assert [(event["answered"], event["dropped"]) for event in events(strategy, "round")] == [([0, 1, 2], {})] * 2
@@ -177,6 +186,102 @@ def test_late_nodes_are_waited_for(make_strategy: Callable[..., TwistStrategy]) 
     assert len(strategy.nodes) == 3
 
 
+# How tensors travel
+
+
+def test_nodes_on_this_machine_share_its_memory_and_others_do_not(
+    make_strategy: Callable[..., TwistStrategy], tmp_path: Path
+) -> None:
+    strategy, grid = make_strategy("train.optimizer_state=server"), LocalGrid(far=[1])
+    ours = strategy.run(grid)
+    assert [served.transport for served in grid.served] == ["shm", "inline", "shm"] * 2
+    assert events(strategy, "nodes")[0]["shared_memory"] == 2
+    for event in events(strategy, "round"):
+        sizes = [
+            2 * 3 * state_bytes(strategy.job.layout, blueprint) for blueprint in strategy.job.blueprints(event["round"])
+        ]
+        assert event["bytes_via"] == {"shm": sizes[0] + sizes[2], "inline": sizes[1]}
+        assert sum(event["bytes_via"].values()) == sum(
+            event[way][kind] for way in ("bytes_down", "bytes_up") for kind in ("weights", "moments")
+        )
+    assert_same_run(ours, oracle(strategy.job, tmp_path / "oracle"))
+
+
+def test_shared_memory_on_request_leaves_out_nodes_that_cannot(make_strategy: Callable[..., TwistStrategy]) -> None:
+    strategy, grid = make_strategy("flower.transport=shm"), LocalGrid(far=[1])
+    strategy.run(grid)
+    assert [grid.partitions[node] for node in strategy.nodes] == [0, 2]
+    (failed,) = events(strategy, "nodes")[0]["failed"]
+    assert failed == "flower.transport=shm, but the node cannot read the server's memory: use auto or inline"
+
+
+def test_where_there_is_no_shared_memory(
+    make_strategy: Callable[..., TwistStrategy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transport, "AVAILABLE", False)
+    make_strategy().run(grid := LocalGrid())
+    assert {served.transport for served in grid.served} == {"inline"}
+    with pytest.raises(ConfigError, match=r"^flower\.transport=shm needs Linux: use auto or inline$"):
+        make_strategy("flower.transport=shm").run(LocalGrid())
+
+
+def assert_no_memory_is_left(strategy: TwistStrategy) -> None:
+    name = f"twist_fl-{strategy.job.run_id}"
+    assert name not in Path("/proc/self/maps").read_text()
+    assert not [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink() and name in str(link.readlink())]
+
+
+@pytest.mark.parametrize("how", ["done", "failed", "interrupted"])
+def test_a_run_leaves_no_memory_behind(how: str, make_strategy: Callable[..., TwistStrategy]) -> None:
+    def stop(task: Task, message: Message, answer: Answer) -> list[Message]:
+        if how == "interrupted":
+            raise KeyboardInterrupt
+        return [answer()] if how == "done" else crashed(task, message, answer)
+
+    strategy = make_strategy("train.optimizer_state=server", "flower.transport=shm")
+    with ExitStack() as stack:
+        if how != "done":
+            stack.enter_context(pytest.raises(NoWorkersError if how == "failed" else KeyboardInterrupt))
+        strategy.run(LocalGrid(bend=bent(2, [0, 1, 2], stop)))
+    assert_no_memory_is_left(strategy)
+
+
+def test_a_worker_that_is_late_does_not_write_into_the_next_round(
+    make_strategy: Callable[..., TwistStrategy], tmp_path: Path
+) -> None:
+    waiting: list[Answer] = []
+
+    def late(task: Task, message: Message, answer: Answer) -> list[Message]:
+        if (task.round, task.worker) == (1, 1):
+            waiting.append(answer)
+            return []
+        if task.round == 2:
+            while waiting:
+                with pytest.raises(SegmentError, match="is gone"):
+                    waiting.pop()()
+        return [answer()]
+
+    strategy = make_strategy("flower.round_timeout=0.3", "flower.transport=shm")
+    ours = strategy.run(LocalGrid(bend=late))
+    assert_same_run(ours, oracle(strategy.job, tmp_path / "oracle", missing=[(1, 1)]))
+
+
+@pytest.mark.parametrize("by", ["shm", "inline"])
+def test_sixteen_bits_on_the_way_halve_the_bytes_of_weights(
+    by: str, make_strategy: Callable[..., TwistStrategy]
+) -> None:
+    strategy = make_strategy("flower.wire_dtype=bfloat16", "train.optimizer_state=server", f"flower.transport={by}")
+    ours = strategy.run(LocalGrid())
+    assert all(tensor.dtype == torch.float32 for tensor in ours.params.values())
+    (start_,) = events(strategy, "start")
+    for event in events(strategy, "round"):
+        assert event["answered"] == [0, 1, 2]
+        down, up = event["bytes_down"], event["bytes_up"]
+        assert 2 * (down["weights"] + up["weights"]) == start_["predicted_round_bytes"]
+        assert down["moments"] + up["moments"] == start_["predicted_moment_bytes"]
+        assert event["bytes_via"][by] == sum(way[kind] for way in (down, up) for kind in ("weights", "moments"))
+
+
 # Nodes that fail
 
 
@@ -200,19 +305,27 @@ def of_another(task: Task, message: Message, answer: Answer) -> list[Message]:
     """Same names, same shapes, other blocks: only the digest tells."""
     other = replace(task.blueprint, attn=task.blueprint.ffn, ffn=task.blueprint.attn)
     assert other.shape == task.blueprint.shape
-    return [changed(answer(), lambda reply: replace(reply, digest=other.digest))]
+    return [changed(task, message, answer(), lambda reply: replace(reply, digest=other.digest))]
 
 
 def not_finite(task: Task, message: Message, answer: Answer) -> list[Message]:
-    return [changed(answer(), with_nan)]
+    return [changed(task, message, answer(), with_nan)]
 
 
 def lazy(task: Task, message: Message, answer: Answer) -> list[Message]:
-    return [changed(answer(), lambda reply: replace(reply, num_batches=1))]
+    return [changed(task, message, answer(), lambda reply: replace(reply, num_batches=1))]
 
 
 def headless(task: Task, message: Message, answer: Answer) -> list[Message]:
-    return [changed(answer(), lambda reply: replace(reply, params=dict(list(reply.params.items())[1:])))]
+    """Without the embedding: sent inline, for in a segment every parameter has its place."""
+    job, reply = job_of(message), answer()
+    handle = tensors.handle_of(reply.content)
+    segment = None if handle is None else transport.attach(handle, job.run_id)
+    content = wire.reply_to_records(
+        job, task.blueprint, wire.reply_from_records(job, task.blueprint, reply.content, segment)
+    )
+    content.array_records["params"].pop("transformer.wte.weight")
+    return [Message(content=content, metadata=reply.metadata)]  # type: ignore[call-overload]
 
 
 FAILURES: dict[str, tuple[Bend, str]] = {
@@ -227,13 +340,15 @@ FAILURES: dict[str, tuple[Bend, str]] = {
 }
 
 
-@pytest.mark.parametrize("optimizer_state", ["reset", "server"])
+@pytest.mark.parametrize(("optimizer_state", "by"), [("reset", "inline"), ("server", "shm")])
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_failing_worker_is_named_and_dropped_and_the_round_goes_on(
-    case: str, optimizer_state: str, make_strategy: Callable[..., TwistStrategy], tmp_path: Path
+    case: str, optimizer_state: str, by: str, make_strategy: Callable[..., TwistStrategy], tmp_path: Path
 ) -> None:
     bend, reason = FAILURES[case]
-    strategy = make_strategy("flower.round_timeout=0.3", f"train.optimizer_state={optimizer_state}")
+    strategy = make_strategy(
+        "flower.round_timeout=0.3", f"train.optimizer_state={optimizer_state}", f"flower.transport={by}"
+    )
     ours = strategy.run(LocalGrid(bend=bent(1, [1], bend)))
     first, second = events(strategy, "round")
     assert (first["answered"], list(first["dropped"])) == ([0, 2], ["1"])

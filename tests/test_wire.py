@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import replace
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +21,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from local_grid import same
 
-from twist_fl import wire
+from twist_fl import tensors, transport, wire
 from twist_fl.aggregate import ReplyError
+from twist_fl.blueprint import Blueprint, draw_ticket
 from twist_fl.cost import state_bytes
 from twist_fl.job import Job
-from twist_fl.rounds import Reply, RunState, Task, dispatch, plan
-from twist_fl.subnet import State
+from twist_fl.packing import Packing
+from twist_fl.rounds import Reply, RunState, Task, Worker, dispatch, plan
+from twist_fl.shelf import MomentShelf
+from twist_fl.subnet import State, copy_slice, slice_state
 from twist_fl.train import MOMENTS, Moments
+from twist_fl.transport import Handle, Segment, SegmentError
 
 MakeJob = Callable[..., Job]
 RandomState = Callable[..., State]
@@ -41,9 +50,31 @@ def random_run(job: Job, random_state: RandomState) -> RunState:
     return RunState(random_state(job.layout), [4, 2, 6], 2, moments=moments)
 
 
+def task_records(job: Job, state: RunState, task: Task, segment: Segment | None = None, **known: Any) -> RecordDict:
+    return wire.task_to_records(job, job.to_json(), task, state.params, state.moments, segment, **known)
+
+
 def tasks(job: Job, state: RunState) -> list[tuple[Task, RecordDict]]:
-    found = plan(job, state, keep_from=1)
-    return [(task, wire.task_to_records(job.to_json(), task, *dispatch(job, state, task))) for task in found]
+    known: dict[tuple[str, str], Array] = {}
+    return [(task, task_records(job, state, task, known=known)) for task in plan(job, state, keep_from=1)]
+
+
+@contextmanager
+def new_segment(job: Job, blueprint: Blueprint) -> Iterator[Segment]:
+    """As the server makes it for a task."""
+    segment = transport.create(job.run_id, Packing.of(job, blueprint).total_bytes)
+    yield segment
+    transport.close(segment)
+
+
+@pytest.fixture(params=["inline", "shm"])
+def segment(request: pytest.FixtureRequest, job: Job, state: RunState) -> Iterator[Segment | None]:
+    """What worker 1's task and reply travel in."""
+    if request.param == "inline":
+        yield None
+        return
+    with new_segment(job, plan(job, state)[1].blueprint) as found:
+        yield found
 
 
 @pytest.fixture(params=["reset", "server"])
@@ -66,35 +97,53 @@ def reply(job: Job, state: RunState) -> Reply:
 # Round trips
 
 
-def test_a_task_arrives_as_it_was_sent(job: Job, state: RunState) -> None:
-    for task, content in tasks(job, state):
-        job_json, arrived, params, moments = wire.task_from_records(content)
-        sent_params, sent_moments = dispatch(job, state, task)
-        assert job_json == job.to_json()
-        assert arrived == task
-        assert arrived.blueprint.digest == task.blueprint.digest
-        assert same(params, sent_params)
-        assert (moments is None) == (sent_moments is None)
-        if moments is not None and sent_moments is not None:
-            assert moments.step == sent_moments.step == 30
-            assert all(same(moments.values[name], sent_moments.values[name]) for name in MOMENTS)
+def test_a_task_arrives_as_it_was_sent(job: Job, state: RunState, segment: Segment | None) -> None:
+    task = plan(job, state, keep_from=1)[1]
+    content = task_records(job, state, task, segment)
+    parcel = wire.task_from_records(job, content)
+    params, moments = dispatch(job, state, task)
+    assert wire.job_of(content) == job.to_json()
+    assert parcel.task == task
+    assert parcel.task.blueprint.digest == task.blueprint.digest
+    assert same(parcel.params, params)
+    assert_same_moments(parcel.moments, moments)
+    assert moments is None or moments.step == 30
+    assert (parcel.segment is None) == (segment is None)
 
 
-def test_a_reply_arrives_as_it_was_sent(reply: Reply) -> None:
-    arrived = wire.reply_from_records(wire.reply_to_records(reply))
+def assert_same_moments(ours: Moments | None, theirs: Moments | None) -> None:
+    assert (ours is None) == (theirs is None)
+    if ours is not None and theirs is not None:
+        assert ours.step == theirs.step
+        assert all(same(ours.values[name], theirs.values[name]) for name in MOMENTS)
+
+
+def test_a_reply_arrives_as_it_was_sent(job: Job, state: RunState, reply: Reply, segment: Segment | None) -> None:
+    blueprint = plan(job, state)[1].blueprint
+    content = wire.reply_to_records(job, blueprint, reply, segment)
+    arrived = wire.reply_from_records(job, blueprint, content, segment)
     assert replace(arrived, params={}, moments=None) == replace(reply, params={}, moments=None)
     assert same(arrived.params, reply.params)
-    assert (arrived.moments is None) == (reply.moments is None)
-    if arrived.moments is not None and reply.moments is not None:
-        assert arrived.moments.step == reply.moments.step
-        assert all(same(arrived.moments.values[name], reply.moments.values[name]) for name in MOMENTS)
+    assert_same_moments(arrived.moments, reply.moments)
+
+
+@pytest.mark.parametrize("setting", ["attn", "ffn", "both"])
+@pytest.mark.parametrize("num_sub", [1, 2, 3, 4])
+def test_what_is_written_is_the_slice(setting: str, num_sub: int, tiny_job: MakeJob, random_state: RandomState) -> None:
+    job = tiny_job(f"blueprint.setting={setting}", f"blueprint.num_sub={max(2, num_sub)}")
+    state = random_run(job, random_state)
+    blueprint = draw_ticket(job.layout, job.division, (num_sub, num_sub), 3, 1)
+    for name, value in slice_state(job.layout, state.params, blueprint).items():
+        out = torch.full(value.shape, torch.nan)
+        copy_slice(job.layout, blueprint, name, state.params[name], out)
+        assert torch.equal(out, value), name
 
 
 @given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=12))
 def test_every_float_survives(bits: list[int]) -> None:
     """Subnormals, infinities and each NaN's payload too: it is the bytes that travel."""
     sent = torch.from_numpy(np.array(bits, np.uint32).view(np.float32))
-    arrived = wire.from_arrays(wire.to_arrays({"x": sent}))["x"]
+    arrived = tensors.from_arrays(tensors.to_arrays({"x": sent}))["x"]
     assert arrived.dtype == torch.float32
     assert arrived.view(torch.int32).tolist() == sent.view(torch.int32).tolist()
 
@@ -102,39 +151,79 @@ def test_every_float_survives(bits: list[int]) -> None:
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 3, 4)])
 def test_every_shape_survives(shape: tuple[int, ...]) -> None:
     sent = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(wire.from_arrays(wire.to_arrays({"x": sent}))["x"], sent)
+    assert torch.equal(tensors.from_arrays(tensors.to_arrays({"x": sent}))["x"], sent)
 
 
 def test_a_transposed_tensor_travels_in_its_own_order() -> None:
     sent = torch.arange(6.0).view(2, 3).T
-    assert torch.equal(wire.from_arrays(wire.to_arrays({"x": sent}))["x"], sent)
+    assert torch.equal(tensors.from_arrays(tensors.to_arrays({"x": sent}))["x"], sent)
 
 
-def test_what_arrives_is_a_copy(reply: Reply) -> None:
-    """Training writes into the tensors; the message stays as it was."""
-    content = wire.reply_to_records(reply)
-    before = {name: array.data for name, array in content.array_records["params"].items()}
-    for tensor in wire.reply_from_records(content).params.values():
-        tensor.fill_(7.0)
-    assert {name: array.data for name, array in content.array_records["params"].items()} == before
+def test_what_arrives_is_read_where_it_lies_and_training_leaves_it_alone(
+    job: Job, state: RunState, segment: Segment | None, tmp_path: Path
+) -> None:
+    task = plan(job, state)[1]
+    content = task_records(job, state, task, segment)
+    parcel = wire.task_from_records(job, content)
+    where = {name: tensor.data_ptr() for name, tensor in parcel.params.items()}
+    before = {name: tensor.clone() for name, tensor in parcel.params.items()}
+    Worker(job, MomentShelf(tmp_path)).train(parcel.task, parcel.params, parcel.moments)
+    again = wire.task_from_records(job, content)  # checks the sum of a segment
+    assert same(again.params, before)
+    if segment is None:
+        assert {name: tensor.data_ptr() for name, tensor in again.params.items()} == where
+
+
+# Sixteen bits
+
+
+@pytest.mark.parametrize("wire_dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("by", ["inline", "shm"])
+def test_weights_are_rounded_to_nearest_and_moments_are_not(
+    wire_dtype: str, by: str, tiny_job: MakeJob, random_state: RandomState
+) -> None:
+    job = tiny_job("train.optimizer_state=server", f"flower.wire_dtype={wire_dtype}")
+    state = random_run(job, random_state)
+    task = plan(job, state)[1]
+    params, moments = dispatch(job, state, task)
+    rounded = {name: tensor.to(getattr(torch, wire_dtype)).float() for name, tensor in params.items()}
+    assert not same(rounded, params)
+    with ExitStack() as stack:
+        segment = stack.enter_context(new_segment(job, task.blueprint)) if by == "shm" else None
+        content = task_records(job, state, task, segment)
+        parcel = wire.task_from_records(job, content)
+        assert same(parcel.params, rounded)
+        assert_same_moments(parcel.moments, moments)
+        half = state_bytes(job.layout, task.blueprint) // 2
+        assert tensors.num_bytes(content) | {"other": 0} == {"weights": half, "moments": 4 * half, "other": 0}
+        reply = Reply(task.blueprint.digest, params, 1.25, 60, 2, 0.5, moments)
+        content = wire.reply_to_records(job, task.blueprint, reply, segment)
+        arrived = wire.reply_from_records(job, task.blueprint, content, segment)
+        assert same(arrived.params, rounded)
+        assert_same_moments(arrived.moments, moments)
+        assert tensors.num_bytes(content)["weights"] == half
 
 
 # Bytes
 
 
-def test_weights_cost_what_appendix_c_says(job: Job, state: RunState, reply: Reply) -> None:
-    for task, content in tasks(job, state):
-        sizes = wire.num_bytes(content)
+def test_weights_cost_what_appendix_c_says(job: Job, state: RunState, reply: Reply, segment: Segment | None) -> None:
+    task = plan(job, state)[1]
+    down = task_records(job, state, task, segment)
+    up = wire.reply_to_records(job, task.blueprint, reply, segment)
+    for content in (down, up):
+        sizes = tensors.num_bytes(content)
         assert sizes["weights"] == state_bytes(job.layout, task.blueprint) == 4 * job.layout.num_params(task.blueprint)
         assert sizes["moments"] == (2 * sizes["weights"] if state.moments else 0)
-    sizes = wire.num_bytes(wire.reply_to_records(reply))
-    assert sizes["weights"] == state_bytes(job.layout, plan(job, state)[1].blueprint)
-    assert sizes["moments"] == (2 * sizes["weights"] if reply.moments else 0)
+        assert tensors.transport_of(content) == ("inline" if segment is None else "shm")
+        if segment is not None:
+            assert not content.array_records
+            assert sizes["weights"] + sizes["moments"] == len(segment.memory)
 
 
 def test_subnets_of_unequal_workers_cost_unequal_bytes(tiny_job: MakeJob, random_state: RandomState) -> None:
     job = tiny_job("blueprint.num_sub=[1,2,4]")
-    sizes = [wire.num_bytes(content)["weights"] for _, content in tasks(job, random_run(job, random_state))]
+    sizes = [tensors.num_bytes(content)["weights"] for _, content in tasks(job, random_run(job, random_state))]
     assert sizes == sorted(set(sizes))
     assert sizes[2] == state_bytes(job.layout)
 
@@ -144,23 +233,25 @@ def test_the_rest_is_small_and_bounded(num_layers: int, tiny_job: MakeJob, rando
     """Both what num_bytes reports and what Flower adds do not depend on the size of any tensor."""
     job = tiny_job(f"model.n_layer={num_layers}", "train.optimizer_state=server")
     for task, content in tasks(job, random_run(job, random_state)):
-        sizes = wire.num_bytes(content)
+        sizes = tensors.num_bytes(content)
         held = sum(map(len, task.blueprint.attn + task.blueprint.ffn))
         bound = OTHER_CONSTANT + OTHER_PER_BLOCK * (held + 2 * num_layers)
         assert 0 < sizes["other"] <= bound
         arrays = sum(map(len, content.array_records.values()))
-        assert arrays == 3 * len(job.layout.params)
+        divided = 2 * 6  # layers, and parameters made of blocks in each
+        assert num_layers > 5 or arrays == 3 * (len(job.layout.params) - divided + 1)
         serialised = sum(len(part.deflate()) for part in get_all_nested_objects(content).values())
         # Equal objects (the shared zero biases of a new model) are stored once, hence no lower bound.
         assert serialised <= sum(sizes.values()) + FRAME_CONSTANT + FRAME_PER_ARRAY * arrays
 
 
-def test_a_reply_carries_no_job(reply: Reply) -> None:
-    assert wire.num_bytes(wire.reply_to_records(reply))["other"] < 512
+def test_a_reply_carries_no_job(job: Job, state: RunState, reply: Reply, segment: Segment | None) -> None:
+    content = wire.reply_to_records(job, plan(job, state)[1].blueprint, reply, segment)
+    assert tensors.num_bytes(content)["other"] < 512
 
 
 def test_a_message_without_tensors_weighs_nothing() -> None:
-    assert wire.num_bytes(RecordDict()) == {"weights": 0, "moments": 0, "other": 0}
+    assert tensors.num_bytes(RecordDict()) == {"weights": 0, "moments": 0, "other": 0}
 
 
 # Content addressing
@@ -168,15 +259,160 @@ def test_a_message_without_tensors_weighs_nothing() -> None:
 
 def test_shared_arrays_are_the_same_object_for_every_worker(job: Job, state: RunState) -> None:
     """Flower uploads equal objects once; a block's slice must not pass for another's of the same shape."""
-    sent = tasks(job, state)
-    for record in ("params", *(MOMENTS if state.moments else ())):
-        for param in job.layout.params:
-            ids = [content.array_records[record][param.name].object_id for _, content in sent]
-            held = [job.layout.held(param, task.blueprint) for task, _ in sent]
-            for i, one in enumerate(ids):
-                for j, other in enumerate(ids):
-                    assert (one == other) == (held[i] == held[j]), param.name
-    assert len({task.blueprint for task, _ in sent}) == 3
+    alone = [(task, task_records(job, state, task)) for task in plan(job, state, keep_from=1)]
+    for sent in (tasks(job, state), alone):
+        for record in ("params", *(MOMENTS if state.moments else ())):
+            arrays = [content.array_records[record] for _, content in sent]
+            assert len({array[tensors.BLOCKS].object_id for array in arrays}) == 3
+            for param in job.layout.params:
+                divided = param.kind is not None and param.layer in (1, 2)
+                found = [array.get(param.name) for array in arrays]
+                assert [array is None for array in found] == [divided] * 3
+                assert divided or len({array.object_id for array in found if array is not None}) == 1
+        assert len({task.blueprint for task, _ in sent}) == 3
+
+
+def test_shared_arrays_are_made_once_a_round(job: Job, state: RunState) -> None:
+    first, second, _ = (content.array_records["params"] for _, content in tasks(job, state))
+    assert first["transformer.wte.weight"] is second["transformer.wte.weight"]
+
+
+def test_a_worker_with_all_blocks_shares_no_array_with_one_that_has_some(
+    tiny_job: MakeJob, random_state: RandomState
+) -> None:
+    job = tiny_job("blueprint.num_sub=[2,4,4]")
+    state = random_run(job, random_state)
+    (_, some), (_, one), (_, other) = tasks(job, state)
+    assert tensors.BLOCKS in some.array_records["params"]
+    assert tensors.BLOCKS not in one.array_records["params"]
+    assert list(one.array_records["params"]) == [param.name for param in job.layout.params]
+    assert all(one.array_records["params"][name] is array for name, array in other.array_records["params"].items())
+    for task, content in tasks(job, state):
+        assert same(wire.task_from_records(job, content).params, dispatch(job, state, task)[0])
+
+
+# Shared memory
+
+ATTACH = """
+import json, sys
+from twist_fl import transport
+handle, run_id = json.loads(sys.argv[1])
+segment = transport.attach(transport.Handle(**handle), run_id)
+segment.check(transport.Handle(**handle))
+segment.memory[0] = 7
+"""
+
+
+def attach_elsewhere(handle: Handle, run_id: str) -> subprocess.CompletedProcess[str]:
+    """Another process opens the segment, checks it and writes a byte."""
+    words = [sys.executable, "-c", ATTACH, json.dumps([asdict(handle), run_id])]
+    return subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+
+
+def test_another_process_reads_and_writes_the_same_memory() -> None:
+    segment = transport.make_token("run")
+    done = attach_elsewhere(segment.handle(), "run")
+    assert done.returncode == 0, done.stderr
+    assert segment.memory[0] == 7
+    transport.close(segment)
+
+
+def test_when_the_server_is_gone_so_is_its_memory() -> None:
+    code = "from twist_fl import transport; s = transport.make_token('run'); print(s.handle()); import os; os._exit(9)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 9
+    handle = eval(done.stdout, {"Handle": Handle})
+    with pytest.raises(SegmentError, match=r"is gone, or on another machine: No such file or directory$"):
+        transport.attach(handle, "run")
+
+
+def no_change(segment: Segment, handle: Handle) -> Handle:
+    return handle
+
+
+def other_file(segment: Segment, handle: Handle) -> Handle:
+    """The server closed the segment, and its number now belongs to another one."""
+    other = transport.create("run", 32)
+    os.dup2(other.fd, segment.fd)
+    transport.close(other)
+    return handle
+
+
+REFUSED: dict[str, tuple[Callable[[Segment, Handle], Handle], str, str]] = {
+    "of another run": (no_change, "other", r"segment 'twist_fl-run-\w+' is not of this run \(other\)"),
+    "of a run with a longer name": (no_change, "ru", "is not of this run"),
+    "another file": (other_file, "run", r"is gone: in its place is /memfd:twist_fl-run-"),
+    "no such file": (lambda _, handle: replace(handle, fd=99_999), "run", "is gone, or on another machine: No such"),
+    "no such process": (lambda _, handle: replace(handle, pid=2**30), "run", "is gone, or on another machine: No such"),
+    "larger": (lambda _, handle: replace(handle, num_bytes=64), "run", "has 32 bytes, its handle says 64"),
+    "smaller": (lambda _, handle: replace(handle, num_bytes=16), "run", "has 32 bytes, its handle says 16"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_handle_that_names_another_memory_is_refused(case: str) -> None:
+    change, run_id, reason = REFUSED[case]
+    segment = transport.make_token("run")
+    handle = change(segment, segment.handle())
+    with pytest.raises(SegmentError, match=reason):
+        transport.attach(handle, run_id)
+    transport.close(segment)
+
+
+def test_nobody_can_cut_a_segment_short() -> None:
+    segment = transport.create("run", 5000)
+    with pytest.raises(PermissionError):
+        os.truncate(f"/proc/self/fd/{segment.fd}", 100)
+    transport.close(segment)
+
+
+@given(st.binary(min_size=1, max_size=3 * 4096 + 9), st.data())
+def test_a_changed_byte_changes_the_checksum(content: bytes, data: st.DataObject) -> None:
+    memory = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    before = transport.checksum(memory)
+    assert before == transport.checksum(memory.clone())
+    memory[data.draw(st.integers(0, len(content) - 1))] += data.draw(st.integers(1, 255))
+    assert transport.checksum(memory) != before
+
+
+def test_pieces_in_another_order_have_another_checksum() -> None:
+    memory = torch.arange(4 * 4096, dtype=torch.int32).view(torch.uint8)
+    assert transport.checksum(memory) != transport.checksum(memory.view(4, -1).flip(0).contiguous().view(-1))
+
+
+def test_a_task_that_was_changed_on_the_way_is_refused(tiny_job: MakeJob, random_state: RandomState) -> None:
+    job = tiny_job()
+    state = random_run(job, random_state)
+    task, other = plan(job, state)[:2]
+    with new_segment(job, task.blueprint) as segment:
+        content = task_records(job, state, task, segment)
+        segment.memory[1000] += 1
+        with pytest.raises(SegmentError, match=r"has checksum 0x\w+, its handle says 0x\w+"):
+            wire.task_from_records(job, content)
+        task_records(job, state, other, segment)  # the segment's next use
+        with pytest.raises(SegmentError, match="has checksum"):
+            wire.task_from_records(job, content)
+        with pytest.raises(SegmentError, match="is not of this run"):
+            wire.task_from_records(replace(job, run_id="another"), content)
+
+
+def test_a_worker_keeps_its_segment_until_it_fails_to_answer() -> None:
+    segments = transport.Segments("run")
+    first, other = segments.take(0, 100), segments.take(1, 100)
+    assert segments.take(0, 100) is first is segments.get(0) is not other
+    larger = segments.take(0, 101)
+    assert len(larger.memory) == 101
+    late = transport.attach(other.handle(), "run")
+    segments.drop(1)
+    late.memory.fill_(1)  # where nobody reads
+    assert segments.get(1) is None
+    assert segments.take(1, 100).memory.sum() == 0
+    for handle in (first.handle(), other.handle()):
+        with pytest.raises(SegmentError, match="is gone"):
+            transport.attach(handle, "run")
+    segments.close()
+    with pytest.raises(SegmentError, match="is gone"):
+        transport.attach(larger.handle(), "run")
 
 
 # Malformed replies
@@ -215,6 +451,15 @@ def set_array(**changes: Any) -> Spoil:
     return spoil
 
 
+def drop_array(name: str) -> Spoil:
+    return lambda content: content.array_records["params"].pop(name)
+
+
+def set_handle(**changes: Any) -> Spoil:
+    fields: dict[str, Any] = {"name": "twist_fl-x", "pid": 1, "fd": 3, "num_bytes": 8, "checksum": 9, "weights": 8}
+    return lambda content: content.__setitem__("segment", ConfigRecord(fields | changes))
+
+
 MALFORMED: dict[str, tuple[Spoil, str]] = {
     "nothing": (lambda content: [content.pop(name) for name in list(content)], "reply"),
     "no reply record": (lambda content: content.pop("reply"), "reply"),
@@ -233,12 +478,17 @@ MALFORMED: dict[str, tuple[Spoil, str]] = {
     "text for the tokens": (set_fields(num_tokens="60"), "num_tokens"),
     "a negative number of tokens": (set_fields(num_tokens=-60), "num_tokens"),
     "half a batch": (set_fields(num_batches=1.5), "num_batches"),
-    "moments that are not there": (set_fields(moment_step=30), "exp_avg"),
+    "moments that are not there": (set_fields(moment_step=30), "moment_step=30, where the job's messages hold params"),
     "float64": (set_array(dtype="float64"), r"wte\.weight is float64/raw\.little, expected float32/raw\.little"),
     "numpy's own format": (set_array(stype="numpy.ndarray"), r"is float32/numpy\.ndarray"),
     "too few bytes": (set_array(data=b"\0" * 12), r"wte\.weight has 12 bytes for shape \(300, 32\)"),
-    "a larger shape": (set_array(shape=(301, 32)), r"has 38400 bytes for shape \(301, 32\)"),
-    "a negative shape": (set_array(shape=(-300, -32)), "malformed reply"),
+    "a larger shape": (set_array(shape=(301, 32)), r"wte\.weight has shape \(301, 32\), expected \(300, 32\)"),
+    "a negative shape": (set_array(shape=(-300, -32)), r"has shape \(-300, -32\), expected \(300, 32\)"),
+    "a parameter missing": (drop_array("transformer.wpe.weight"), r"'transformer\.wpe\.weight' of 'params' is missing"),
+    "no blocks": (drop_array(tensors.BLOCKS), "array 'blocks' of 'params' is missing"),
+    "a handle where none was sent": (set_handle(), r"handle of segment 'twist_fl-x', but none was sent"),
+    "a handle without a name": (set_handle(name=5), "segment's name=5 is no str"),
+    "a handle with a broken number": (set_handle(checksum=0.5), r"segment's checksum=0\.5 is no int"),
 }
 
 
@@ -247,12 +497,14 @@ def test_a_malformed_reply_is_a_reply_error(case: str, tiny_job: MakeJob, random
     job = tiny_job()
     state = random_run(job, random_state)
     task = plan(job, state)[0]
-    content = wire.reply_to_records(Reply(task.blueprint.digest, dispatch(job, state, task)[0], 1.25, 60, 2))
-    wire.reply_from_records(content)
+    reply = Reply(task.blueprint.digest, dispatch(job, state, task)[0], 1.25, 60, 2)
+    content = wire.reply_to_records(job, task.blueprint, reply)
+    wire.reply_from_records(job, task.blueprint, content)
     spoil, reason = MALFORMED[case]
     spoil(content)
+    tensors.num_bytes(content)
     with pytest.raises(ReplyError, match=reason):
-        wire.reply_from_records(content)
+        wire.reply_from_records(job, task.blueprint, content)
 
 
 def test_a_reply_with_half_of_its_moments(tiny_job: MakeJob, random_state: RandomState) -> None:
@@ -260,10 +512,61 @@ def test_a_reply_with_half_of_its_moments(tiny_job: MakeJob, random_state: Rando
     state = random_run(job, random_state)
     task = plan(job, state)[0]
     params, moments = dispatch(job, state, task)
-    content = wire.reply_to_records(Reply(task.blueprint.digest, params, 1.25, 60, 2, moments=moments))
+    reply = Reply(task.blueprint.digest, params, 1.25, 60, 2, moments=moments)
+    content = wire.reply_to_records(job, task.blueprint, reply)
     content.pop("exp_avg_sq")
     with pytest.raises(ReplyError, match="exp_avg_sq"):
-        wire.reply_from_records(content)
+        wire.reply_from_records(job, task.blueprint, content)
+
+
+def test_a_reply_by_a_handle_that_is_not_its_own_is_refused(tiny_job: MakeJob, random_state: RandomState) -> None:
+    """Another run's or worker's segment, another size, another content."""
+    job = tiny_job()
+    state = random_run(job, random_state)
+    task = plan(job, state)[0]
+    reply = Reply(task.blueprint.digest, dispatch(job, state, task)[0], 1.25, 60, 2)
+    size = len(reply.params) and Packing.of(job, task.blueprint).total_bytes
+    with new_segment(job, task.blueprint) as segment:
+        content = wire.reply_to_records(job, task.blueprint, reply, segment)
+        sent = dict(content.config_records["segment"])
+        for change, reason in (
+            ({"name": "twist_fl-other-1"}, f"handle of segment 'twist_fl-other-1', expected '{segment.name}'"),
+            ({"num_bytes": 12}, f"has 12 bytes, expected {size}"),
+            ({"checksum": 12}, "its handle says 0xc"),
+        ):
+            content["segment"] = ConfigRecord(sent | change)
+            with pytest.raises(ReplyError, match=reason):
+                wire.reply_from_records(job, task.blueprint, content, segment)
+        content["segment"] = ConfigRecord(sent)
+        assert same(wire.reply_from_records(job, task.blueprint, content, segment).params, reply.params)
+        segment.memory[-1] += 1
+        with pytest.raises(ReplyError, match="has checksum"):
+            wire.reply_from_records(job, task.blueprint, content, segment)
+
+
+def test_a_reply_of_another_shape_is_not_spread_over_the_buffer(tiny_job: MakeJob, random_state: RandomState) -> None:
+    job = tiny_job()
+    state = random_run(job, random_state)
+    task = plan(job, state)[0]
+    params = dispatch(job, state, task)[0] | {"transformer.ln_f.weight": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"^transformer\.ln_f\.weight has shape \(1,\), expected \(32,\)$"):
+        wire.reply_to_records(job, task.blueprint, Reply(task.blueprint.digest, params, 1.25, 60, 2))
+
+
+# Whether a node shares this machine
+
+
+def test_a_node_proves_that_it_reads_the_servers_memory(tiny_job: MakeJob) -> None:
+    job = tiny_job()
+    token = transport.make_token(job.run_id)
+    asked = wire.question(job.to_json(), token)
+    place = dict(wire.answer(asked, job.run_id, "3").config_records["node"])
+    assert place == {"partition": "3", "token": transport.token_text(token)}
+    assert transport.token_text(token) != transport.token_text(transport.make_token(job.run_id))
+    assert wire.answer(asked, "another run", "3").config_records["node"]["token"] == ""
+    assert wire.answer(wire.question(job.to_json(), None), job.run_id, "3").config_records["node"]["token"] == ""
+    transport.close(token)
+    assert wire.answer(asked, job.run_id, "3").config_records["node"]["token"] == ""
 
 
 # Why a node failed
@@ -293,4 +596,4 @@ def test_an_error_is_told_in_one_line(reason: str | None, expected: str) -> None
 
 
 def test_an_empty_record_holds_no_tensors() -> None:
-    assert wire.from_arrays(ArrayRecord()) == {}
+    assert tensors.from_arrays(ArrayRecord()) == {}

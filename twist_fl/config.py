@@ -138,6 +138,11 @@ class FlowerConfig:
     """Seconds a node has to read the text and build its worker before the first round."""
     wait_for_nodes: float = 30.0
     """Seconds to wait for as many nodes as workers; after that those present share the workers."""
+    transport: Literal["auto", "shm", "inline"] = "auto"
+    """How tensors travel. shm: memory that server and worker share (Linux); inline: in Flower's messages; auto: shm
+    for every node that shares the server's machine, else inline."""
+    wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Weights on the way, rounded to nearest; server and workers keep float32. float16 ends at 65504."""
     cpus_per_worker: int | None = None
     """Simulation: CPU cores reserved per worker; null: cores / workers, at least 1."""
     gpus_per_worker: float = 0.0

@@ -1,7 +1,7 @@
 """A whole TwIST round in one process: the map for readers, and the oracle of the Flower app.
 
-blueprint -> slice -> train -> aggregate. The app runs the same `plan`, `dispatch`, `Worker.train` and
-`RoundMean`, with a network in between; on CPU it gives the same weights bit for bit.
+blueprint -> slice -> train -> aggregate. The app runs the same `plan`, `Worker.train` and `RoundMean`, with a
+network in between (`wire.task_to_records` sends what `dispatch` gives); on CPU it gives the same weights bit for bit.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from twist_fl import edge, wire
+from twist_fl import edge, tensors, wire
 from twist_fl.blueprint import Blueprint, draw_ticket
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError, DeviceConfig
@@ -116,7 +116,7 @@ def _to_records(job: Job, device: DeviceConfig, ticket: Ticket, place: int, of: 
         {
             "job": ConfigRecord({"json": job.to_json()}),
             "ticket": ConfigRecord({"json": json.dumps(fields)}),
-            "params": wire.to_arrays(ticket.params),
+            "params": tensors.to_arrays(ticket.params),
         }
     )
 
@@ -143,14 +143,10 @@ def _row(job: Job, device: DeviceConfig, ticket: Ticket, replies: list[Message])
     }
 
 
-def job_of(message: Message) -> str:
-    return str(message.content.config_records["job"]["json"])
-
-
 def receive(job: Job, content: RecordDict) -> RecordDict:
     """On the edge client: check the hash, write the dense model, measure it on local text in a fresh process."""
     fields = json.loads(str(content.config_records["ticket"]["json"]))
-    params = wire.from_arrays(content.array_records["params"])
+    params = tensors.from_arrays(content.array_records["params"])
     folder = cache_dir() / "tickets" / job.run_id / fields["device"]
     edge.receive_ticket(
         fields["config"], fields["blueprint"], params, fields["digest"], folder, job.corpus.tokenizer_folder
@@ -158,5 +154,5 @@ def receive(job: Job, content: RecordDict) -> RecordDict:
     place, of = fields["text"]
     windows = job.corpus.test[place::of][:_LOCAL_WINDOWS]
     measured = asdict(edge.measure(folder, windows, job.config.deploy.new_tokens))
-    measured["bytes_received"] = sum(wire.num_bytes(content).values())
+    measured["bytes_received"] = sum(tensors.num_bytes(content).values())
     return RecordDict({"report": ConfigRecord({"json": json.dumps(measured)})})

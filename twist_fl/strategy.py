@@ -16,17 +16,20 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from twist_fl import evaluate, wire
+from twist_fl import evaluate, tensors, transport, wire
 from twist_fl.aggregate import ReplyError
 from twist_fl.blueprint import full_blueprint
 from twist_fl.checkpoint import RunFolder
-from twist_fl.config import FlowerConfig
+from twist_fl.config import ConfigError, FlowerConfig
 from twist_fl.cost import moment_bytes, round_bytes
 from twist_fl.job import Job
 from twist_fl.machine import usable_cores
-from twist_fl.rounds import RoundMean, RunState, Task, dispatch, plan, start
+from twist_fl.packing import Packing
+from twist_fl.rounds import RoundMean, RunState, Task, plan, start
+from twist_fl.tensors import KnownArrays
 
 BYTE_KINDS = ("weights", "moments", "other")
+TRANSPORTS = ("shm", "inline")
 
 
 class NoWorkersError(RuntimeError):
@@ -45,9 +48,12 @@ class TwistStrategy(Strategy):
         self.job_json = job.to_json()
         self.state: RunState = folder.load() or start(job)
         self.nodes: list[int] = []
+        self._neighbours: set[int] = set()  # nodes that share this machine
+        self._segments = transport.Segments(job.run_id)
         self._saved_round = self.state.round
         self._planned: list[Task] = []
         self._down: dict[str, int] = {}
+        self._via: dict[str, int] = {}
         self._models = job.models()
 
     # -- Flower's hooks: the steps of a round
@@ -60,15 +66,27 @@ class TwistStrategy(Strategy):
             self.connect(grid)
         self._planned = plan(self.job, self.state, keep_from=self._saved_round)
         self._down = dict.fromkeys(BYTE_KINDS, 0)
+        self._via = dict.fromkeys(TRANSPORTS, 0)
         return self._messages()
 
     def _messages(self) -> Iterator[Message]:
+        known: KnownArrays = {}
         for task in self._planned:
-            content = wire.task_to_records(self.job_json, task, *dispatch(self.job, self.state, task))
-            for kind, size in wire.num_bytes(content).items():
-                self._down[kind] += size
             node, group = self.node_of(task.worker), str(task.worker)
+            segment = None
+            if node in self._neighbours:
+                size = Packing.of(self.job, task.blueprint).total_bytes
+                segment = self._segments.take(task.worker, size)
+            params, moments = self.state.params, self.state.moments
+            content = wire.task_to_records(self.job, self.job_json, task, params, moments, segment, known)
+            self._count(content, self._down)
             yield Message(content, dst_node_id=node, message_type=MessageType.TRAIN, group_id=group)
+
+    def _count(self, content: RecordDict, sizes: dict[str, int]) -> None:
+        found = tensors.num_bytes(content)
+        for kind, size in found.items():
+            sizes[kind] += size
+        self._via[tensors.transport_of(content)] += found["weights"] + found["moments"]
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -85,10 +103,10 @@ class TwistStrategy(Strategy):
                 mean.report.dropped[worker] = wire.error_of(message)
                 self.nodes = []  # the next round looks again for who is there
                 continue
-            for kind, size in wire.num_bytes(message.content).items():
-                up[kind] += size
+            self._count(message.content, up)
             try:
-                reply = wire.reply_from_records(message.content)
+                blueprint, segment = tasks[worker].blueprint, self._segments.get(worker)
+                reply = wire.reply_from_records(self.job, blueprint, message.content, segment)
             except ReplyError as error:
                 mean.report.dropped[worker] = str(error)
                 continue
@@ -96,6 +114,8 @@ class TwistStrategy(Strategy):
             mean.add(tasks[worker], reply)
         self.state = mean.finish()
         report = mean.report
+        for worker in tasks.keys() - set(report.answered):
+            self._segments.drop(worker)
         for worker in tasks.keys() - set(report.answered) - set(report.dropped):
             self.nodes = []
             report.dropped[worker] = f"no reply within flower.round_timeout={self.job.config.flower.round_timeout:g} s"
@@ -106,6 +126,7 @@ class TwistStrategy(Strategy):
             training_seconds=training,
             bytes_down=self._down,
             bytes_up=up,
+            bytes_via=self._via,
         )
         if not report.answered:
             raise NoWorkersError(f"round {report.round}: no worker answered: {report.dropped}")
@@ -139,24 +160,29 @@ class TwistStrategy(Strategy):
 
     def run(self, grid: Grid) -> RunState:
         """All remaining rounds, with evaluation and checkpoints on the way. Raises NoWorkersError."""
-        config = self.job.config
         # While workers train on this machine, a parallel region of many threads waits for the slowest of busy cores:
         # with the default, checking and adding 4 replies of 2 M parameters took 8 s a round instead of 0.1.
         torch.set_num_threads(1)
         self.folder.rewind(self.state.round)
         self.summary()
-        while self.state.round < self.job.num_rounds:
-            round_ = self.state.round + 1
-            messages = self.configure_train(round_, ArrayRecord(), ConfigRecord(), grid)
-            self.aggregate_train(round_, exchange(grid, messages, config.flower, config.flower.round_timeout))
-            last = self.state.round == self.job.num_rounds
-            if config.eval.every and (last or self.state.round % config.eval.every == 0):
-                self._evaluate()
-            # After the evaluation: a run killed in between repeats both.
-            if last or self.state.round % config.checkpoint_every == 0:
-                self.folder.save(self.state)
-                self._saved_round = self.state.round
+        try:
+            while self.state.round < self.job.num_rounds:
+                self._round(grid)
+        finally:
+            self._segments.close()
         return self.state
+
+    def _round(self, grid: Grid) -> None:
+        config, round_ = self.job.config, self.state.round + 1
+        messages = self.configure_train(round_, ArrayRecord(), ConfigRecord(), grid)
+        self.aggregate_train(round_, exchange(grid, messages, config.flower, config.flower.round_timeout))
+        last = self.state.round == self.job.num_rounds
+        if config.eval.every and (last or self.state.round % config.eval.every == 0):
+            self._evaluate()
+        # After the evaluation: a run killed in between repeats both.
+        if last or self.state.round % config.checkpoint_every == 0:
+            self.folder.save(self.state)
+            self._saved_round = self.state.round
 
     def connect(self, grid: Grid) -> None:
         """Find the nodes and have each build its worker; node i serves the workers i, i + nodes, ...
@@ -173,21 +199,48 @@ class TwistStrategy(Strategy):
         while len(found) < workers and time.monotonic() < deadline:
             time.sleep(flower.poll_interval)
             found = sorted(grid.get_node_ids())
-        content = RecordDict({"job": ConfigRecord({"json": self.job_json})})
-        asked = [Message(content, dst_node_id=node, message_type=MessageType.QUERY) for node in found[:workers]]
+        ready, failed = self._ask(grid, found[:workers])
+        self.nodes = [node for _, node in sorted(ready)]
+        self.folder.log(
+            "nodes",
+            round=self.state.round,
+            nodes=len(self.nodes),
+            shared_memory=len(self._neighbours),
+            failed=list(failed.values()),
+        )
+        if not self.nodes:
+            reasons = "; ".join(sorted(set(failed.values()))) or f"none connected within {flower.wait_for_nodes:g} s"
+            raise NoWorkersError(f"no node is ready for the run: {reasons}")
+
+    def _ask(self, grid: Grid, nodes: list[int]) -> tuple[list[tuple[int, int]], dict[int, str]]:
+        """Which nodes are ready, with their partitions, and why the others are not. Notes who shares this machine."""
+        flower, token = self.job.config.flower, self._make_token()
+        content = wire.question(self.job_json, token)
+        asked = [Message(content, dst_node_id=node, message_type=MessageType.QUERY) for node in nodes]
         ready: list[tuple[int, int]] = []
         failed: dict[int, str] = {}
+        self._neighbours = set()
         for reply in exchange(grid, asked, flower, flower.connect_timeout):
             node = reply.metadata.src_node_id
             if reply.has_error():
                 failed[node] = wire.error_of(reply)
-            else:
-                ready.append((wire.partition_of(reply.content), node))
-        self.nodes = [node for _, node in sorted(ready)]
-        self.folder.log("nodes", round=self.state.round, nodes=len(self.nodes), failed=list(failed.values()))
-        if not self.nodes:
-            reasons = "; ".join(sorted(set(failed.values()))) or f"none connected within {flower.wait_for_nodes:g} s"
-            raise NoWorkersError(f"no node is ready for the run: {reasons}")
+                continue
+            if token is not None and wire.token_of(reply.content) == transport.token_text(token):
+                self._neighbours.add(node)
+            elif flower.transport == "shm":
+                failed[node] = "flower.transport=shm, but the node cannot read the server's memory: use auto or inline"
+                continue
+            ready.append((wire.partition_of(reply.content), node))
+        if token is not None:
+            transport.close(token)
+        return ready, failed
+
+    def _make_token(self) -> transport.Segment | None:
+        """What a node must read to get its tensors by shared memory; None if no node shall."""
+        chosen = self.job.config.flower.transport
+        if chosen == "shm" and not transport.AVAILABLE:
+            raise ConfigError("flower.transport=shm needs Linux: use auto or inline")
+        return transport.make_token(self.job.run_id) if chosen != "inline" and transport.AVAILABLE else None
 
     def node_of(self, worker: int) -> int:
         return self.nodes[worker % len(self.nodes)]

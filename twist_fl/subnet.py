@@ -60,6 +60,16 @@ def take_blocks(param: Param, held: Sequence[int], whole: torch.Tensor, out: tor
         target[:, :, positions].copy_(source[:, :, blocks])
 
 
+def copy_slice(layout: Layout, blueprint: Blueprint, name: str, tensor: torch.Tensor, out: torch.Tensor) -> None:
+    """Write what `slice_state` takes of one parameter into `out`, in `out`'s dtype, without a copy in between."""
+    param = layout.by_name[name]
+    held = layout.held(param, blueprint)
+    if held is None:
+        out.copy_(tensor)
+    else:
+        take_blocks(param, held, tensor, out)
+
+
 def get_state(model: nn.Module) -> State:
     """The model's own parameters, not copied; a tied head appears once, as the embedding."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -1,67 +1,32 @@
-"""Flower records <-> our objects.
-
-Every tensor travels as its own raw little-endian array, shared ones identical for all workers, so that Flower's
-content addressing uploads those once. What is not a tensor travels in one small config record.
-"""
+"""Flower records <-> our objects: what is not a tensor travels in small config records, as JSON."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
-import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
+from twist_fl import transport
 from twist_fl.aggregate import ReplyError
 from twist_fl.blueprint import Blueprint
+from twist_fl.job import Job
+from twist_fl.packing import Packing
 from twist_fl.rounds import Reply, Task
-from twist_fl.subnet import State
-from twist_fl.train import MOMENTS, Moments
+from twist_fl.subnet import State, copy_slice
+from twist_fl.tensors import KnownArrays, copy_whole, get_tensors, handle_of, put_tensors
+from twist_fl.train import Moments
+from twist_fl.transport import Segment, SegmentError
 
-_DTYPES = {"float32": np.float32}
-_STYPE = "raw.little"
 _REPLY_TYPES = {"digest": str, "loss": float, "num_tokens": int, "num_batches": int, "seconds": float, "note": str}
 
 
-def to_arrays(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
-    """Float32 tensors as raw arrays, one copy each."""
-    return ArrayRecord(
-        {
-            name: Array(
-                dtype="float32", shape=tuple(tensor.shape), stype=_STYPE, data=tensor.contiguous().numpy().tobytes()
-            )
-            for name, tensor in state.items()
-        }
-    )
-
-
-def from_arrays(record: ArrayRecord) -> State:
-    """Tensors that own their memory. Raises ReplyError for an array that is not as `to_arrays` makes it."""
-    state = {}
-    for name, array in record.items():
-        dtype = _DTYPES.get(array.dtype)
-        if dtype is None or array.stype != _STYPE:
-            raise ReplyError(f"{name} is {array.dtype}/{array.stype}, expected float32/{_STYPE}")
-        if len(array.data) != np.dtype(dtype).itemsize * int(np.prod(array.shape)):
-            raise ReplyError(f"{name} has {len(array.data)} bytes for shape {tuple(array.shape)}")
-        state[name] = torch.from_numpy(np.frombuffer(bytearray(array.data), dtype).reshape(tuple(array.shape)))
-    return state
-
-
-def node_record(partition: object) -> RecordDict:
-    """A node's answer to `connect`: its place among the nodes."""
-    return RecordDict({"node": ConfigRecord({"partition": str(partition)})})
-
-
-def partition_of(content: RecordDict) -> int:
-    """The place a node gave itself; what is not a number comes last."""
-    record = content.config_records.get("node", ConfigRecord())
-    partition = str(record.get("partition", ""))
-    return int(partition) if partition.isdecimal() else 2**64
+# Config records
 
 
 def _to_record(fields: Mapping[str, Any]) -> ConfigRecord:
@@ -75,21 +40,93 @@ def _from_record(content: RecordDict, key: str) -> dict[str, Any]:
     return fields
 
 
-def task_to_records(job_json: str, task: Task, params: State, moments: Moments | None) -> RecordDict:
-    fields = asdict(task) | {"blueprint": task.blueprint.to_json(), "moment_step": moments and moments.step}
-    content = RecordDict({"job": ConfigRecord({"json": job_json}), "task": _to_record(fields)})
-    _put_tensors(content, params, moments)
+def job_of(content: RecordDict) -> str:
+    return str(content.config_records["job"]["json"])
+
+
+# A node's place
+
+
+def question(job_json: str, token: Segment | None) -> RecordDict:
+    """Asks a node to build its worker, and with a token whether it shares this machine."""
+    content = RecordDict({"job": ConfigRecord({"json": job_json})})
+    if token is not None:
+        content["segment"] = ConfigRecord(asdict(token.handle()))
     return content
 
 
-def task_from_records(content: RecordDict) -> tuple[str, Task, State, Moments | None]:
+def answer(content: RecordDict, run_id: str, partition: object) -> RecordDict:
+    """A ready node's reply to `question`: the token's bytes prove that it can read the server's memory."""
+    token, handle = "", handle_of(content)
+    if handle is not None and transport.AVAILABLE:
+        with suppress(SegmentError):  # another machine, user or container
+            token = transport.token_text(transport.attach(handle, run_id))
+    return node_record(partition, token)
+
+
+def node_record(partition: object, token: str = "") -> RecordDict:
+    """A node's answer to `connect`: its place among the nodes, and what it read in the server's memory."""
+    return RecordDict({"node": ConfigRecord({"partition": str(partition), "token": token})})
+
+
+def partition_of(content: RecordDict) -> int:
+    """The place a node gave itself; what is not a number comes last."""
+    record = content.config_records.get("node", ConfigRecord())
+    partition = str(record.get("partition", ""))
+    return int(partition) if partition.isdecimal() else 2**64
+
+
+def token_of(content: RecordDict) -> str:
+    """What the node read in the server's memory; nothing if it cannot."""
+    record = content.config_records.get("node", ConfigRecord())
+    return str(record.get("token", ""))
+
+
+# Tasks
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A task with its tensors, which are read where they lie: until `reply_to_records` writes into `segment`."""
+
+    task: Task
+    params: State
+    moments: Moments | None
+    segment: Segment | None
+
+
+def task_to_records(
+    job: Job,
+    job_json: str,
+    task: Task,
+    params: State,
+    moments: Moments | None,
+    segment: Segment | None = None,
+    known: KnownArrays | None = None,
+) -> RecordDict:
+    """The task with what its blueprint names of the server's whole state: what `rounds.dispatch` gives."""
+    fields = asdict(task) | {"blueprint": task.blueprint.to_json(), "moment_step": moments and moments.step}
+    content = RecordDict({"job": ConfigRecord({"json": job_json}), "task": _to_record(fields)})
+    packing = Packing.of(job, task.blueprint)
+    write = partial(copy_slice, job.layout, task.blueprint)
+    put_tensors(content, packing, params, moments, write, segment, {} if known is None else known)
+    return content
+
+
+def task_from_records(job: Job, content: RecordDict) -> Parcel:
+    """Raises SegmentError, or ReplyError, if the tensors are not the ones that were sent."""
     fields = _from_record(content, "task")
     step = fields.pop("moment_step")
     task = Task(**fields | {"blueprint": Blueprint.from_json(fields["blueprint"])})
-    return str(content.config_records["job"]["json"]), task, *_get_tensors(content, step)
+    handle = handle_of(content)
+    segment = None if handle is None else transport.attach(handle, job.run_id)
+    return Parcel(task, *get_tensors(content, Packing.of(job, task.blueprint), step, segment), segment)
 
 
-def reply_to_records(reply: Reply) -> RecordDict:
+# Replies
+
+
+def reply_to_records(job: Job, blueprint: Blueprint, reply: Reply, segment: Segment | None = None) -> RecordDict:
     fields = {
         "digest": reply.digest,
         "loss": reply.loss,
@@ -100,43 +137,28 @@ def reply_to_records(reply: Reply) -> RecordDict:
         "moment_step": reply.moments and reply.moments.step,
     }
     content = RecordDict({"reply": _to_record(fields)})
-    _put_tensors(content, reply.params, reply.moments)
+    put_tensors(content, Packing.of(job, blueprint), reply.params, reply.moments, copy_whole, segment, {})
     return content
 
 
-def reply_from_records(content: RecordDict) -> Reply:
-    """Raises ReplyError if the records are not those of a reply."""
+def reply_from_records(job: Job, blueprint: Blueprint, content: RecordDict, segment: Segment | None = None) -> Reply:
+    """The reply to a task with `blueprint` that was sent in `segment`, if in any.
+
+    Raises ReplyError if the records are not those of a reply.
+    """
     try:
         fields = _from_record(content, "reply")
         for name, kind in _REPLY_TYPES.items():
             if type(fields[name]) is not kind or (kind is int and fields[name] < 1):
                 raise TypeError(f"{name}={fields[name]!r} is no {'positive ' * (kind is int)}{kind.__name__}")
-        params, moments = _get_tensors(content, fields.pop("moment_step"))
+        packing = Packing.of(job, blueprint)
+        params, moments = get_tensors(content, packing, fields.pop("moment_step"), segment)
         return Reply(params=params, moments=moments, **fields)
     except (KeyError, TypeError, ValueError) as error:
         raise ReplyError(f"malformed reply: {error!r}") from error
 
 
-def _put_tensors(content: RecordDict, params: State, moments: Moments | None) -> None:
-    content["params"] = to_arrays(params)
-    if moments is not None:
-        for name in MOMENTS:
-            content[name] = to_arrays(moments.values[name])
-
-
-def _get_tensors(content: RecordDict, step: int | None) -> tuple[State, Moments | None]:
-    params = from_arrays(content.array_records["params"])
-    if step is None:
-        return params, None
-    return params, Moments(step, {name: from_arrays(content.array_records[name]) for name in MOMENTS})
-
-
-def num_bytes(content: RecordDict) -> dict[str, int]:
-    """Bytes of the weights, of the optimiser's moments, and of everything else in a message."""
-    sizes = {name: sum(len(array.data) for array in record.values()) for name, record in content.array_records.items()}
-    weights = sizes.pop("params", 0)
-    other = sum(record.count_bytes() for record in content.config_records.values())
-    return {"weights": weights, "moments": sum(sizes.values()), "other": other}
+# Errors
 
 
 def error_of(message: Message) -> str:

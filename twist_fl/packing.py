@@ -1,0 +1,83 @@
+"""Where each tensor of a message lies: a function of the block table, the blueprint and the job, never sent along.
+
+A buffer holds tensors one behind another, in the table's order. Weights may travel in 16 bits, rounded to nearest;
+on both sides they are float32, and optimiser moments always are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+
+from twist_fl.blocks import Layout, Param
+from twist_fl.blueprint import Blueprint
+from twist_fl.job import Job
+from twist_fl.subnet import State
+from twist_fl.train import MOMENTS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The tensors of one subnet's messages, in records: `params`, and with server-side moments one for each."""
+
+    layout: Layout
+    blueprint: Blueprint
+    with_moments: bool = False
+    wire_dtype: str = "float32"
+
+    @classmethod
+    def of(cls, job: Job, blueprint: Blueprint) -> Packing:
+        with_moments = job.config.train.optimizer_state == "server"
+        return cls(job.layout, blueprint, with_moments, job.config.flower.wire_dtype)
+
+    @property
+    def records(self) -> tuple[str, ...]:
+        """Weights last: whatever their dtype, all float32 numbers lie at multiples of 4 bytes."""
+        return (*MOMENTS, "params") if self.with_moments else ("params",)
+
+    @cached_property
+    def shared(self) -> tuple[Param, ...]:
+        """Parameters held whole: equal for all workers that hold them so."""
+        return tuple(p for p in self.layout.params if self.layout.held(p, self.blueprint) is None)
+
+    @cached_property
+    def blocks(self) -> tuple[Param, ...]:
+        """Parameters of which the blueprint names some blocks: the worker's own."""
+        return tuple(p for p in self.layout.params if self.layout.held(p, self.blueprint) is not None)
+
+    def dtype(self, record: str) -> str:
+        """The dtype on the wire, by name."""
+        return self.wire_dtype if record == "params" else "float32"
+
+    def shape(self, param: Param) -> tuple[int, ...]:
+        return self.layout.shape(param, self.blueprint)
+
+    def num_elements(self, params: Sequence[Param]) -> int:
+        return sum(prod(self.shape(param)) for param in params)
+
+    def num_bytes(self, record: str) -> int:
+        return DTYPES[self.dtype(record)].itemsize * self.num_elements(self.layout.params)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(map(self.num_bytes, self.records))
+
+    def views(self, params: Sequence[Param], buffer: torch.Tensor) -> State:
+        """`params` as consecutive parts of `buffer`, a vector of as many elements as they have."""
+        sizes = [prod(self.shape(param)) for param in params]
+        parts = torch.split(buffer, sizes)
+        return {param.name: part.view(self.shape(param)) for param, part in zip(params, parts, strict=True)}
+
+    def views_of_all(self, memory: torch.Tensor) -> dict[str, State]:
+        """Every tensor of every record, in a segment's memory (uint8)."""
+        parts = torch.split(memory, [self.num_bytes(record) for record in self.records])
+        return {
+            record: self.views(self.layout.params, part.view(DTYPES[self.dtype(record)]))
+            for record, part in zip(self.records, parts, strict=True)
+        }
