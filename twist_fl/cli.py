@@ -11,6 +11,7 @@ from rich.console import Console
 
 from twist_fl.checks import LaunchError
 from twist_fl.config import ConfigError, presets
+from twist_fl.cost import PAPER_EXCHANGES
 
 app = typer.Typer(
     help="TwIST on Flower: train a transformer whose random subnets work without fine-tuning.\n\n"
@@ -126,7 +127,9 @@ def report(
 def cost(
     preset: Annotated[str, typer.Argument(help="A preset or a YAML file.")] = "gpt2-wikitext103",
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps of the run; default: the paper's.")] = 45_700,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Optimiser steps of the run; default: the paper's.")
+    ] = PAPER_EXCHANGES,
 ) -> None:
     """Parameters, bytes and memory of a setting on paper (Appendix C), for every subnet size. Reads no data."""
     from twist_fl import look

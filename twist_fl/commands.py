@@ -70,11 +70,15 @@ def _same_settings(folder: RunFolder, wanted: Config) -> None:
     found, asked = portable_config(folder.job().config), portable_config(wanted)
     found["train"]["threads"] = asked["train"]["threads"]  # resolved when the run was made
     for section, value in asked.items():
-        if found[section] != value:
-            raise ConfigError(
-                f"{folder.path} holds a run with other settings ({section}: {found[section]}, asked: {value}): "
-                "remove it, or choose another --dir"
-            )
+        pairs = value if isinstance(value, dict) else {"": value}
+        mine = found[section] if isinstance(value, dict) else {"": found[section]}
+        for key, wish in pairs.items():
+            if mine.get(key) != wish:
+                name = f"{section}.{key}".rstrip(".")
+                raise ConfigError(
+                    f"{folder.path} holds a run with {name}={mine.get(key)}, asked was {wish}: "
+                    "remove it, or choose another --dir"
+                )
 
 
 def _deployed(folder: RunFolder) -> list[dict[str, Any]]:
