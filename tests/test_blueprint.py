@@ -21,11 +21,11 @@ from twist_fl.blueprint import (
     Division,
     Scale,
     Setting,
-    algorithm_1,
     draw_round,
     draw_ticket,
     full_blueprint,
 )
+from twist_fl.policies import algorithm_1
 
 NUM_LAYERS = 6
 Deal = tuple[int, list[int], list[int], list[int], int]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from local_grid import Answer, Bend, LocalGrid, assert_same_run, failing, honest, same
 
-from twist_fl import checkpoint, files, serve
+from twist_fl import checkpoint, files, serve, shelf
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError
 from twist_fl.job import Job
@@ -340,7 +340,7 @@ def test_a_run_that_failed_goes_on_and_is_done(tiny_job: MakeJob, tmp_path: Path
         serve.train_run(LocalGrid(bend=away), folder, folder.job())  # type: ignore[arg-type]
     assert [event["error"].split(":")[0] for event in folder.events("failed")] == ["NoWorkersError"]
     assert not folder.results_file.exists()
-    assert serve.moment_folder(folder.job()).is_dir()
+    assert shelf.moment_folder(folder.job().run_id).is_dir()
     serve.train_run(LocalGrid(bend=honest), folder, folder.job())
     assert folder.events("failed") == []
     assert [event["event"] for event in folder.events()][-1] == "done"
@@ -348,7 +348,7 @@ def test_a_run_that_failed_goes_on_and_is_done(tiny_job: MakeJob, tmp_path: Path
     assert ended is not None
     assert_same_run(ended, run(job, start(job), tmp_path / "oracle"))
     assert json.loads(folder.results_file.read_text())["rounds"] == 3
-    assert not serve.moment_folder(folder.job()).exists()  # nothing is left on the client
+    assert not shelf.moment_folder(folder.job().run_id).exists()  # nothing is left on the client
 
 
 def test_a_finished_run_needs_no_nodes(tiny_job: MakeJob, tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ REFUSED = {
     "train.epochs=null": "train.epochs:",
     "train.lr=[1,": "'train.lr=[1,' is not YAML",
     "train.lr=${nope}": "train.lr: Interpolation key 'nope' not found",
-    "algorithm=twits": "algorithm: Invalid value 'twits', expected one of ['twist', 'fedavg']",
+    "algorithm=twits": "algorithm: Invalid value 'twits', expected one of ['twist', 'fedavg', 'ddp']",
     "blueprint.scale=cubic": "blueprint.scale: Invalid value 'cubic'",
     "seed=-1": "seed=-1 must be 0 or more",
     "train.workers=0": "train.workers=0 must be more than 0",

@@ -103,6 +103,7 @@ class RunFolder:
             "cursors": state.cursors,
             "debt": sorted(state.debt),
             "moment_step": state.moments.step if state.moments else None,
+            "scores": [[*place, *scores] for place, scores in state.scores.items()] if state.scores else None,
         }
         with new_folder(folder) as making:
             save_tensors(state.params, making / "model.safetensors")
@@ -125,7 +126,10 @@ class RunFolder:
         if fields["moment_step"] is not None:
             moments = Moments(fields["moment_step"], _unprefixed(load_file(folder / "moments.safetensors")))
         params = load_file(folder / "model.safetensors")
-        return RunState(params, fields["cursors"], fields["round"], frozenset(debt), moments)
+        scores = None
+        if fields.get("scores"):
+            scores = {(kind, layer): tuple(values) for kind, layer, *values in fields["scores"]}
+        return RunState(params, fields["cursors"], fields["round"], frozenset(debt), moments, scores)
 
     def rewind(self, round_: int) -> None:
         """Forget the events after `round_`, and how the run ended: a resumed run writes them again."""

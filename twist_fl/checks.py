@@ -22,14 +22,14 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: value > 0,
         "train.workers train.interval train.batch_size train.epochs train.rounds train.lr train.threads "
         "train.loss_chunk model.n_layer model.n_head model.n_embd model.n_positions eval.batch_size "
-        "eval.watch_windows eval.max_windows eval.tickets "
+        "eval.watch_windows eval.max_windows eval.tickets blueprint.score_windows "
         "checkpoint_every flower.round_timeout flower.poll_interval flower.connect_timeout flower.wait_for_nodes "
         "flower.cpus_per_worker deploy.new_tokens",
     ),
     "0 or more": (
         lambda value: value >= 0,
-        "seed blueprint.undivided_first blueprint.undivided_last train.eps train.weight_decay eval.every "
-        "flower.gpus_per_worker",
+        "seed blueprint.undivided_first blueprint.undivided_last blueprint.num_common blueprint.score_every "
+        "train.eps train.weight_decay eval.every flower.gpus_per_worker",
     ),
     "at least 2": (lambda value: value >= 2, "data.window"),
     "in [0, 1)": (lambda value: 0 <= value < 1, "train.beta1 train.beta2 model.dropout"),
@@ -58,11 +58,64 @@ def check_values(config: Any) -> None:
         )
     if config.data.source == "files" and not config.data.path:
         raise ConfigError("data.source=files needs data.path: a text file or a folder")
-    for key, given in (("num_sub", blueprint.num_sub), ("num_sub_ffn", blueprint.num_sub_ffn)):
-        if given is not None and len(given) not in (1, workers):
+    _check_sizes(blueprint, workers)
+    _check_policies(config)
+    _check_variant(config)
+
+
+def _check_sizes(blueprint: Any, workers: int) -> None:
+    given = {"num_sub": blueprint.num_sub, "num_sub_ffn": blueprint.num_sub_ffn}
+    drawn = blueprint.assign == "drawn"
+    for key, sizes in given.items():
+        if sizes is not None and (not sizes if drawn else len(sizes) not in (1, workers)):
             raise ConfigError(
-                f"blueprint.{key}={given} has {len(given)} entries for train.workers={workers}: give one, or one each"
+                f"blueprint.{key}={sizes} has {len(sizes)} entries for train.workers={workers}: give one, or one each"
             )
+    heads, ffn = blueprint.num_sub, blueprint.num_sub_ffn or blueprint.num_sub
+    if drawn and 1 not in (len(heads), len(ffn)) and len(heads) != len(ffn):
+        raise ConfigError(
+            f"blueprint.num_sub={heads} and num_sub_ffn={ffn} are drawn in pairs: give both the same length, or one "
+            "number for one of them"
+        )
+
+
+def _check_policies(config: Any) -> None:
+    blueprint, by_score = config.blueprint, config.blueprint.policy == "importance"
+    if by_score and blueprint.common:
+        raise ConfigError(
+            f"blueprint.common={blueprint.common} and policy=importance both choose the common blocks: give "
+            "blueprint.num_common instead"
+        )
+    if by_score and not blueprint.num_common:
+        raise ConfigError("blueprint.policy=importance needs blueprint.num_common: at least 1")
+    if not by_score and blueprint.num_common:
+        raise ConfigError(
+            f"blueprint.num_common={blueprint.num_common} is for policy=importance: here, list ids in blueprint.common"
+        )
+    if by_score and config.algorithm != "twist":
+        raise ConfigError(f"blueprint.policy=importance divides nothing with algorithm={config.algorithm}: use twist")
+    if config.eval.ticket_policy == "importance" and not by_score:
+        raise ConfigError("eval.ticket_policy=importance needs the scores of blueprint.policy=importance")
+
+
+def _check_variant(config: Any) -> None:
+    train, variant = config.train, config.train.variant
+    if variant != "true" and config.algorithm != "twist":
+        raise ConfigError(
+            f"train.variant={variant} masks nothing with algorithm={config.algorithm}, where every worker holds all: "
+            "use train.variant=true"
+        )
+    if variant != "hybrid":
+        return
+    if train.workers < 2:
+        raise ConfigError("train.variant=hybrid with train.workers=1 leaves no client beside the server: use 2 or more")
+    if train.weight_decay:
+        raise ConfigError(
+            f"train.variant=hybrid trains the server's own parameters, and train.weight_decay={train.weight_decay:g} "
+            "would shrink those that are masked: use 0, or another variant"
+        )
+    if train.compile:
+        raise ConfigError("train.variant=hybrid does not compile the server's model: set train.compile=false")
 
 
 def check_name(key: str, name: str) -> None:

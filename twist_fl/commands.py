@@ -150,7 +150,7 @@ def _run(console: Console, folder: RunFolder, config: Config) -> None:
     num_tickets = len(config.eval.sizes) * config.eval.tickets
     try:
         with (
-            flower_run(folder, config, config.train.workers, {"mode": "train"}) as process,
+            flower_run(folder, config, len(folder.job().clients), {"mode": "train"}) as process,
             RunProgress(console, folder, num_tickets) as progress,
         ):
             events = progress.follow(process)

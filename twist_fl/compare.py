@@ -11,7 +11,7 @@ from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError
 from twist_fl.progress import human_bytes
 
-_ALGORITHMS = {"twist": "TwIST", "fedavg": "FedAvg"}
+_ALGORITHMS = {"twist": "TwIST", "fedavg": "FedAvg", "ddp": "DDP"}
 MISSING = "-"
 
 
@@ -25,8 +25,17 @@ class FinishedRun:
     rounds: Sequence[Mapping[str, Any]]
     """The "round" events, oldest first."""
     predicted_round_bytes: int
-    full_by_round: Mapping[int, float]
-    """Perplexity of the full model after the rounds at which it was evaluated."""
+    full_by_interval: Mapping[float, float]
+    """Perplexity of the full model after the intervals at which it was evaluated."""
+
+    @property
+    def intervals(self) -> list[float]:
+        """Where each of `rounds` ends, in intervals: a round is one, and with DDP a batch."""
+        return [each["round"] / _rounds_per_interval(self.config) for each in self.rounds]
+
+    @property
+    def predicted_bytes(self) -> int:
+        return sum(each.get("predicted_bytes", self.predicted_round_bytes) for each in self.rounds)
 
     @property
     def full(self) -> float:
@@ -67,8 +76,13 @@ def _finished(label: str, results: dict[str, Any], folder: RunFolder) -> Finishe
     evaluations = folder.events("eval")
     starts = folder.events("start")
     predicted = starts[-1]["predicted_round_bytes"] if starts else 0
-    full_by_round = {each["round"]: each["full"] for each in evaluations}
-    return FinishedRun(label, results, folder.events("round"), predicted, full_by_round)
+    per_interval = _rounds_per_interval(results["config"])
+    full_by_interval = {each["round"] / per_interval: each["full"] for each in evaluations}
+    return FinishedRun(label, results, folder.events("round"), predicted, full_by_interval)
+
+
+def _rounds_per_interval(config: Mapping[str, Any]) -> int:
+    return int(config["train"]["interval"]) if config["algorithm"] == "ddp" else 1
 
 
 def _labels(configs: Sequence[Mapping[str, Any]], folder_names: Sequence[str]) -> list[str]:
@@ -76,7 +90,8 @@ def _labels(configs: Sequence[Mapping[str, Any]], folder_names: Sequence[str]) -
     labels = [_ALGORITHMS.get(config["algorithm"], config["algorithm"]) for config in configs]
     states = [config["train"]["optimizer_state"] for config in configs]
     if len(set(states)) > 1:
-        labels = [f"{label}, moments: {state}" for label, state in zip(labels, states, strict=True)]
+        pairs = zip(labels, states, strict=True)
+        labels = [label if label == "DDP" else f"{label}, moments: {state}" for label, state in pairs]
     names = [str(config["name"]) for config in configs]
     numbers = [f"#{i + 1}" for i in range(len(configs))]
     told_apart = list(labels)
@@ -120,7 +135,7 @@ def row_of(run: FinishedRun) -> Row:
         full=run.full,
         tickets={size_label(ticket): (ticket["mean"], ticket["std"]) for ticket in run.tickets},
         weight_bytes=_wire_bytes(run, "weights"),
-        predicted_weight_bytes=run.predicted_round_bytes * len(run.rounds),
+        predicted_weight_bytes=run.predicted_bytes,
         moment_bytes=_wire_bytes(run, "moments"),
         other_bytes=_wire_bytes(run, "other"),
         seconds=sum(each["seconds"] for each in run.rounds),

@@ -19,7 +19,7 @@ from yaml import YAMLError
 from twist_fl.checks import ConfigError as ConfigError  # noqa: PLC0414 (the name users import)
 from twist_fl.checks import check_values
 
-Algorithm = Literal["twist", "fedavg"]
+Algorithm = Literal["twist", "fedavg", "ddp"]
 OptimizerState = Literal["reset", "client", "server"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 
@@ -64,16 +64,30 @@ class BlueprintConfig:
     """What is divided, and how much of it a worker holds."""
 
     setting: Literal["attn", "ffn", "both"] = "both"
+    policy: Literal["random", "rolling", "ordered", "static", "importance"] = "random"
+    """Which blocks. random: Algorithm 1; rolling: a window that moves (FedRolex); ordered: the first ones (HeteroFL);
+    static: drawn once; importance: Algorithm 1 with the common blocks that score highest."""
     num_sub: list[int] = field(default_factory=lambda: [6])
     """Blocks held per divided layer: one number for all workers, or one per worker."""
     num_sub_ffn: list[int] | None = None
     """The same for FFN blocks, where it differs from `num_sub`."""
+    assign: Literal["fixed", "shuffled", "drawn"] = "fixed"
+    """fixed: worker s holds num_sub[s]; shuffled: the list is dealt out anew every round; drawn: every worker draws
+    its size from the list, of any length, every round."""
     ffn_blocks: int | None = None
     """FFN blocks per layer (R); null: as many as heads."""
     undivided_first: int = 2
     undivided_last: int = 2
     common: list[int] = field(default_factory=list)
     """Block ids that every worker holds (C)."""
+    num_common: int = 0
+    """policy=importance: how many blocks of each layer are common, those that score highest."""
+    score: Literal["fisher", "taylor"] = "fisher"
+    """fisher: summed squared gradients of a block's parameters; taylor: |sum of parameter x gradient|."""
+    score_every: int = 0
+    """Rounds between two scorings; 0: once, before the first round."""
+    score_windows: int = 32
+    """Random windows of the training text that blocks are scored on."""
     scale: Literal["sqrt", "linear", "none"] = "sqrt"
 
 
@@ -83,21 +97,25 @@ class TrainConfig:
 
     workers: int = 4
     interval: int = 15
-    """Batches between two aggregations."""
+    """Batches between two aggregations; ddp aggregates after every batch."""
     batch_size: int = 2
     """Windows per batch and worker."""
     epochs: int = 3
     rounds: int | None = None
-    """Number of intervals; null: as many as `epochs` of a worker's shard need."""
+    """Number of intervals, for ddp too; null: as many as `epochs` of a worker's shard need."""
     lr: float = 1e-4
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     weight_decay: float = 0.0
     optimizer_state: OptimizerState = "reset"
-    """reset: new every interval; client: shared parameters' moments stay with the client; server: they travel."""
+    """reset: new every interval; client: shared parameters' moments stay with the client; server: they travel.
+    Not for ddp: its one Adam stays on the server."""
     weighting: Literal["workers", "tokens"] = "workers"
     """Mean over workers, or weighted by the tokens each trained on."""
+    variant: Literal["true", "masked", "hybrid"] = "true"
+    """true: smaller models; masked: whole models, other blocks multiplied by zero; hybrid: the server is worker 0 and
+    masks its own model, the others are true."""
     device: str = "auto"
     threads: int | None = None
     """CPU threads per worker; null: cores / workers."""
@@ -114,7 +132,7 @@ class EvalConfig:
     """Perplexity on the test split."""
 
     every: int = 20
-    """Rounds between two evaluations of the full model while training; 0: only at the end."""
+    """Intervals between two evaluations of the full model while training; 0: only at the end."""
     batch_size: int = 8
     watch_windows: int = 64
     """Windows of the test split for the evaluations while training."""
@@ -124,6 +142,8 @@ class EvalConfig:
     """Random tickets per size."""
     sizes: list[int] = field(default_factory=lambda: [8, 6, 4, 3])
     """Ticket sizes, in blocks per divided layer."""
+    ticket_policy: Literal["random", "ordered", "importance"] = "random"
+    """Which blocks a ticket holds: random ones, the first, or with blueprint.policy=importance the highest scores."""
 
 
 @dataclass
@@ -169,12 +189,13 @@ class DeployConfig:
 class Config:
     name: str = "run"
     algorithm: Algorithm = "twist"
-    """twist, or fedavg: the same code with every blueprint full."""
+    """twist; fedavg: the same code with every blueprint full; ddp: one Adam step on the mean gradient of a batch
+    from each worker."""
     seed: int = 0
     dir: str | None = None
     """Folder of the run; null: runs/NAME below the current folder, or ~/twist_fl_runs/NAME under `flwr run`."""
     checkpoint_every: int = 20
-    """Rounds between two checkpoints."""
+    """Intervals between two checkpoints."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     blueprint: BlueprintConfig = field(default_factory=BlueprintConfig)

@@ -100,10 +100,11 @@ def ticket_distribution(
     batch_size: int,
     on_ticket: Callable[[], None] = lambda: None,
 ) -> Tickets:
-    """Perplexity of `tickets` random tickets; the same seed gives the same tickets for any model."""
-    values = []
-    for draw in range(tickets):
-        blueprint = draw_ticket(models.layout, division, num_sub, seed, draw)
-        values.append(perplexity(models.load_sliced(blueprint, state), windows, batch_size))
+    """Perplexity of `tickets` tickets; the same seed gives the same tickets for any model. Equal ones are one work."""
+    drawn = [draw_ticket(models.layout, division, num_sub, seed, draw) for draw in range(tickets)]
+    found: dict[Blueprint, float] = {}
+    for blueprint in drawn:
+        if blueprint not in found:
+            found[blueprint] = perplexity(models.load_sliced(blueprint, state), windows, batch_size)
         on_ticket()
-    return Tickets(num_sub, models.layout.num_params(blueprint), tuple(values))
+    return Tickets(num_sub, models.layout.num_params(drawn[0]), tuple(found[blueprint] for blueprint in drawn))

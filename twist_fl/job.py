@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from twist_fl.blocks import Layout, make_layout
-from twist_fl.blueprint import Blueprint, Debt, Division, draw_round, full_blueprint
-from twist_fl.config import Config, ConfigError, from_yaml, to_yaml
+from twist_fl.blueprint import Blueprint, Debt, Division, Scores, Sizes, draw_round, full_blueprint
+from twist_fl.config import BlueprintConfig, Config, ConfigError, from_yaml, to_yaml
 from twist_fl.data import Corpus, Shard, load_corpus, open_corpus
 from twist_fl.evaluate import ticket_sizes
 from twist_fl.machine import usable_cores
@@ -37,9 +37,40 @@ class Job:
         return train.rounds * train.interval if train.rounds else train.epochs * self.shard(0).batches_per_epoch
 
     @property
+    def batches_per_round(self) -> int:
+        """Batches of a worker between two aggregations: an interval, and one for DDP."""
+        return 1 if self.config.algorithm == "ddp" else self.config.train.interval
+
+    @property
+    def rounds_per_interval(self) -> int:
+        return self.config.train.interval // self.batches_per_round
+
+    @property
     def num_rounds(self) -> int:
-        """Intervals of the run; the last may be shorter."""
-        return -(-self.total_batches // self.config.train.interval)
+        """Aggregations of the run; before the last, workers may train on fewer batches."""
+        return -(-self.total_batches // self.batches_per_round)
+
+    @property
+    def moments_travel(self) -> bool:
+        """Whether the optimiser's moments go to the workers and back. DDP's stay on the server."""
+        return self.config.train.optimizer_state == "server" and self.config.algorithm != "ddp"
+
+    @property
+    def clients(self) -> range:
+        """The workers that Flower's nodes are; in the hybrid variant, the server is worker 0."""
+        return range(self.config.train.variant == "hybrid", self.config.train.workers)
+
+    def masks(self, worker: int) -> bool:
+        """Whether the worker trains the whole model with other blocks masked, and not a smaller one (section 4.1)."""
+        return self.config.train.variant == "masked" or worker not in self.clients
+
+    def given(self, worker: int, blueprint: Blueprint) -> Blueprint:
+        """The blocks of which a worker of `blueprint` is given the tensors, and gives them back."""
+        return full_blueprint(self.layout) if self.masks(worker) else blueprint
+
+    def scored(self, scores: Scores | None) -> Job:
+        """This job with the importance of its blocks, which blueprint.policy=importance draws by."""
+        return replace(self, division=replace(self.division, scores=scores))
 
     def shard(self, worker: int) -> Shard:
         train = self.config.train
@@ -47,7 +78,7 @@ class Job:
 
     def blueprints(self, round_: int, debt: Debt = frozenset()) -> list[Blueprint]:
         """What each worker holds in round `round_`, counted from 1."""
-        if self.config.algorithm == "fedavg":
+        if self.config.algorithm != "twist":
             return [full_blueprint(self.layout)] * self.config.train.workers
         return draw_round(self.layout, self.division, self.config.seed, round_, debt)
 
@@ -118,17 +149,19 @@ def _job(config: Config, model_config: GPT2Config, corpus: Corpus, run_id: str) 
 
 def _divide(config: Config, model_config: GPT2Config) -> tuple[Layout, Division]:
     blueprint, workers = config.blueprint, config.train.workers
-    heads = blueprint.num_sub * (workers if len(blueprint.num_sub) == 1 else 1)
-    ffn = blueprint.num_sub_ffn or blueprint.num_sub
-    ffn = ffn * (workers if len(ffn) == 1 else 1)
     try:
         layout = make_layout(model_config.to_dict(), blueprint.ffn_blocks)
         division = Division(
             blueprint.setting,
-            tuple(zip(heads, ffn, strict=True)),
+            _sizes(blueprint, workers),
             blueprint.undivided_first,
             blueprint.undivided_last,
             tuple(blueprint.common),
+            blueprint.policy,
+            blueprint.assign,
+            drawn_workers=workers,
+            num_common=blueprint.num_common,
+            ticket_policy=config.eval.ticket_policy,
         )
         division.check(layout, coverage=config.algorithm == "twist")
         for size in config.eval.sizes:
@@ -136,6 +169,14 @@ def _divide(config: Config, model_config: GPT2Config) -> tuple[Layout, Division]
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return layout, division
+
+
+def _sizes(blueprint: BlueprintConfig, workers: int) -> Sizes:
+    """(heads, FFN blocks) of each worker, or those to draw from; a single number stands for all."""
+    heads, ffn = blueprint.num_sub, blueprint.num_sub_ffn or blueprint.num_sub
+    length = max(len(heads), len(ffn)) if blueprint.assign == "drawn" else workers
+    heads, ffn = (sizes * length if len(sizes) == 1 else sizes for sizes in (heads, ffn))
+    return tuple(zip(heads, ffn, strict=True))
 
 
 def _model_config(config: Config) -> GPT2Config:

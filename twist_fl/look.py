@@ -21,7 +21,7 @@ def load_final(path: Path) -> tuple[RunFolder, Any, Any]:
     state = folder.load()
     if state is None:
         raise ConfigError(f"{folder.path} has no checkpoint yet: let it train for checkpoint_every rounds")
-    return folder, job, state
+    return folder, job.scored(state.scores), state
 
 
 def cost(console: Console, preset: str, overrides: list[str], steps: int) -> None:

@@ -33,8 +33,9 @@ class Packing:
 
     @classmethod
     def of(cls, job: Job, blueprint: Blueprint) -> Packing:
-        with_moments = job.config.train.optimizer_state == "server"
-        return cls(job.layout, blueprint, with_moments, job.config.flower.wire_dtype)
+        """Of the messages to and from a client that trains `blueprint`."""
+        given = job.given(job.clients[0], blueprint)
+        return cls(job.layout, given, job.moments_travel, job.config.flower.wire_dtype)
 
     @property
     def records(self) -> tuple[str, ...]:

@@ -81,18 +81,18 @@ def draw_training(runs: Sequence[FinishedRun]) -> Figure:
     loss, perplexity = figure.subplots(2, 1, sharex=True)
     width = smoothing_rounds(runs)
     for run, look in zip(runs, _looks(len(runs)), strict=True):
-        rounds = [each["round"] for each in run.rounds]
+        rounds = run.intervals
         losses = [_number(each["loss"]) for each in run.rounds]
         loss.plot(rounds, losses, color=look["color"], linewidth=0.8, alpha=0.35)
         loss.plot(rounds, smoothed(losses, width), color=look["color"], linewidth=1.6)
-        evaluations = sorted(run.full_by_round.items())
+        evaluations = sorted(run.full_by_interval.items())
         marker = look["marker"] if len(evaluations) <= 25 else None
         perplexity.plot(*_columns(evaluations), color=look["color"], marker=marker, markersize=4, linewidth=1.4)
     loss.set_ylabel("training loss\n(nats per token)")
     perplexity.set_ylabel("test perplexity\nof the full model")
     perplexity.set_xlabel(_rounds_label(runs))
     perplexity.xaxis.set_major_locator(MaxNLocator(integer=True))
-    scale_perplexity(perplexity, [value for run in runs for value in run.full_by_round.values()])
+    scale_perplexity(perplexity, [value for run in runs for value in run.full_by_interval.values()])
     return figure
 
 
@@ -235,7 +235,7 @@ def _figure(runs: Sequence[FinishedRun], height: float) -> Figure:
     return figure
 
 
-def _columns(pairs: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     return [first for first, _ in pairs], [second for _, second in pairs]
 
 

@@ -26,7 +26,7 @@ from twist_fl.rounds import RunState
 def final_results(job: Job, state: RunState, folder: RunFolder) -> dict[str, Any]:
     """Evaluate the final model and random tickets of every size in eval.sizes; write results.json."""
     torch.set_num_threads(usable_cores())
-    config = job.config
+    config, division = job.config, job.scored(state.scores).division
     windows = job.corpus.test[: config.eval.max_windows]
     models = job.models()
     full = models.load_sliced(full_blueprint(job.layout), state.params)
@@ -44,8 +44,8 @@ def final_results(job: Job, state: RunState, folder: RunFolder) -> dict[str, Any
         tickets = evaluate.ticket_distribution(
             models,
             state.params,
-            job.division,
-            evaluate.ticket_sizes(job.layout, job.division, size),
+            division,
+            evaluate.ticket_sizes(job.layout, division, size),
             windows,
             tickets=config.eval.tickets,
             seed=config.seed,

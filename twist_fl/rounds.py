@@ -13,15 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from twist_fl.aggregate import ReplyError, StreamingMean, check_state, coverage_debt
-from twist_fl.blueprint import Blueprint, Debt
+from twist_fl.blueprint import Blueprint, Debt, Scores
 from twist_fl.data import Windows
+from twist_fl.importance import score_blocks
 from twist_fl.job import Job
+from twist_fl.masked import MaskedModel
 from twist_fl.precision import check_precision
 from twist_fl.shelf import MomentShelf
-from twist_fl.subnet import State, get_state, slice_state
-from twist_fl.train import MOMENTS, Moments, train_interval
+from twist_fl.subnet import State, mask_state, slice_state
+from twist_fl.train import MOMENTS, Interval, Moments, adam_step, batch_gradient, train_interval, zero_moments
 
 
 @dataclass
@@ -33,7 +36,9 @@ class RunState:
     round: int = 0
     debt: Debt = frozenset()
     moments: Moments | None = None
-    """The server's, with train.optimizer_state=server."""
+    """The server's, with train.optimizer_state=server or DDP."""
+    scores: Scores | None = None
+    """Of the blocks, with blueprint.policy=importance."""
     spare: list[StreamingMean] = field(default_factory=list, repr=False, compare=False)
     """Sums of the round before, empty again: the next round takes their memory."""
 
@@ -55,6 +60,7 @@ class Task:
 class Reply:
     digest: str
     params: State
+    """As trained; of DDP, their gradient."""
     loss: float
     num_tokens: int
     num_batches: int
@@ -81,31 +87,36 @@ class RoundReport:
 
 def start(job: Job) -> RunState:
     params = job.initial_state()
-    moments = None
-    if job.config.train.optimizer_state == "server":
-        zeros = {name: {key: torch.zeros_like(value) for key, value in params.items()} for name in MOMENTS}
-        moments = Moments(0, zeros)
-    return RunState(params, [0] * job.config.train.workers, moments=moments)
+    kept = job.moments_travel or job.config.algorithm == "ddp"
+    scores = score_blocks(job, params, 0) if job.config.blueprint.policy == "importance" else None
+    moments = zero_moments(params) if kept else None
+    return RunState(params, [0] * job.config.train.workers, moments=moments, scores=scores)
 
 
 def plan(job: Job, state: RunState, keep_from: int = 0) -> list[Task]:
     """The next round's tasks."""
     round_ = state.round + 1
-    blueprints = job.blueprints(round_, state.debt)
+    blueprints = job.scored(state.scores).blueprints(round_, state.debt)
     left = [job.total_batches - cursor for cursor in state.cursors]
     return [
-        Task(round_, worker, blueprint, state.cursors[worker], min(job.config.train.interval, left[worker]), keep_from)
+        Task(round_, worker, blueprint, state.cursors[worker], min(job.batches_per_round, left[worker]), keep_from)
         for worker, blueprint in enumerate(blueprints)
     ]
 
 
 def dispatch(job: Job, state: RunState, task: Task) -> tuple[State, Moments | None]:
-    """The parameters, and with optimizer_state=server the moments, that the task's blueprint names."""
-    params = slice_state(job.layout, state.params, task.blueprint)
-    if state.moments is None:
+    """The parameters, and with optimizer_state=server the moments, that the task's blueprint names.
+
+    A worker that masks is given them whole. The server's own keep momentum only where they may move.
+    """
+    given = job.given(task.worker, task.blueprint)
+    params = slice_state(job.layout, state.params, given)
+    if state.moments is None or not job.moments_travel:
         return params, None
-    sliced = {name: slice_state(job.layout, state.moments.values[name], task.blueprint) for name in MOMENTS}
-    return params, Moments(state.moments.step, sliced)
+    values = {name: slice_state(job.layout, state.moments.values[name], given) for name in MOMENTS}
+    if task.worker not in job.clients:
+        values = {name: mask_state(job.layout, value, task.blueprint) for name, value in values.items()}
+    return params, Moments(state.moments.step, values)
 
 
 class Worker:
@@ -116,6 +127,14 @@ class Worker:
         self.device = job.device()
         check_precision(job.config.train.precision, self.device)
         self.models = job.models(compile=job.config.train.compile)
+        self.masked = MaskedModel(job.models(compile=job.config.train.compile))
+
+    def load(self, task: Task, params: State) -> PreTrainedModel:
+        """The task's subnet: a smaller model, or the whole one masked; on the server, over the server's own tensors."""
+        if not self.job.masks(task.worker):
+            return self.models.load(task.blueprint, params)
+        load = self.masked.load if task.worker in self.job.clients else self.masked.view
+        return load(task.blueprint, params)
 
     def batches(self, task: Task) -> Iterator[torch.Tensor]:
         """The task's batches, each read when it is asked for: a GPU is still busy with the one before."""
@@ -128,32 +147,42 @@ class Worker:
             yield batch.to(self.device, non_blocking=True)
 
     def train(self, task: Task, params: State, moments: Moments | None) -> Reply:
-        """Train the subnet for one interval; the reply's tensors are on the CPU."""
+        """Train the subnet for one interval, or for DDP take a batch's gradient; the reply's tensors are on the CPU."""
         config = self.job.config
         torch.set_num_threads(config.train.threads or 1)
-        model = self.models.load(task.blueprint, params)
-        note = ""
-        if config.train.optimizer_state == "client":
-            moments = self.shelf.load(task.worker, task.round)
-            if moments is None and task.cursor > 0:
-                note = "its optimiser state is not on this machine: started anew"
+        model, note = self.load(task, params), ""
         seed = int(np.random.SeedSequence((config.seed, task.round, task.worker)).generate_state(1)[0])
-        interval = train_interval(model, self.batches(task), config.train, seed, moments)
-        if config.train.optimizer_state == "client":
-            shared = {p.name for p in self.job.layout.params if self.job.layout.held(p, task.blueprint) is None}
-            self.shelf.save(task.worker, task.round, interval.moments, shared, task.keep_from)
-        travels = config.train.optimizer_state == "server"
-        return Reply(
+        if config.algorithm == "ddp":
+            (batch,) = self.batches(task)
+            interval = batch_gradient(model, batch, config.train, seed)
+        elif config.train.optimizer_state == "client":
+            interval, note = self._continue(model, task, seed)
+        else:
+            interval = train_interval(model, self.batches(task), config.train, seed, moments)
+        after = interval.moments
+        reply = Reply(
             task.blueprint.digest,
-            _on_cpu(get_state(model)),
+            _on_cpu(interval.result),
             interval.loss,
             interval.num_tokens,
             interval.num_batches,
-            moments=Moments(interval.moments.step, {m: _on_cpu(v) for m, v in interval.moments.values.items()})
-            if travels
+            moments=Moments(after.step, {m: _on_cpu(v) for m, v in after.values.items()})
+            if self.job.moments_travel
             else None,
             note=note,
         )
+        if task.worker not in self.job.clients:
+            self.masked.release()
+        return reply
+
+    def _continue(self, model: PreTrainedModel, task: Task, seed: int) -> tuple[Interval, str]:
+        """An interval with the client's own optimiser state of what it always holds, and a note if that is lost."""
+        moments = self.shelf.load(task.worker, task.round)
+        lost = moments is None and task.cursor > 0
+        interval = train_interval(model, self.batches(task), self.job.config.train, seed, moments)
+        shared = {p.name for p in self.job.layout.params if self.job.layout.held(p, task.blueprint) is None}
+        self.shelf.save(task.worker, task.round, interval.moments, shared, task.keep_from)
+        return interval, "its optimiser state is not on this machine: started anew" if lost else ""
 
 
 def _on_cpu(state: State) -> State:
@@ -167,7 +196,7 @@ class RoundMean:
         self.job, self.state, self.tasks = job, state, tasks
         self.report = RoundReport(state.round + 1)
         self._params = self._take_mean()
-        self._moments = {name: self._take_mean() for name in MOMENTS if state.moments is not None}
+        self._moments = {name: self._take_mean() for name in MOMENTS if job.moments_travel}
         self._loss_sum = 0.0
         self._cursors = list(state.cursors)
 
@@ -176,17 +205,24 @@ class RoundMean:
         return self.state.spare.pop() if self.state.spare else StreamingMean(self.job.layout)
 
     def add(self, task: Task, reply: Reply) -> None:
-        """Count the reply in; a bad one is named in the report and dropped."""
+        """Count the reply in; a bad one is named in the report and dropped.
+
+        Raises ReplyError if that is the server's own: it has trained the server's parameters in place.
+        """
         try:
             self._check(task, reply)
         except ReplyError as error:
+            if task.worker not in self.job.clients:
+                raise ReplyError(
+                    f"the server's own training failed, resume from the last checkpoint: {error}"
+                ) from error
             self.report.dropped[task.worker] = str(error)
             return
         weight = reply.num_tokens if self.job.config.train.weighting == "tokens" else 1
-        self._params.add(task.blueprint, reply.params, weight)
+        self._params.add(task.blueprint, self._held(task, reply.params), weight)
         if reply.moments is not None:
             for name in MOMENTS:
-                self._moments[name].add(task.blueprint, reply.moments.values[name], weight)
+                self._moments[name].add(task.blueprint, self._held(task, reply.moments.values[name]), weight)
         self._loss_sum += reply.loss * reply.num_tokens
         self._cursors[task.worker] += reply.num_batches
         self.report.num_tokens += reply.num_tokens
@@ -194,8 +230,13 @@ class RoundMean:
         if reply.note:
             self.report.notes[task.worker] = reply.note
 
+    def _held(self, task: Task, state: State) -> State:
+        """What the blueprint names: of a worker that masks, the other blocks do not count."""
+        return slice_state(self.job.layout, state, task.blueprint) if self.job.masks(task.worker) else state
+
     def _check(self, task: Task, reply: Reply) -> None:
         layout, blueprint = self.job.layout, task.blueprint
+        given = self.job.given(task.worker, blueprint)
         if task.worker in self.report.answered:
             raise ReplyError("answered twice")
         if reply.digest != blueprint.digest:
@@ -207,12 +248,12 @@ class RoundMean:
             raise ReplyError(f"trained on {reply.num_tokens} tokens, asked were {expected}")
         if not isfinite(reply.loss):
             raise ReplyError(f"training loss is {reply.loss}")
-        check_state(layout, blueprint, reply.params)
-        if (reply.moments is None) != (self.state.moments is None):
+        check_state(layout, given, reply.params)
+        if (reply.moments is None) == self.job.moments_travel:
             raise ReplyError("optimiser moments are missing or were not asked for")
         if reply.moments is not None:
             for name in MOMENTS:
-                check_state(layout, blueprint, reply.moments.values[name])
+                check_state(layout, given, reply.moments.values[name])
 
     def finish(self) -> RunState:
         """The next state. What nobody answered for keeps the server's value and is owed in the next round."""
@@ -220,25 +261,40 @@ class RoundMean:
         self.report.answered = answered
         if self.report.num_tokens:
             self.report.loss = self._loss_sum / self.report.num_tokens
-        moments = state.moments
-        if moments is not None and answered:
-            longest = max(task.num_batches for task in self.tasks if task.worker in answered)
-            values = {name: self._moments[name].finish(moments.values[name]) for name in MOMENTS}
-            moments = Moments(moments.step + longest, values)
+        params, moments = self._next() if answered else (state.params, state.moments)
         blueprints = [task.blueprint for task in self.tasks if task.worker in answered]
         debt = coverage_debt(self.job.layout, self.job.division, blueprints)
-        params = self._params.finish(state.params)
         spare = [mean.emptied() for mean in (self._params, *self._moments.values())]
-        return RunState(params, self._cursors, state.round + 1, debt, moments, spare)
+        round_, every, scores = state.round + 1, self.job.config.blueprint.score_every, state.scores
+        if scores is not None and every and round_ % every == 0:
+            scores = score_blocks(self.job, params, round_)
+        return RunState(params, self._cursors, round_, debt, moments, scores, spare)
+
+    def _next(self) -> tuple[State, Moments | None]:
+        """The next parameters and moments: the means of what was trained, or DDP's step by the mean gradient."""
+        state, moments = self.state, self.state.moments
+        if self.job.config.algorithm == "ddp":
+            assert moments is not None
+            return adam_step(state.params, self._params.finish(state.params), moments, self.job.config.train)
+        if moments is not None:
+            longest = max(task.num_batches for task in self.tasks if task.worker in self.report.answered)
+            values = {name: self._moments[name].finish(moments.values[name]) for name in MOMENTS}
+            moments = Moments(moments.step + longest, values)
+        return self._params.finish(state.params), moments
 
 
 def twist_round(job: Job, state: RunState, workers: list[Worker]) -> tuple[RunState, RoundReport]:
     """Draw, slice, train, aggregate: the whole of TwIST."""
     tasks = plan(job, state)
     mean = RoundMean(job, state, tasks)
-    for task, worker in zip(tasks, workers, strict=True):
+    for task, worker in own_last(job, tasks, workers):
         mean.add(task, worker.train(task, *dispatch(job, state, task)))
     return mean.finish(), mean.report
+
+
+def own_last(job: Job, tasks: list[Task], workers: list[Worker]) -> list[tuple[Task, Worker]]:
+    """Each task with its worker; the server's own comes after those that are sent what it will change in place."""
+    return sorted(zip(tasks, workers, strict=True), key=lambda pair: pair[0].worker not in job.clients)
 
 
 def run(job: Job, state: RunState, folder: Path, num_rounds: int | None = None) -> RunState:

@@ -13,11 +13,10 @@ from flwr.serverapp import Grid
 
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError, load_config
-from twist_fl.data import cache_dir
 from twist_fl.job import Job, job_from_json, make_job
 from twist_fl.results import final_results
 from twist_fl.rounds import Worker
-from twist_fl.shelf import MomentShelf
+from twist_fl.shelf import MomentShelf, moment_folder
 from twist_fl.strategy import TwistStrategy
 
 
@@ -48,7 +47,7 @@ def train_run(grid: Grid, folder: RunFolder, job: Job) -> None:
     with folder.lock("server"), failures_logged(folder):
         state = TwistStrategy(job, folder).run(grid)
         final_results(job, state, folder)
-    shutil.rmtree(moment_folder(job), ignore_errors=True)
+    shutil.rmtree(moment_folder(job.run_id), ignore_errors=True)
     folder.log("done", round=state.round)
 
 
@@ -62,13 +61,8 @@ def failures_logged(folder: RunFolder) -> Iterator[None]:
         raise
 
 
-def moment_folder(job: Job) -> Path:
-    """Where this machine keeps client-side optimiser state of the run."""
-    return cache_dir() / "moments" / job.run_id
-
-
 @lru_cache(maxsize=2)
 def worker_for(job_json: str) -> Worker:
     """This process's worker for a job, kept warm between rounds: keyed by content, not by node."""
     job = job_from_json(job_json)
-    return Worker(job, MomentShelf(moment_folder(job)))
+    return Worker(job, MomentShelf(moment_folder(job.run_id)))

@@ -11,8 +11,14 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+from twist_fl.data import cache_dir
 from twist_fl.files import save_tensors
 from twist_fl.train import MOMENTS, Moments
+
+
+def moment_folder(run_id: str) -> Path:
+    """Where this machine keeps client-side optimiser state of the run."""
+    return cache_dir() / "moments" / run_id
 
 
 class MomentShelf:

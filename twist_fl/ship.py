@@ -69,6 +69,7 @@ def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> No
         state = folder.load()
         if state is None:
             raise ConfigError(f"{folder.path} has no checkpoint yet: train first")
+        job = job.scored(state.scores)
         nodes = sorted(grid.get_node_ids())
         if not nodes:
             raise NoWorkersError("no edge client is connected")

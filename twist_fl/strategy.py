@@ -1,4 +1,4 @@
-"""TwIST as a Flower strategy with a round loop of its own, and FedAvg as the same code with full blueprints.
+"""TwIST as a Flower strategy with a round loop of its own; FedAvg and DDP are the same code with full blueprints.
 
 Flower's stock loop cannot resume, gathers all replies before it aggregates and, on a network, looks for
 them every 3 s. Here messages are pushed, replies are pulled at a short interval and aggregated as they
@@ -18,14 +18,15 @@ from flwr.serverapp.strategy import Strategy
 
 from twist_fl import evaluate, tensors, transport, wire
 from twist_fl.aggregate import ReplyError
-from twist_fl.blueprint import full_blueprint
+from twist_fl.blueprint import Blueprint, full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError, FlowerConfig
 from twist_fl.cost import moment_bytes, round_bytes
 from twist_fl.job import Job
 from twist_fl.machine import usable_cores
 from twist_fl.packing import Packing
-from twist_fl.rounds import RoundMean, RunState, Task, plan, start
+from twist_fl.rounds import Reply, RoundMean, RunState, Task, Worker, dispatch, plan, start
+from twist_fl.shelf import MomentShelf, moment_folder
 from twist_fl.tensors import KnownArrays
 
 BYTE_KINDS = ("weights", "moments", "other")
@@ -52,16 +53,18 @@ class TwistStrategy(Strategy):
         self._segments = transport.Segments(job.run_id)
         self._saved_round = self.state.round
         self._planned: list[Task] = []
+        self._own: dict[int, Reply] = {}
         self._down: dict[str, int] = {}
         self._via: dict[str, int] = {}
         self._models = job.models()
+        self._worker: Worker | None = None
 
     # -- Flower's hooks: the steps of a round
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message per worker: its blueprint, and exactly the parameters the blueprint names."""
+        """One message per client: its blueprint, and exactly the parameters the blueprint names."""
         if not self.nodes:
             self.connect(grid)
         self._planned = plan(self.job, self.state, keep_from=self._saved_round)
@@ -72,15 +75,27 @@ class TwistStrategy(Strategy):
     def _messages(self) -> Iterator[Message]:
         known: KnownArrays = {}
         for task in self._planned:
+            if task.worker not in self.job.clients:
+                continue
             node, group = self.node_of(task.worker), str(task.worker)
             segment = None
             if node in self._neighbours:
                 size = Packing.of(self.job, task.blueprint).total_bytes
                 segment = self._segments.take(task.worker, size)
-            params, moments = self.state.params, self.state.moments
+            params, moments = self.state.params, self.state.moments if self.job.moments_travel else None
             content = wire.task_to_records(self.job, self.job_json, task, params, moments, segment, known)
             self._count(content, self._down)
             yield Message(content, dst_node_id=node, message_type=MessageType.TRAIN, group_id=group)
+        # All are on their way, for nobody asks for the next before the last is sent: now the parameters may change.
+        self._train_own()
+
+    def _train_own(self) -> None:
+        """The hybrid variant's worker 0: a masked view of the server's own parameters, trained in place."""
+        for task in self._planned:
+            if task.worker not in self.job.clients:
+                self._worker = self._worker or Worker(self.job, MomentShelf(moment_folder(self.job.run_id)))
+                self._own[task.worker] = self._worker.train(task, *dispatch(self.job, self.state, task))
+                torch.set_num_threads(1)
 
     def _count(self, content: RecordDict, sizes: dict[str, int]) -> None:
         found = tensors.num_bytes(content)
@@ -112,6 +127,9 @@ class TwistStrategy(Strategy):
                 continue
             training = max(training, reply.seconds)
             mean.add(tasks[worker], reply)
+        for worker, reply in self._own.items():
+            mean.add(tasks[worker], reply)
+        self._own = {}
         self.state = mean.finish()
         report = mean.report
         for worker in tasks.keys() - set(report.answered):
@@ -124,6 +142,7 @@ class TwistStrategy(Strategy):
             **asdict(report),
             seconds=time.perf_counter() - started,
             training_seconds=training,
+            predicted_bytes=self._predicted_bytes(self._planned),
             bytes_down=self._down,
             bytes_up=up,
             bytes_via=self._via,
@@ -144,17 +163,25 @@ class TwistStrategy(Strategy):
 
     def summary(self) -> None:
         """Write the run's plan to its log."""
-        job, blueprints = self.job, self.job.blueprints(1)
+        job, tasks = self.job, plan(self.job, self.state)
         self.folder.log(
             "start",
             round=self.state.round,
             algorithm=job.config.algorithm,
             num_rounds=job.num_rounds,
             num_params=job.layout.num_params(),
-            subnet_params=[job.layout.num_params(blueprint) for blueprint in blueprints],
-            predicted_round_bytes=round_bytes(job.layout, blueprints),
-            predicted_moment_bytes=moment_bytes(job.layout, blueprints) if self.state.moments else 0,
+            subnet_params=[job.layout.num_params(task.blueprint) for task in tasks],
+            predicted_round_bytes=self._predicted_bytes(tasks),
+            predicted_moment_bytes=moment_bytes(job.layout, self._sent(tasks)) if job.moments_travel else 0,
         )
+
+    def _sent(self, tasks: list[Task]) -> list[Blueprint]:
+        """What goes to clients and back in a round."""
+        return [self.job.given(t.worker, t.blueprint) for t in tasks if t.worker in self.job.clients]
+
+    def _predicted_bytes(self, tasks: list[Task]) -> int:
+        """What Appendix C says a round moves."""
+        return round_bytes(self.job.layout, self._sent(tasks))
 
     # -- our own loop
 
@@ -176,20 +203,20 @@ class TwistStrategy(Strategy):
         config, round_ = self.job.config, self.state.round + 1
         messages = self.configure_train(round_, ArrayRecord(), ConfigRecord(), grid)
         self.aggregate_train(round_, exchange(grid, messages, config.flower, config.flower.round_timeout))
-        last = self.state.round == self.job.num_rounds
-        if config.eval.every and (last or self.state.round % config.eval.every == 0):
+        last, per_interval = self.state.round == self.job.num_rounds, self.job.rounds_per_interval
+        if config.eval.every and (last or self.state.round % (config.eval.every * per_interval) == 0):
             self._evaluate()
         # After the evaluation: a run killed in between repeats both.
-        if last or self.state.round % config.checkpoint_every == 0:
+        if last or self.state.round % (config.checkpoint_every * per_interval) == 0:
             self.folder.save(self.state)
             self._saved_round = self.state.round
 
     def connect(self, grid: Grid) -> None:
-        """Find the nodes and have each build its worker; node i serves the workers i, i + nodes, ...
+        """Find the nodes and have each build its worker; node i serves the clients i, i + nodes, ...
 
         A node's partition id, where it has one, decides its place. Raises NoWorkersError, naming the reasons.
         """
-        flower, workers = self.job.config.flower, self.job.config.train.workers
+        flower, workers = self.job.config.flower, len(self.job.clients)
         deadline = time.monotonic() + flower.wait_for_nodes
         found = sorted(grid.get_node_ids())
         if len(found) < workers:
@@ -243,7 +270,7 @@ class TwistStrategy(Strategy):
         return transport.make_token(self.job.run_id) if chosen != "inline" and transport.AVAILABLE else None
 
     def node_of(self, worker: int) -> int:
-        return self.nodes[worker % len(self.nodes)]
+        return self.nodes[self.job.clients.index(worker) % len(self.nodes)]
 
     def _evaluate(self) -> None:
         """Perplexity of the full model and of the round's subnets; the workers are idle meanwhile."""

@@ -70,6 +70,20 @@ def copy_slice(layout: Layout, blueprint: Blueprint, name: str, tensor: torch.Te
         take_blocks(param, held, tensor, out)
 
 
+def mask_state(layout: Layout, state: Mapping[str, torch.Tensor], blueprint: Blueprint) -> State:
+    """The whole state with zeros for the blocks that `blueprint` does not name; what it holds whole is not copied."""
+    masked = dict(state)
+    for param in layout.params:
+        held = layout.held(param, blueprint)
+        if held is not None:
+            masked[param.name] = torch.zeros_like(state[param.name])
+            shape = param.blocked(param.num_blocks)
+            source, target = state[param.name].reshape(shape), masked[param.name].view(shape)
+            for blocks, _ in runs(held):
+                target[:, :, blocks].copy_(source[:, :, blocks])
+    return masked
+
+
 def get_state(model: nn.Module) -> State:
     """The model's own parameters, not copied; a tied head appears once, as the embedding."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -156,11 +170,15 @@ class ModelCache:
 
     def load(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
         """The model of `blueprint`'s shape, holding `state` (already sliced)."""
-        if blueprint.shape not in self._models:
-            self._models[blueprint.shape] = self._build(blueprint)
-        model = self._models[blueprint.shape]
+        model = self.warm(blueprint)
         load_state(model, state)
         return model
+
+    def warm(self, blueprint: Blueprint) -> PreTrainedModel:
+        """The model of `blueprint`'s shape, holding whatever it held last."""
+        if blueprint.shape not in self._models:
+            self._models[blueprint.shape] = self._build(blueprint)
+        return self._models[blueprint.shape]
 
     def load_sliced(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
         """As `load`, from the full state."""

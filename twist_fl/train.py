@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from twist_fl.config import TrainConfig
 from twist_fl.loss import LOSS_CHUNK, linear_cross_entropy
 from twist_fl.precision import forward_precision, product_precision
-from twist_fl.subnet import State
+from twist_fl.subnet import State, get_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -28,11 +28,13 @@ class Moments:
 
 @dataclass(frozen=True)
 class Interval:
-    """What an interval did: mean loss in nats per predicted token, and the optimiser state it ended with."""
+    """What an interval did: mean loss in nats per predicted token, its result, and the optimiser's state at its end."""
 
     loss: float
     num_tokens: int
     num_batches: int
+    result: State
+    """The model's parameters as trained, or with DDP their gradient; not copied."""
     moments: Moments
 
 
@@ -57,9 +59,9 @@ def next_token_loss(
     return total if reduction == "sum" else total / targets.numel()
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Adam:
+def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Adam:
     return torch.optim.Adam(
-        model.parameters(),
+        parameters,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
@@ -79,35 +81,63 @@ def train_interval(
     torch.manual_seed(seed)
     model.train()
     device = next(model.parameters()).device
-    optimizer = make_optimizer(model, config)
+    named = dict(model.named_parameters())
+    optimizer = make_optimizer(named.values(), config)
     if moments is not None:
-        _restore(optimizer, model, moments)
+        _restore(optimizer, named, moments)
     loss_sum, num_tokens, num_batches = torch.zeros((), dtype=torch.float64, device=device), 0, 0
     with product_precision(config.precision, device):
         for windows in batches:
             predicted = windows.shape[0] * (windows.shape[1] - 1)
-            loss_sum += _step(model, optimizer, windows, config) * predicted
+            loss_sum += _backward(model, windows, config) * predicted
+            optimizer.step()
             num_tokens += predicted
             num_batches += 1
-    after = _collect(optimizer, model, (moments.step if moments else 0) + num_batches)
+    after = _collect(optimizer, named, (moments.step if moments else 0) + num_batches)
     model.zero_grad(set_to_none=True)
-    return Interval(float(loss_sum) / max(1, num_tokens), num_tokens, num_batches, after)
+    return Interval(float(loss_sum) / max(1, num_tokens), num_tokens, num_batches, get_state(model), after)
 
 
-def _step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, windows: torch.Tensor, config: TrainConfig
-) -> torch.Tensor:
-    """One optimiser step; the mean loss before it, float64, still on the device."""
+def batch_gradient(model: nn.Module, windows: torch.Tensor, config: TrainConfig, seed: int) -> Interval:
+    """What a worker of DDP does: the gradient of one batch's mean loss; `windows` is (B, T) int64."""
+    torch.manual_seed(seed)
+    model.train()
+    with product_precision(config.precision, windows.device):
+        loss = _backward(model, windows, config)
+    gradient = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in model.named_parameters()
+    }
+    model.zero_grad(set_to_none=True)
+    return Interval(float(loss), windows.shape[0] * (windows.shape[1] - 1), 1, gradient, Moments())
+
+
+def adam_step(params: State, gradient: State, moments: Moments, config: TrainConfig) -> tuple[State, Moments]:
+    """What the server of DDP does with the workers' mean gradient: one step; what is given stays as it is."""
+    named = {name: nn.Parameter(value.clone()) for name, value in params.items()}
+    for name, parameter in named.items():
+        parameter.grad = gradient[name]
+    optimizer = make_optimizer(named.values(), config)
+    _restore(optimizer, named, moments)
+    optimizer.step()
+    return {name: parameter.detach() for name, parameter in named.items()}, _collect(optimizer, named, moments.step + 1)
+
+
+def zero_moments(params: State) -> Moments:
+    """The state of an Adam that has seen no step."""
+    return Moments(0, {moment: {name: torch.zeros_like(value) for name, value in params.items()} for moment in MOMENTS})
+
+
+def _backward(model: nn.Module, windows: torch.Tensor, config: TrainConfig) -> torch.Tensor:
+    """The gradients of the mean loss of one batch; that loss, float64, still on the device."""
     with forward_precision(config.precision, windows.device):
         loss = next_token_loss(model, windows, chunk=config.loss_chunk)
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
     return loss.detach().double()
 
 
-def _restore(optimizer: torch.optim.Optimizer, model: nn.Module, moments: Moments) -> None:
-    named = dict(model.named_parameters())
+def _restore(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], moments: Moments) -> None:
     for name in moments.values[MOMENTS[0]]:
         parameter = named[name]
         optimizer.state[parameter] = {
@@ -116,9 +146,9 @@ def _restore(optimizer: torch.optim.Optimizer, model: nn.Module, moments: Moment
         }
 
 
-def _collect(optimizer: torch.optim.Optimizer, model: nn.Module, step: int) -> Moments:
+def _collect(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], step: int) -> Moments:
     after = Moments(step)
-    for name, parameter in model.named_parameters():
+    for name, parameter in named.items():
         if parameter in optimizer.state:
             for moment in MOMENTS:
                 after.values[moment][name] = optimizer.state[parameter][moment]

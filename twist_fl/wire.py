@@ -108,7 +108,7 @@ def task_to_records(
     fields = asdict(task) | {"blueprint": task.blueprint.to_json(), "moment_step": moments and moments.step}
     content = RecordDict({"job": ConfigRecord({"json": job_json}), "task": _to_record(fields)})
     packing = Packing.of(job, task.blueprint)
-    write = partial(copy_slice, job.layout, task.blueprint)
+    write = partial(copy_slice, job.layout, packing.blueprint)
     put_tensors(content, packing, params, moments, write, segment, {} if known is None else known)
     return content
 

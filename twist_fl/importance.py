@@ -1,0 +1,82 @@
+"""How much each block matters on training text: `blueprint.policy=importance` chooses the common blocks by it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from twist_fl.blocks import Kind, Param
+from twist_fl.blueprint import Scores, full_blueprint
+from twist_fl.data import Windows
+from twist_fl.job import Job
+from twist_fl.subnet import State
+from twist_fl.train import next_token_loss
+
+_SCORE = 3
+
+TERMS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "fisher": lambda parameter, gradient: gradient.double().square(),
+    "taylor": lambda parameter, gradient: parameter.double() * gradient,
+}
+"""Whose sum over a block's parameters is, in absolute value, its score for one window: the diagonal of the empirical
+Fisher information; or to first order the change of the loss if the block were zero (Michel et al., 2019)."""
+
+
+def block_scores(job: Job, params: State, windows: Windows, score: str = "fisher") -> Scores:
+    """The score of each block of each divided (kind, layer), summed over `windows`, (N, T) token ids.
+
+    Each window has its own gradient, of its mean loss, without dropout.
+    """
+    places = _divided(job)
+    total = {place: torch.zeros(found[0].num_blocks, dtype=torch.float64) for place, found in places.items()}
+    model = job.models().load(full_blueprint(job.layout), params)
+    model.train(False)
+    named = dict(model.named_parameters())
+    with _threads(job.config.train.threads or 1):
+        for window in windows:
+            model.zero_grad(set_to_none=True)
+            batch = torch.tensor(window[None], dtype=torch.int64, device=model.device)
+            next_token_loss(model, batch, chunk=job.config.train.loss_chunk).backward()  # type: ignore[no-untyped-call]
+            for place, of_blocks in places.items():
+                one = torch.stack([_by_block(param, named[param.name], score) for param in of_blocks])
+                total[place] += one.sum(0).abs()
+    return {place: tuple(blocks.tolist()) for place, blocks in total.items()}
+
+
+def _divided(job: Job) -> dict[tuple[Kind, int], list[Param]]:
+    """The parameters of each divided (kind, layer)."""
+    layers = job.division.layers(job.layout.num_layers)
+    found: dict[tuple[Kind, int], list[Param]] = {}
+    for param in job.layout.params:
+        kind, layer = param.kind, param.layer
+        if kind is not None and layer is not None and layer in layers and job.division.divides(kind):
+            found.setdefault((kind, layer), []).append(param)
+    return found
+
+
+def _by_block(param: Param, parameter: nn.Parameter, score: str) -> torch.Tensor:
+    """The sum over each block's entries of one parameter: (blocks,), float64, on the CPU."""
+    assert parameter.grad is not None
+    terms = TERMS[score](parameter.detach(), parameter.grad)
+    return terms.reshape(param.blocked(param.num_blocks)).sum((0, 1, 3)).cpu()
+
+
+def score_blocks(job: Job, params: State, round_: int) -> Scores:
+    """The scores after `round_` rounds, by the job's settings, on training windows that depend on seed and round."""
+    blueprint, train = job.config.blueprint, job.corpus.train
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((job.config.seed, _SCORE, round_, 0))))
+    chosen = rng.permutation(len(train))[: blueprint.score_windows]
+    return block_scores(job, params, train[np.sort(chosen)], blueprint.score)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """As many as a worker has, wherever this is called: the order of a sum depends on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    yield
+    torch.set_num_threads(before)

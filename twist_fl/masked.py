@@ -1,0 +1,63 @@
+"""The masked variant: a whole model that acts as any subnet (paper, section 4.1; spec, section 7).
+
+The input of each output projection is multiplied by a vector: zero for blocks that are not held, the scale for those
+that are. Logits and gradients are the smaller model's, to rounding; without dropout, which draws other numbers for
+another shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from twist_fl.blocks import KINDS, Kind, Layout
+from twist_fl.blueprint import Blueprint, Scale, full_blueprint
+from twist_fl.subnet import ModelCache, attach_factors
+
+
+def mask_vector(layout: Layout, blueprint: Blueprint, kind: Kind, layer: int, scale: Scale) -> torch.Tensor:
+    """What the input of a layer's output projection is multiplied by: (blocks x width of a block), float64."""
+    width = layout.by_name[layout.outputs[kind].format(layer=layer) + ".weight"].width
+    blocks = torch.zeros(layout.num_blocks[KINDS.index(kind)], dtype=torch.float64)
+    blocks[list(blueprint.held(kind, layer))] = blueprint.factor(kind, layer, scale)
+    return blocks.repeat_interleave(width)
+
+
+class MaskedModel:
+    """The full model of a cache of its own, warm between rounds; each blueprint is another set of masks."""
+
+    def __init__(self, models: ModelCache) -> None:
+        self._models = models
+        self._full = full_blueprint(models.layout)
+        self._masks: dict[tuple[Kind, int], torch.Tensor] = {}
+
+    def load(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+        """The whole `state`, copied, masked to the blueprint's subnet."""
+        return self._masked(self._models.load(self._full, state), blueprint)
+
+    def view(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+        """As `load`, without a copy: on a CPU the model's parameters are the tensors of `state`, and training it moves
+        them (on a GPU, it is a copy there). Blocks that are not held get zero gradients."""
+        model = self._models.warm(self._full)
+        for name, parameter in model.named_parameters():
+            parameter.data = state[name].to(self._models.device)
+        return self._masked(model, blueprint)
+
+    def release(self) -> None:
+        """Let go of the tensors that `view` looks at."""
+        for parameter in self._models.warm(self._full).parameters():
+            parameter.data = parameter.data.new_empty(0)
+
+    def _masked(self, model: PreTrainedModel, blueprint: Blueprint) -> PreTrainedModel:
+        layout, like = self._models.layout, next(model.parameters())
+        for kind in KINDS:
+            for layer in range(layout.num_layers):
+                mask = mask_vector(layout, blueprint, kind, layer, self._models.scale)
+                # The same tensor in every round: a compiled model knows it.
+                self._masks.setdefault((kind, layer), torch.empty_like(mask, dtype=like.dtype, device=like.device))
+                self._masks[kind, layer].copy_(mask)
+        if not any(module._forward_pre_hooks for module in model.modules()):
+            attach_factors(model, layout, lambda kind, layer: self._masks[kind, layer])
+        return model
