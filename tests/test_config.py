@@ -44,6 +44,15 @@ def test_round_trip_through_yaml() -> None:
     assert config.deploy.devices[0].memory_mb == 300.0
 
 
+def test_true_is_the_name_of_a_variant() -> None:
+    for overrides in ([], ["train.variant=true"], ["train.variant='true'"]):
+        config = load_config(overrides=overrides)
+        assert config.train.variant == "true"
+        assert from_yaml(to_yaml(config)) == config
+    with pytest.raises(ConfigError, match="Invalid value 'False', expected one of"):
+        load_config(overrides=["train.variant=false"])
+
+
 def test_one_number_stands_for_all_workers() -> None:
     assert load_config(overrides=["blueprint.num_sub=3"]).blueprint.num_sub == [3]
     assert load_config(overrides=["blueprint.num_sub_ffn=5"]).blueprint.num_sub_ffn == [5]

@@ -261,6 +261,9 @@ def from_layers(layers: Sequence[Any]) -> Config:
             values = plain.get(section)
             if isinstance(values, dict) and isinstance(values.get(key), int):
                 values[key] = [values[key]]  # one number is a list of one
+        train = plain.get("train")
+        if isinstance(train, dict) and train.get("variant") is True:
+            train["variant"] = "true"  # the paper's name for it is YAML's for yes
         try:
             merged = OmegaConf.merge(merged, OmegaConf.create(plain))
         except OmegaConfBaseException as error:
