@@ -19,14 +19,14 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
     if "app" not in path.relative_to(PACKAGE).parts
 }
-LIGHT = ["twist_fl.config", "twist_fl.blocks", "twist_fl.blueprint", "twist_fl.cost"]
+LIGHT = ["twist_fl.config", "twist_fl.blocks", "twist_fl.policies", "twist_fl.blueprint", "twist_fl.cost"]
 CORE = [
     *LIGHT,
     *(
         f"twist_fl.{name}"
         for name in (
             *("subnet", "aggregate", "data", "builtin_text", "job", "train"),
-            *("evaluate", "rounds", "shelf", "files", "modeling_subnet"),
+            *("evaluate", "masked", "importance", "rounds", "shelf", "files", "modeling_subnet"),
         )
     ),
 ]

@@ -182,12 +182,28 @@ def test_comparison_table_sums_what_was_logged(make_run: MakeRun) -> None:
         ([[], ["algorithm=fedavg"]], ["TwIST", "FedAvg"]),
         ([[], ["train.optimizer_state=server"]], ["TwIST, moments: reset", "TwIST, moments: server"]),
         ([["name=x"], ["name=y"], ["algorithm=fedavg"]], ["TwIST (x)", "TwIST (y)", "FedAvg"]),
+        ([[], ["algorithm=ddp", "train.optimizer_state=server"]], ["TwIST, moments: reset", "DDP"]),
         ([["seed=0"], ["seed=1"]], ["TwIST (run0)", "TwIST (run1)"]),
     ],
 )
 def test_labels_tell_runs_apart(make_run: MakeRun, overrides: list[list[str]], labels: list[str]) -> None:
     runs = [make_run(f"run{i}", *each) for i, each in enumerate(overrides)]
     assert [row.label for row in comparison_table(runs)] == labels
+
+
+def test_ddp_is_drawn_by_intervals(make_run: MakeRun) -> None:
+    """Its rounds are batches: on one axis with the others, 15 of them are one interval."""
+    twist, ddp = read_runs([make_run("a"), make_run("b", "algorithm=ddp", rounds=900)])
+    assert (ddp.intervals[14], ddp.intervals[-1]) == (1, 60) == (twist.intervals[0], twist.intervals[-1])
+    assert max(ddp.full_by_interval) == max(twist.full_by_interval) == 60
+    assert plots.smoothing_rounds([twist, ddp]) == plots.smoothing_rounds([twist])
+
+
+def test_predicted_bytes_are_those_of_each_round_where_rounds_differ(make_run: MakeRun) -> None:
+    folder = make_run("a", rounds=1)
+    folder.log(**folder.events("round")[0] | {"round": 2, "predicted_bytes": 7})
+    (run,) = read_runs([folder])
+    assert run.predicted_bytes == run.predicted_round_bytes + 7
 
 
 def test_the_same_run_twice_is_numbered(make_run: MakeRun) -> None:

@@ -38,7 +38,7 @@ def train(
     overrides: Overrides = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder instead.")] = None,
 ) -> None:
-    """Train with TwIST, or with algorithm=fedavg, through a Flower simulation on this machine."""
+    """Train with TwIST, or with algorithm=fedavg or ddp, through a Flower simulation on this machine."""
     from twist_fl import commands
 
     if resume and overrides:

@@ -31,7 +31,11 @@ class FinishedRun:
     @property
     def intervals(self) -> list[float]:
         """Where each of `rounds` ends, in intervals: a round is one, and with DDP a batch."""
-        return [each["round"] / _rounds_per_interval(self.config) for each in self.rounds]
+        return [each["round"] / self.rounds_per_interval for each in self.rounds]
+
+    @property
+    def rounds_per_interval(self) -> int:
+        return _rounds_per_interval(self.config)
 
     @property
     def predicted_bytes(self) -> int:

@@ -84,7 +84,7 @@ def draw_training(runs: Sequence[FinishedRun]) -> Figure:
         rounds = run.intervals
         losses = [_number(each["loss"]) for each in run.rounds]
         loss.plot(rounds, losses, color=look["color"], linewidth=0.8, alpha=0.35)
-        loss.plot(rounds, smoothed(losses, width), color=look["color"], linewidth=1.6)
+        loss.plot(rounds, smoothed(losses, width * run.rounds_per_interval), color=look["color"], linewidth=1.6)
         evaluations = sorted(run.full_by_interval.items())
         marker = look["marker"] if len(evaluations) <= 25 else None
         perplexity.plot(*_columns(evaluations), color=look["color"], marker=marker, markersize=4, linewidth=1.4)
@@ -183,8 +183,8 @@ def _partial(run: FinishedRun) -> list[Mapping[str, Any]]:
 
 
 def smoothing_rounds(runs: Sequence[FinishedRun]) -> int:
-    """Odd number of rounds that the smoothed loss is the mean of: a twentieth of the longest run, at most 51."""
-    longest = max(len(run.rounds) for run in runs)
+    """Odd number of intervals that the smoothed loss is the mean of: a twentieth of the longest run, at most 51."""
+    longest = max(len(run.rounds) // run.rounds_per_interval for run in runs)
     return min(longest // 20, 50) // 2 * 2 + 1
 
 

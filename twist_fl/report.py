@@ -161,8 +161,8 @@ def _figures(runs: Sequence[FinishedRun]) -> Iterator[str]:
     seeds = f"Seed: {_each([str(run.config['seed']) for run in runs])}."
     draws = f"{_each([_draws(run) for run in runs])} draws per size. {seeds}"
     captions = {
-        "training": f"Training loss of every round (thin) and its mean over {plots.smoothing_rounds(runs)} rounds "
-        f"(bold); perplexity of the full model on the test split. {seeds}",
+        "training": f"Training loss of every round (thin) and its mean over {plots.smoothing_rounds(runs)} "
+        f"intervals (bold); perplexity of the full model on the test split. {seeds}",
         "perplexity_vs_kappa": "Perplexity of random tickets without fine-tuning against their size; rightmost, the "
         f"full model. Bars: one standard deviation; thin lines: lowest to highest draw. {draws}",
         "tickets": "Perplexity of every random ticket: a dot per draw; boxes from the first to the third quartile with "

@@ -86,7 +86,7 @@ class TwistStrategy(Strategy):
             content = wire.task_to_records(self.job, self.job_json, task, params, moments, segment, known)
             self._count(content, self._down)
             yield Message(content, dst_node_id=node, message_type=MessageType.TRAIN, group_id=group)
-        # All are on their way, for nobody asks for the next before the last is sent: now the parameters may change.
+        # All messages are made, and hold copies: now the parameters may change.
         self._train_own()
 
     def _train_own(self) -> None:
