@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from flwr.app import Message
 from local_grid import LocalGrid, assert_same_run, same
 from transformers import GPT2Config, PreTrainedModel
 
@@ -164,6 +165,44 @@ def test_the_app_is_rounds_run(variant: str, optimizer_state: str, by: str, tiny
         moments = moment_bytes(job.layout, travelled) if optimizer_state == "server" else 0
         assert sent == {"weights": round_bytes(job.layout, travelled), "moments": moments}
         assert (plan_["predicted_round_bytes"], plan_["predicted_moment_bytes"]) == (sent["weights"], moments)
+
+
+def test_the_server_trains_while_its_clients_do(
+    tiny_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After both messages went out, and before the first reply is looked for."""
+    seen: list[str] = []
+
+    class Watched(LocalGrid):
+        def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+            seen.append("push")
+            return super().push_messages(messages)
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            seen.append("pull")
+            return super().pull_messages(message_ids)
+
+    strategy, grid = strategy_of(tiny_job("train.variant=hybrid", "eval.every=0"), tmp_path / "run"), Watched(2)
+    strategy.connect(grid)
+    seen.clear()
+    train_own = strategy._train_own
+
+    def watched() -> None:
+        seen.append("train")
+        train_own()
+
+    monkeypatch.setattr(strategy, "_train_own", watched)
+    strategy._round(grid)
+    assert seen == ["push", "push", "train", "pull"]
+    (event,) = strategy.folder.events("round")
+    assert 0 < event["training_seconds"] < event["seconds"]
+
+
+def test_subnets_are_evaluated_where_only_the_first_worker_holds_all(tiny_job: MakeJob, tmp_path: Path) -> None:
+    job = tiny_job("blueprint.num_sub=[4,2,1]", "eval.every=1", "eval.watch_windows=4", "flower.wait_for_nodes=0.05")
+    strategy = strategy_of(job, tmp_path / "run")
+    strategy.run(LocalGrid())
+    assert all("subnets" in event for event in strategy.folder.events("eval"))
 
 
 def held_bytes(job: Job, worker: int, folder: Path) -> dict[str, int]:

@@ -52,12 +52,13 @@ class MaskedModel:
 
     def _masked(self, model: PreTrainedModel, blueprint: Blueprint) -> PreTrainedModel:
         layout, like = self._models.layout, next(model.parameters())
+        is_new = not self._masks
         for kind in KINDS:
             for layer in range(layout.num_layers):
                 mask = mask_vector(layout, blueprint, kind, layer, self._models.scale)
                 # The same tensor in every round: a compiled model knows it.
                 self._masks.setdefault((kind, layer), torch.empty_like(mask, dtype=like.dtype, device=like.device))
                 self._masks[kind, layer].copy_(mask)
-        if not any(module._forward_pre_hooks for module in model.modules()):
+        if is_new:
             attach_factors(model, layout, lambda kind, layer: self._masks[kind, layer])
         return model

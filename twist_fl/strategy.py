@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -94,7 +94,9 @@ class TwistStrategy(Strategy):
         for task in self._planned:
             if task.worker not in self.job.clients:
                 self._worker = self._worker or Worker(self.job, MomentShelf(moment_folder(self.job.run_id)))
-                self._own[task.worker] = self._worker.train(task, *dispatch(self.job, self.state, task))
+                started = time.perf_counter()
+                reply = self._worker.train(task, *dispatch(self.job, self.state, task))
+                self._own[task.worker] = replace(reply, seconds=time.perf_counter() - started)
                 torch.set_num_threads(1)
 
     def _count(self, content: RecordDict, sizes: dict[str, int]) -> None:
@@ -128,6 +130,7 @@ class TwistStrategy(Strategy):
             training = max(training, reply.seconds)
             mean.add(tasks[worker], reply)
         for worker, reply in self._own.items():
+            training = max(training, reply.seconds)
             mean.add(tasks[worker], reply)
         self._own = {}
         self.state = mean.finish()
@@ -281,7 +284,7 @@ class TwistStrategy(Strategy):
         full = self._models.load_sliced(full_blueprint(job.layout), state.params)
         fields = {"full": evaluate.perplexity(full, windows, size)}
         blueprints = [task.blueprint for task in self._planned]
-        if not blueprints[0].is_full:
+        if not all(blueprint.is_full for blueprint in blueprints):
             fields["subnets"] = evaluate.subnet_perplexity(self._models, state.params, blueprints, windows, size)
         self.folder.log("eval", round=state.round, windows=len(windows), **fields)
         torch.set_num_threads(1)
