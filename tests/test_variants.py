@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from flwr.app import Message
-from local_grid import LocalGrid, assert_same_run, same
+from local_grid import Answer, LocalGrid, assert_same_run, failing, same
 from transformers import GPT2Config, PreTrainedModel
 
 from twist_fl.aggregate import ReplyError
@@ -20,9 +20,9 @@ from twist_fl.config import ConfigError
 from twist_fl.cost import moment_bytes, round_bytes
 from twist_fl.job import Job
 from twist_fl.masked import MaskedModel
-from twist_fl.rounds import RunState, Worker, dispatch, plan, run, start
+from twist_fl.rounds import RoundMean, RunState, Task, Worker, dispatch, own_last, plan, run, start
 from twist_fl.shelf import MomentShelf
-from twist_fl.strategy import TwistStrategy
+from twist_fl.strategy import NoWorkersError, TwistStrategy
 from twist_fl.subnet import ModelCache, State, mask_state, slice_state
 from twist_fl.train import train_interval
 
@@ -137,6 +137,33 @@ def test_weights_after_three_rounds(overrides: tuple[str, ...], tiny_job: MakeJo
                 torch.testing.assert_close(ours.moments.values[moment][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_what_nobody_answered_for_does_not_move(tiny_job: MakeJob, tmp_path: Path) -> None:
+    """In the hybrid the server's momentum must not move its masked blocks, which nobody's reply puts right."""
+    found: list[RunState] = []
+    for name in VARIANTS:
+        job = tiny_job("train.eps=1e-3", "train.optimizer_state=server", f"train.variant={name}")
+        worker, state = Worker(job, MomentShelf(tmp_path)), start(job)
+        for missing in ((), (1, 2)):
+            tasks = plan(job, state)
+            before = {key: value.clone() for key, value in state.params.items()}
+            mean = RoundMean(job, state, tasks)
+            for task, _ in own_last(job, tasks, [worker] * 3):
+                if task.worker not in missing:
+                    mean.add(task, worker.train(task, *dispatch(job, state, task)))
+            state = mean.finish()
+        assert state.debt
+        for kind, layer, block in state.debt:
+            for param in job.layout.params:
+                if (param.kind, param.layer) == (kind, layer):
+                    index = torch.tensor(param.index([block]))
+                    old, new = (s[param.name].index_select(param.dim, index) for s in (before, state.params))
+                    assert torch.equal(old, new), (name, param.name)
+        found.append(state)
+    for ours in found[1:]:
+        for key, value in found[0].params.items():
+            torch.testing.assert_close(ours.params[key], value, rtol=1e-5, atol=5e-6, msg=key)
+
+
 def strategy_of(job: Job, folder: Path) -> TwistStrategy:
     kept = RunFolder(folder)
     kept.create(job)
@@ -249,6 +276,15 @@ def test_the_server_cannot_go_on_if_its_own_training_fails(tiny_job: MakeJob, tm
     job = tiny_job("train.variant=hybrid", "train.lr=1e38", "flower.wait_for_nodes=0.05")
     with pytest.raises(ReplyError, match=r"^the server's own training failed, resume .*: .* (is nan|not finite)"):
         strategy_of(job, tmp_path / "run").run(LocalGrid(2))
+
+
+def test_without_any_client_the_server_does_not_go_on_alone(tiny_job: MakeJob, tmp_path: Path) -> None:
+    def bend(task: Task, message: Message, answer: Answer) -> list[Message]:
+        return [failing("gone")(message)]
+
+    strategy = strategy_of(tiny_job("train.variant=hybrid", "flower.wait_for_nodes=0.05"), tmp_path / "run")
+    with pytest.raises(NoWorkersError, match=r"round 1: no worker answered: .*1: 'ValueError: gone'"):
+        strategy.run(LocalGrid(2, bend=bend))
 
 
 REFUSED = {

@@ -150,7 +150,7 @@ class TwistStrategy(Strategy):
             bytes_up=up,
             bytes_via=self._via,
         )
-        if not report.answered:
+        if not set(report.answered) & set(self.job.clients):
             raise NoWorkersError(f"round {report.round}: no worker answered: {report.dropped}")
         return None, MetricRecord({"loss": report.loss})
 
