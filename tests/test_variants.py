@@ -170,8 +170,9 @@ def strategy_of(job: Job, folder: Path) -> TwistStrategy:
     return TwistStrategy(job, kept)
 
 
-@pytest.mark.parametrize("by", ["shm", "inline"])
-@pytest.mark.parametrize("optimizer_state", ["reset", "client", "server"])
+@pytest.mark.parametrize(
+    ("optimizer_state", "by"), [("reset", "inline"), ("client", "shm"), ("server", "shm"), ("server", "inline")]
+)
 @pytest.mark.parametrize("variant", ["masked", "hybrid"])
 def test_the_app_is_rounds_run(variant: str, optimizer_state: str, by: str, tiny_job: MakeJob, tmp_path: Path) -> None:
     job = tiny_job(
