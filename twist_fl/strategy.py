@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -25,7 +25,7 @@ from twist_fl.cost import moment_bytes, round_bytes
 from twist_fl.job import Job
 from twist_fl.machine import usable_cores
 from twist_fl.packing import Packing
-from twist_fl.rounds import Reply, RoundMean, RunState, Task, Worker, dispatch, plan, start
+from twist_fl.rounds import RoundMean, RunState, Task, Worker, dispatch, plan, start
 from twist_fl.shelf import MomentShelf, moment_folder
 from twist_fl.tensors import KnownArrays
 
@@ -53,7 +53,8 @@ class TwistStrategy(Strategy):
         self._segments = transport.Segments(job.run_id)
         self._saved_round = self.state.round
         self._planned: list[Task] = []
-        self._own: dict[int, Reply] = {}
+        self._mean: RoundMean | None = None  # of the round that is going on
+        self._training_seconds = 0.0
         self._down: dict[str, int] = {}
         self._via: dict[str, int] = {}
         self._models = job.models()
@@ -68,6 +69,8 @@ class TwistStrategy(Strategy):
         if not self.nodes:
             self.connect(grid)
         self._planned = plan(self.job, self.state, keep_from=self._saved_round)
+        self._mean = RoundMean(self.job, self.state, self._planned)
+        self._training_seconds = 0.0
         self._down = dict.fromkeys(BYTE_KINDS, 0)
         self._via = dict.fromkeys(TRANSPORTS, 0)
         return self._messages()
@@ -90,14 +93,19 @@ class TwistStrategy(Strategy):
         self._train_own()
 
     def _train_own(self) -> None:
-        """The hybrid variant's worker 0: a masked view of the server's own parameters, trained in place."""
+        """The hybrid variant's worker 0: a masked view of the server's own parameters, trained in place.
+
+        It counts at once, before any reply: nobody else looks at what it has trained.
+        """
         for task in self._planned:
             if task.worker not in self.job.clients:
                 self._worker = self._worker or Worker(self.job, MomentShelf(moment_folder(self.job.run_id)))
                 started = time.perf_counter()
                 reply = self._worker.train(task, *dispatch(self.job, self.state, task))
-                self._own[task.worker] = replace(reply, seconds=time.perf_counter() - started)
                 torch.set_num_threads(1)
+                self._training_seconds = time.perf_counter() - started
+                assert self._mean is not None
+                self._mean.add(task, reply)
 
     def _count(self, content: RecordDict, sizes: dict[str, int]) -> None:
         found = tensors.num_bytes(content)
@@ -110,10 +118,9 @@ class TwistStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Stream `replies` into the mean; bad and failed ones are named in the log and dropped."""
         started = time.perf_counter()
-        mean = RoundMean(self.job, self.state, self._planned)
+        assert (mean := self._mean) is not None, "configure_train begins a round"
         tasks = {task.worker: task for task in self._planned}
         up = dict.fromkeys(BYTE_KINDS, 0)
-        training = 0.0
         for message in replies:
             worker = int(message.metadata.group_id)
             if message.has_error():
@@ -127,13 +134,9 @@ class TwistStrategy(Strategy):
             except ReplyError as error:
                 mean.report.dropped[worker] = str(error)
                 continue
-            training = max(training, reply.seconds)
+            self._training_seconds = max(self._training_seconds, reply.seconds)
             mean.add(tasks[worker], reply)
-        for worker, reply in self._own.items():
-            training = max(training, reply.seconds)
-            mean.add(tasks[worker], reply)
-        self._own = {}
-        self.state = mean.finish()
+        self.state, self._mean = mean.finish(), None
         report = mean.report
         for worker in tasks.keys() - set(report.answered):
             self._segments.drop(worker)
@@ -144,7 +147,7 @@ class TwistStrategy(Strategy):
             "round",
             **asdict(report),
             seconds=time.perf_counter() - started,
-            training_seconds=training,
+            training_seconds=self._training_seconds,
             predicted_bytes=self._predicted_bytes(self._planned),
             bytes_down=self._down,
             bytes_up=up,
