@@ -118,7 +118,8 @@ class TwistStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Stream `replies` into the mean; bad and failed ones are named in the log and dropped."""
         started = time.perf_counter()
-        assert (mean := self._mean) is not None, "configure_train begins a round"
+        mean = self._mean
+        assert mean is not None, "configure_train begins a round"
         tasks = {task.worker: task for task in self._planned}
         up = dict.fromkeys(BYTE_KINDS, 0)
         for message in replies:
