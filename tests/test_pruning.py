@@ -427,12 +427,31 @@ def test_matrices_are_out_by_in_and_biases_are_none(job: Job, state: State) -> N
     model = full_model(job, state)
     for matrix in found:
         module = model.get_submodule(matrix.module)
-        weight = matrix.view(module.weight.detach())
+        weight = matrix.take(module.weight.detach())
         x = torch.randn(5, weight.shape[1])
         out = module(x) - module.bias
         part = out.chunk(matrix.param.sections, dim=1)[matrix.section]
         torch.testing.assert_close(x @ weight.T, part)
-        assert weight.untyped_storage().data_ptr() == module.weight.untyped_storage().data_ptr()
+        matrix.put(torch.zeros_like(weight), module.weight.detach())
+        assert not matrix.take(module.weight).any()
+    assert all(not get_state(model)[matrix.param.name].any() for matrix in found)
+
+
+def test_q_k_and_v_that_lie_together_in_each_head_are_three_matrices(job: Job) -> None:
+    """As GPT-NeoX stores them, here along GPT-2's output dimension."""
+    name = "transformer.h.1.attn.c_attn.weight"
+    fused = replace(job.layout.by_name[name], sections=1, width=24)
+    params = tuple(fused if param.name == name else param for param in job.layout.params)
+    found = [m for m in divided_matrices(replace(job.layout, params=params), job.division) if m.param.name == name]
+    assert [matrix.name for matrix in found] == [f"{name}[{part}]" for part in range(3)]
+    weight = torch.randn(32, 96)
+    for part, matrix in enumerate(found):
+        columns = [head * 24 + part * 8 + i for head in range(4) for i in range(8)]
+        assert torch.equal(matrix.take(weight), weight[:, columns].T)
+        expected, written = weight.clone(), weight.clone()
+        expected[:, columns] = 7
+        matrix.put(torch.full((32, 32), 7.0), written)
+        assert torch.equal(written, expected)
 
 
 @pytest.mark.parametrize(("setting", "kinds"), [("attn", {"attn"}), ("ffn", {"ffn"}), ("both", {"attn", "ffn"})])
@@ -460,7 +479,10 @@ def test_later_layers_see_pruned_inputs(job: Job, state: State, batch_size: int)
             assert found.num_windows == 8
         for matrix in group:
             for held in (weights, theirs):
-                matrix.view(held[matrix.param.name])[::2] = 0
+                whole = held[matrix.param.name]
+                every_other = matrix.take(whole).clone()
+                every_other[::2] = 0
+                matrix.put(every_other, whole)
         layers += 1
     assert layers == 2
 
@@ -613,7 +635,7 @@ def test_sparsegpt_reconstructs_the_model_s_own_matrices_better(job: Job, state:
     matrices, weights = divided_matrices(job.layout, job.division), get_state(model)
     for group, inputs in layer_inputs(model, matrices, job.corpus.train[:40], 8, sparsegpt.statistic):
         for matrix in group:
-            weight, h = matrix.view(weights[matrix.param.name]).double(), inputs[matrix.module].total
+            weight, h = matrix.take(weights[matrix.param.name]).double(), inputs[matrix.module].total
 
             def error(pruned: torch.Tensor, weight: torch.Tensor = weight, h: torch.Tensor = h) -> float:
                 return float(((weight - pruned) @ h * (weight - pruned)).sum())

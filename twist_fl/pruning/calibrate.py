@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any
 
 import numpy as np
@@ -39,25 +39,41 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear map that is pruned by itself: a divided weight, or one section (q, k or v) of a fused one."""
+    """A linear map that is pruned by itself: a divided weight, or the q, k or v of a fused one."""
 
     param: Param
-    section: int
     input_dim: int
+    num_parts: int = 1
+    """Matrices that are fused within each block, as GPT-NeoX's; those of GPT-2 are the parameter's sections."""
+    section: int = 0
+    part: int = 0
 
     @property
     def name(self) -> str:
-        return self.param.name + (f"[{self.section}]" if self.param.sections > 1 else "")
+        fused = self.param.sections * self.num_parts
+        return self.param.name + (f"[{self.section * self.num_parts + self.part}]" if fused > 1 else "")
 
     @property
     def module(self) -> str:
         return self.param.name.removesuffix(".weight")
 
-    def view(self, weight: torch.Tensor) -> torch.Tensor:
-        """The part of the full parameter `weight` that is this matrix, (out, in), without a copy."""
-        length = weight.shape[self.param.dim] // self.param.sections
-        part = weight.narrow(self.param.dim, self.section * length, length)
-        return part.T if self.input_dim == 0 else part
+    def take(self, weight: torch.Tensor) -> torch.Tensor:
+        """This matrix, (out, in), of the full parameter `weight`."""
+        found = self._view(weight).flatten(self.param.dim, self.param.dim + 1)
+        return found.T if self.input_dim == 0 else found
+
+    def put(self, matrix: torch.Tensor, weight: torch.Tensor) -> None:
+        """Write `matrix` (out, in) to its place in `weight`."""
+        view = self._view(weight)
+        view.copy_((matrix.T if self.input_dim == 0 else matrix).reshape(view.shape))
+
+    def _view(self, weight: torch.Tensor) -> torch.Tensor:
+        """Its entries in `weight`: blocks along the divided dimension, entries of a block along the next."""
+        dim, shape = self.param.dim, weight.shape
+        pieces = weight.view(
+            *shape[:dim], self.param.sections, self.param.num_blocks, self.num_parts, -1, *shape[dim + 1 :]
+        )
+        return pieces.select(dim + 2, self.part).select(dim, self.section)
 
 
 def divided_params(layout: Layout, division: Division) -> list[Param]:
@@ -70,16 +86,20 @@ def divided_matrices(layout: Layout, division: Division) -> list[Matrix]:
     """All matrices that pruning is about; biases are not.
 
     Blocks are the outputs of every divided matrix but the one that ends the kind, whose inputs they are: that says
-    which dimension is the input's, for Conv1D (in, out) and nn.Linear (out, in) alike.
+    which dimension is the input's, for Conv1D (in, out) and nn.Linear (out, in) alike. A block with several times the
+    outputs that the last matrix takes in is so many matrices fused.
     """
     found = []
     for param in divided_params(layout, division):
         if param.kind is None or len(param.shape) != 2:
             continue
-        ends = param.name == layout.outputs[param.kind].format(layer=param.layer) + ".weight"
-        assert not (ends and param.sections > 1), f"{param.name}: sections along the inputs are not known"
-        input_dim = param.dim if ends else 1 - param.dim
-        found += [Matrix(param, section, input_dim) for section in range(param.sections)]
+        last = layout.by_name[layout.outputs[param.kind].format(layer=param.layer) + ".weight"]
+        if param == last:
+            found.append(Matrix(param, param.dim))
+            continue
+        num_parts = max(1, param.width // last.width)
+        parts = product(range(param.sections), range(num_parts))
+        found += [Matrix(param, 1 - param.dim, num_parts, section, part) for section, part in parts]
     return found
 
 

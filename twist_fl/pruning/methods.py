@@ -127,8 +127,9 @@ def _prune_weights(
         layers = layer_inputs(model, matrices, windows, job.config.eval.batch_size, statistic)
     for group, inputs in layers:
         for matrix in group:
-            weight = matrix.view(weights[matrix.param.name])
-            weight.copy_(prune_matrix(weight, inputs[matrix.module], share, partial(_say_of, matrix, note)))
+            weight = weights[matrix.param.name]
+            say = partial(_say_of, matrix, note)
+            matrix.put(prune_matrix(matrix.take(weight), inputs[matrix.module], share, say), weight)
     return {name: weights[name].to(params[name].device) for name in {matrix.param.name for matrix in matrices}}
 
 
@@ -165,7 +166,7 @@ def zeros(job: Job, pruned: Pruned) -> dict[str, tuple[int, int]]:
     """(weights that are zero or dropped, weights in all) of each matrix that pruning is about, by its name."""
     found = {}
     for matrix in divided_matrices(job.layout, job.division):
-        weight = matrix.view(pruned.params[matrix.param.name])
+        weight = matrix.take(pruned.params[matrix.param.name])
         held = job.layout.held(matrix.param, pruned.blueprint)
         kept = weight.numel() if held is None else weight.numel() * len(held) // matrix.param.num_blocks
         left = int(weight.count_nonzero()) if pruned.blueprint is None else kept
