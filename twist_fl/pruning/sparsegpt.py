@@ -68,7 +68,8 @@ def block_counts(share: Fraction, sizes: Sequence[int], num_dead: Sequence[int],
     wanted = counts(share, sizes)
     total, all_dead = sum(wanted), sum(num_dead)
     if all_dead > total:
-        say(f"{all_dead} weights have inputs that are always zero, {total} were to be removed: {all_dead - total} stay")
+        if total:
+            say(f"{all_dead} weights have inputs that are always zero, {total} were to be removed: the others stay")
         return counts(Fraction(total, all_dead), num_dead)
     raised = [max(pair) for pair in zip(wanted, num_dead, strict=True)]
     excess = sum(raised) - total
