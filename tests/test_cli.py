@@ -31,6 +31,7 @@ COMMANDS = {
     "train": ("preset", "overrides", "--resume"),
     "demo": ("overrides", "--dir"),
     "tickets": ("run", "--sizes", "--draws", "--windows"),
+    "prune": ("run", "--method", "--sizes", "--windows", "--calibration", "--draws", "--out", "--save"),
     "deploy": ("run", "--device"),
     "generate": ("model", "--prompt", "--new-tokens", "--temperature", "--size", "--seed"),
     "report": ("runs", "--out", "--publish"),

@@ -363,8 +363,8 @@ def test_a_short_window_is_a_short_prompt(half: tuple[Ticket, Path]) -> None:
 
 def test_peak_memory_grows_with_what_was_touched_and_not_with_the_parents() -> None:
     code = (
-        "import sys; sys.modules['flwr'] = None; from twist_fl import edge; before = edge._start_peak(); "
-        "held = bytearray(b'x' * 50_000_000); print(edge._peak_bytes() - before)"
+        "import sys; sys.modules['flwr'] = None; from twist_fl import memory; before = memory.start_peak(); "
+        "held = bytearray(b'x' * 50_000_000); print(memory.peak_bytes() - before)"
     )
     ballast = bytearray(b"x" * 300_000_000)
     environment = edge._quiet_environment("", 1)

@@ -27,6 +27,7 @@ CORE = [
         for name in (
             *("subnet", "aggregate", "data", "builtin_text", "job", "train"),
             *("evaluate", "masked", "importance", "rounds", "shelf", "files", "modeling_subnet"),
+            *("memory", "pruning.methods", "pruning.fisher", "pruning.command"),
         )
     ),
 ]

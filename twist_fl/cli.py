@@ -24,6 +24,9 @@ app = typer.Typer(
 console = Console(markup=False)
 
 RunDir = Annotated[Path, typer.Argument(help="Folder of a trained run, for example runs/demo/twist.")]
+Sizes = Annotated[
+    str | None, typer.Option(help="Ticket sizes in blocks per divided layer, as 8,6,4; default: as the run.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -63,20 +66,46 @@ def demo(
 @app.command()
 def tickets(
     run: RunDir,
-    sizes: Annotated[
-        str | None, typer.Option(help="Ticket sizes in blocks per divided layer, as 8,6,4; default: as the run.")
-    ] = None,
+    sizes: Sizes = None,
     draws: Annotated[int, typer.Option(min=1, help="Random tickets per size.")] = 20,
     windows: Annotated[int | None, typer.Option(min=1, help="Test windows to use; default: as the run.")] = None,
 ) -> None:
     """Draw random subnets from a trained run and show the distribution of their perplexity."""
     from twist_fl import look
 
+    look.tickets(console, run, _numbers(sizes), draws, windows)
+
+
+@app.command()
+def prune(
+    run: RunDir,
+    method: Annotated[
+        str,
+        typer.Option(help="sparsegpt, wanda, zpruner, block, se, se-unscaled, magnitude; several as a,b; or all."),
+    ] = "all",
+    sizes: Sizes = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Test windows to use; default: as the run.")] = None,
+    calibration: Annotated[int, typer.Option(min=1, help="Training windows to calibrate on.")] = 128,
+    draws: Annotated[int, typer.Option(min=1, help="Random tickets per size, for se and se-unscaled.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="The JSON to write; default: pruned.json in the run.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Also put each pruned model in a folder METHOD-SIZE below this one.")
+    ] = None,
+) -> None:
+    """Prune a trained run after training, by the methods that TwIST is compared with, and show what each costs."""
+    from twist_fl.pruning.command import chosen_methods, prune_run
+
+    prune_run(
+        console, run, chosen_methods(method), _numbers(sizes),
+        windows=windows, calibration=calibration, draws=draws, out=out, save=save,
+    )  # fmt: skip
+
+
+def _numbers(sizes: str | None) -> list[int] | None:
     try:
-        wanted = [int(size) for size in sizes.split(",")] if sizes is not None else None
+        return [int(size) for size in sizes.split(",")] if sizes is not None else None
     except ValueError:
         raise ConfigError(f"--sizes {sizes!r} is not a list of numbers, for example 8,6,4") from None
-    look.tickets(console, run, wanted, draws, windows)
 
 
 @app.command()

@@ -9,13 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -30,6 +28,7 @@ from twist_fl.blueprint import Blueprint
 from twist_fl.data import Windows
 from twist_fl.deploy import Ticket, export_ticket, ticket_digest
 from twist_fl.evaluate import perplexity
+from twist_fl.memory import peak_bytes, start_peak
 
 REPEATS = 3
 
@@ -115,12 +114,12 @@ def measure_here(folder: Path, windows: Windows, new_tokens: int, threads: int =
     """Load the dense model and measure it in this process, whose earlier life blurs the memory figures."""
     torch.set_num_threads(threads)
     _warm_up()
-    before = _start_peak()
+    before = start_peak()
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     prompt = _prompt(windows, model.config.n_positions, new_tokens)
     decode(model, prompt, min(2, new_tokens))
     seconds = [second for _ in range(REPEATS) for second in decode(model, prompt, new_tokens)[1]]
-    peak_memory_bytes = _peak_bytes() - before
+    peak_memory_bytes = peak_bytes() - before
     return EdgeReport(
         num_params=sum(parameter.numel() for parameter in model.parameters()),
         weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
@@ -128,7 +127,7 @@ def measure_here(folder: Path, windows: Windows, new_tokens: int, threads: int =
         seconds_per_token=median(seconds),
         context_tokens=prompt.shape[1] + new_tokens,
         peak_memory_bytes=peak_memory_bytes,
-        perplexity_memory_bytes=_peak_bytes() - before,
+        perplexity_memory_bytes=peak_bytes() - before,
         threads=threads,
     )
 
@@ -168,33 +167,6 @@ def _warm_up() -> None:
     windows = np.zeros((1, 8), dtype=np.int32)
     decode(model, _prompt(windows, 8, 2), 2)
     perplexity(model, windows, batch_size=1)
-
-
-def _start_peak() -> int:
-    """Resident bytes now. On Linux the peak starts anew here, where the kernel allows it."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    return _memory_bytes("VmRSS")
-
-
-def _peak_bytes() -> int:
-    return _memory_bytes("VmHWM")
-
-
-def _memory_bytes(field: str) -> int:
-    """A memory field of this process. Where /proc does not say, the peak since its start stands for any.
-
-    getrusage is not the first choice: on Linux its peak outlives exec, so a child would start with its parent's.
-    """
-    try:
-        found = re.search(rf"^{field}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    if found:
-        return int(found[1]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

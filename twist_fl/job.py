@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
 
 from twist_fl.blocks import Layout, make_layout
-from twist_fl.blueprint import Blueprint, Debt, Division, Scores, Sizes, draw_round, full_blueprint
+from twist_fl.blueprint import Blueprint, Debt, Division, Scale, Scores, Sizes, draw_round, full_blueprint
 from twist_fl.config import BlueprintConfig, Config, ConfigError, from_yaml, to_yaml
 from twist_fl.data import Corpus, Shard, load_corpus, open_corpus
 from twist_fl.evaluate import ticket_sizes
@@ -88,8 +88,9 @@ class Job:
             return chosen
         return "cuda" if torch.cuda.is_available() else "cpu"
 
-    def models(self, device: str | None = None, compile: bool = False) -> ModelCache:
-        scale = self.config.blueprint.scale
+    def models(self, device: str | None = None, compile: bool = False, scale: Scale | None = None) -> ModelCache:
+        """An empty cache of models; `scale` and `device` are the run's unless given."""
+        scale = scale or self.config.blueprint.scale
         return ModelCache(self.model_config, self.layout, scale, device or self.device(), compile)
 
     def initial_state(self) -> State:
