@@ -1,0 +1,32 @@
+"""What an experiment is: the tasks it needs, what it makes of their results, and how that is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from twist_fl.experiments.lab import Lab, Task
+
+Data = dict[str, Any]
+Cells = list[list[str]]
+"""A table: a header, then lines, all text."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One table or figure of the paper, or one of ours."""
+
+    name: str
+    title: str
+    tasks: Callable[[Lab], Sequence[Task]]
+    collect: Callable[[Lab], Data]
+    """Of finished tasks: plain JSON with our numbers and, where the paper has them, the paper's under "paper"."""
+    tables: Callable[[Data], dict[str, Cells]]
+    """By caption."""
+    figures: dict[str, Callable[[Data], Figure]] = field(default_factory=dict)
+    """By file name without ending."""
+    notes: Callable[[Data], list[str]] = lambda data: []
+    """Sentences below the table, from the numbers."""

@@ -1,0 +1,131 @@
+"""A lab: the folder of one scale's runs and measurements, and the tasks that fill it.
+
+A task is one training run, or one measurement of finished runs; its result is a JSON file below the lab, so nothing is
+done twice and an interrupted experiment goes on where it was. Experiments say which tasks they need.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from twist_fl.checkpoint import RunFolder
+from twist_fl.config import Config, load_config
+
+Runner = Literal["local", "flower"]
+TRAIN = "train"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the runs of an experiment are."""
+
+    name: str
+    preset: str
+    overrides: tuple[str, ...]
+    tickets: int
+    """Random tickets per size."""
+    runner: Runner
+    """local: each run in one process, as many at a time as there are cores; flower: one simulation after another."""
+    about: str
+
+
+SCALES = {
+    scale.name: scale
+    for scale in (
+        Scale(
+            "tiny",
+            "demo",
+            ("train.device=cpu", "train.threads=1", "eval.every=20", "checkpoint_every=20"),
+            20,
+            "local",
+            "0.5 M parameters from scratch, the demo's text, 100 intervals; CPU, about half an hour on four cores",
+        ),
+        Scale(
+            "small",
+            "wikitext2",
+            ("train.optimizer_state=server", "train.threads=1"),
+            20,
+            "local",
+            "0.8 M parameters from scratch on WikiText-2 (data.path=FOLDER), 3 epochs; a CPU night or a GPU hour",
+        ),
+        Scale(
+            "paper",
+            "gpt2-wikitext103",
+            (),
+            20,
+            "flower",
+            "the paper's: GPT-2 124M on WikiText-103, 3 epochs, four workers; GPUs and the hub",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """`kind` is "train" or a name of `measures.MEASURES`; `name` is unique and becomes a path below the lab."""
+
+    name: str
+    kind: str
+    runs: tuple[str, ...] = ()
+    """Training tasks that must be finished before."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Of training: `overrides`, a list of key=value. Of a measurement: its function's keywords."""
+
+
+def train(name: str, *overrides: str) -> Task:
+    return Task(name, TRAIN, (), {"overrides": list(overrides)})
+
+
+def measure(kind: str, run: Task, **arguments: Any) -> Task:
+    """One measurement of one run: `measures.MEASURES[kind](folder, **arguments)`."""
+    words = "-".join(str(value).replace("/", "_") for value in arguments.values())
+    return Task(f"{run.name}/{kind}-{words}" if words else f"{run.name}/{kind}", kind, (run.name,), arguments)
+
+
+@dataclass(frozen=True)
+class Lab:
+    folder: Path
+    scale: Scale
+    overrides: tuple[str, ...] = ()
+
+    def run(self, name: str) -> RunFolder:
+        return RunFolder(self.folder / "runs" / name)
+
+    def config(self, task: Task) -> Config:
+        """Of a training task. Raises ConfigError."""
+        wanted = [*self.scale.overrides, *task.arguments["overrides"], *self.overrides]
+        return load_config(self.scale.preset, [*wanted, f"name={task.name}", f"dir={self.run(task.name).path}"])
+
+    @cached_property
+    def base(self) -> Config:
+        """The scale's settings without any run's own."""
+        return load_config(self.scale.preset, [*self.scale.overrides, *self.overrides])
+
+    def file(self, task: Task) -> Path:
+        """Where a measurement's result goes."""
+        return self.folder / "measured" / f"{task.name}.json"
+
+    def result(self, task: Task) -> dict[str, Any]:
+        """A training run's results.json, or what a measurement gave. The task must be done."""
+        if task.kind == TRAIN:
+            found: dict[str, Any] = json.loads(self.run(task.name).results_file.read_text())
+            return found
+        return dict(json.loads(self.file(task).read_text())["result"])
+
+    def is_done(self, task: Task) -> bool:
+        """A measurement of a run that has been made anew since does not count."""
+        if task.kind == TRAIN:
+            return bool(self.run(task.name).events("done"))
+        if not self.file(task).is_file():
+            return False
+        stamp: dict[str, str] = json.loads(self.file(task).read_text())["of"]
+        return all(self.run_id(name) == stamp.get(name) for name in task.runs)
+
+    def run_id(self, name: str) -> str | None:
+        file = self.run(name).job_file
+        return str(json.loads(file.read_text())["run_id"]) if file.is_file() else None

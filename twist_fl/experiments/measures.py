@@ -1,0 +1,53 @@
+"""Measurements of finished runs, each a function of one run's folder whose result is plain JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from twist_fl import evaluate
+from twist_fl.blueprint import Setting
+from twist_fl.checkpoint import RunFolder
+from twist_fl.look import load_final
+from twist_fl.pruning import methods
+
+
+def tickets(folder: RunFolder, *, setting: Setting, sizes: list[int], draws: int) -> dict[str, Any]:
+    """Perplexity of `draws` random tickets a size, and of the full model; the run may have divided anything else."""
+    _, job, state = load_final(folder.path)
+    division = replace(job.division, setting=setting)
+    windows, config, models = job.corpus.test[: job.config.eval.max_windows], job.config, job.models()
+    rows = [
+        evaluate.ticket_distribution(
+            models,
+            state.params,
+            division,
+            evaluate.ticket_sizes(job.layout, division, size),
+            windows,
+            tickets=draws,
+            seed=config.seed,
+            batch_size=config.eval.batch_size,
+        ).summary()
+        | {"size": size, "of": evaluate.blocks_per_layer(job.layout, division)}
+        for size in sizes
+    ]
+    return {"tickets": rows}
+
+
+def prune(folder: RunFolder, *, method: str, setting: Setting, size: int, calibration: int) -> dict[str, Any]:
+    """Perplexity of the run's model pruned after training, and what that cost."""
+    _, job, state = load_final(folder.path)
+    job = replace(job, division=replace(job.division, setting=setting))
+    windows, config = job.corpus.test[: job.config.eval.max_windows], job.config
+    pruned = methods.prune(job, state.params, method, size, seed=config.seed, calibration_windows=calibration)
+    return {
+        "perplexity": methods.pruned_perplexity(job, pruned, windows, config.eval.batch_size),
+        "seconds": pruned.seconds,
+        "peak_bytes": pruned.peak_bytes,
+        "calibration_tokens": pruned.calibration_tokens,
+        "notes": pruned.notes,
+    }
+
+
+MEASURES: dict[str, Callable[..., dict[str, Any]]] = {"tickets": tickets, "prune": prune}
