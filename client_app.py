@@ -1,8 +1,5 @@
 """Flower's ClientApp: glue. The work is in twist_fl/rounds.py (training) and twist_fl/edge.py (deployment)."""
 
-import time
-from dataclasses import replace
-
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
@@ -22,11 +19,9 @@ def connect(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One interval on one subnet."""
-    started = time.perf_counter()
     worker = serve.worker_for(wire.job_of(message.content))
     parcel = wire.task_from_records(worker.job, message.content)
     reply = worker.train(parcel.task, parcel.params, parcel.moments)
-    reply = replace(reply, seconds=time.perf_counter() - started)
     content = wire.reply_to_records(worker.job, parcel.task.blueprint, reply, parcel.segment)
     return Message(content, reply_to=message)
 

@@ -82,6 +82,15 @@ class RunFolder:
                 file.write(b"\n")
             file.write(json.dumps({"event": event, **fields}).encode() + b"\n")
 
+    @contextmanager
+    def failures_logged(self) -> Iterator[None]:
+        """What ends a run early stands in its own log too, for the command that waits for it."""
+        try:
+            yield
+        except Exception as error:
+            self.log("failed", error=f"{type(error).__name__}: {error}")
+            raise
+
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
         """Events in order; lines cut off by a crash are left out."""
         if not self.events_file.exists():

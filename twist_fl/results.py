@@ -23,9 +23,12 @@ from twist_fl.machine import usable_cores
 from twist_fl.rounds import RunState
 
 
-def final_results(job: Job, state: RunState, folder: RunFolder) -> dict[str, Any]:
-    """Evaluate the final model and random tickets of every size in eval.sizes; write results.json."""
-    torch.set_num_threads(usable_cores())
+def final_results(job: Job, state: RunState, folder: RunFolder, threads: int | None = None) -> dict[str, Any]:
+    """Evaluate the final model and random tickets of every size in eval.sizes; write results.json.
+
+    `threads` (CPU) is all cores by default.
+    """
+    torch.set_num_threads(threads or usable_cores())
     config, division = job.config, job.scored(state.scores).division
     windows = job.corpus.test[: config.eval.max_windows]
     models = job.models()

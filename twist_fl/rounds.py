@@ -6,6 +6,7 @@ network in between (`wire.task_to_records` sends what `dispatch` gives); on CPU 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import isfinite
@@ -78,6 +79,8 @@ class RoundReport:
     loss: float = float("nan")
     """Mean training loss over the tokens of all replies, nats per token."""
     num_tokens: int = 0
+    training_seconds: float = 0.0
+    """The slowest worker's."""
     answered: list[int] = field(default_factory=list)
     dropped: dict[int, str] = field(default_factory=dict)
     """Workers whose reply did not count, and why."""
@@ -148,6 +151,7 @@ class Worker:
 
     def train(self, task: Task, params: State, moments: Moments | None) -> Reply:
         """Train the subnet for one interval, or for DDP take a batch's gradient; the reply's tensors are on the CPU."""
+        started = time.perf_counter()
         config = self.job.config
         torch.set_num_threads(config.train.threads or 1)
         model, note = self.load(task, params), ""
@@ -166,6 +170,7 @@ class Worker:
             interval.loss,
             interval.num_tokens,
             interval.num_batches,
+            time.perf_counter() - started,
             moments=Moments(after.step, {m: _on_cpu(v) for m, v in after.values.items()})
             if self.job.moments_travel
             else None,
@@ -226,6 +231,7 @@ class RoundMean:
         self._loss_sum += reply.loss * reply.num_tokens
         self._cursors[task.worker] += reply.num_batches
         self.report.num_tokens += reply.num_tokens
+        self.report.training_seconds = max(self.report.training_seconds, reply.seconds)
         self.report.answered.append(task.worker)
         if reply.note:
             self.report.notes[task.worker] = reply.note
@@ -283,9 +289,9 @@ class RoundMean:
         return self._params.finish(state.params), moments
 
 
-def twist_round(job: Job, state: RunState, workers: list[Worker]) -> tuple[RunState, RoundReport]:
+def twist_round(job: Job, state: RunState, workers: list[Worker], keep_from: int = 0) -> tuple[RunState, RoundReport]:
     """Draw, slice, train, aggregate: the whole of TwIST."""
-    tasks = plan(job, state)
+    tasks = plan(job, state, keep_from)
     mean = RoundMean(job, state, tasks)
     for task, worker in own_last(job, tasks, workers):
         mean.add(task, worker.train(task, *dispatch(job, state, task)))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,21 +42,11 @@ def open_run(run_dir: str, preset: str, overrides: str) -> tuple[RunFolder, Job]
 def train_run(grid: Grid, folder: RunFolder, job: Job) -> None:
     """Train to the end and write results.json; what goes wrong is in the run's log as well as in Flower's."""
     print(f"twist_fl: run folder {folder.path}", flush=True)
-    with folder.lock("server"), failures_logged(folder):
+    with folder.lock("server"), folder.failures_logged():
         state = TwistStrategy(job, folder).run(grid)
         final_results(job, state, folder)
     shutil.rmtree(moment_folder(job.run_id), ignore_errors=True)
     folder.log("done", round=state.round)
-
-
-@contextmanager
-def failures_logged(folder: RunFolder) -> Iterator[None]:
-    """What ends a run early stands in its own log too, for the command that waits for it."""
-    try:
-        yield
-    except Exception as error:
-        folder.log("failed", error=f"{type(error).__name__}: {error}")
-        raise
 
 
 @lru_cache(maxsize=2)

@@ -21,7 +21,6 @@ from twist_fl.deploy import Ticket, export_ticket, legal_sizes, make_ticket, pla
 from twist_fl.evaluate import ticket_sizes
 from twist_fl.files import write_text
 from twist_fl.job import Job
-from twist_fl.serve import failures_logged
 from twist_fl.strategy import NoWorkersError, exchange
 
 MESSAGE_TYPE = "query.ticket"
@@ -65,7 +64,7 @@ def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> No
 
     Devices are served one after another, so that they do not disturb each other's latency.
     """
-    with folder.lock("server"), failures_logged(folder):
+    with folder.lock("server"), folder.failures_logged():
         state = folder.load()
         if state is None:
             raise ConfigError(f"{folder.path} has no checkpoint yet: train first")

@@ -16,13 +16,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricReco
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from twist_fl import evaluate, tensors, transport, wire
+from twist_fl import tensors, transport, wire
 from twist_fl.aggregate import ReplyError
-from twist_fl.blueprint import Blueprint, full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError, FlowerConfig
-from twist_fl.cost import moment_bytes, round_bytes
 from twist_fl.job import Job
+from twist_fl.keeper import Keeper
 from twist_fl.machine import usable_cores
 from twist_fl.packing import Packing
 from twist_fl.rounds import RoundMean, RunState, Task, Worker, dispatch, plan, start
@@ -51,13 +50,11 @@ class TwistStrategy(Strategy):
         self.nodes: list[int] = []
         self._neighbours: set[int] = set()  # nodes that share this machine
         self._segments = transport.Segments(job.run_id)
-        self._saved_round = self.state.round
         self._planned: list[Task] = []
         self._mean: RoundMean | None = None  # of the round that is going on
-        self._training_seconds = 0.0
         self._down: dict[str, int] = {}
         self._via: dict[str, int] = {}
-        self._models = job.models()
+        self._keeper = Keeper(job, folder, self.state.round)
         self._worker: Worker | None = None
 
     # -- Flower's hooks: the steps of a round
@@ -68,9 +65,8 @@ class TwistStrategy(Strategy):
         """One message per client: its blueprint, and exactly the parameters the blueprint names."""
         if not self.nodes:
             self.connect(grid)
-        self._planned = plan(self.job, self.state, keep_from=self._saved_round)
+        self._planned = plan(self.job, self.state, keep_from=self._keeper.saved_round)
         self._mean = RoundMean(self.job, self.state, self._planned)
-        self._training_seconds = 0.0
         self._down = dict.fromkeys(BYTE_KINDS, 0)
         self._via = dict.fromkeys(TRANSPORTS, 0)
         return self._messages()
@@ -100,10 +96,8 @@ class TwistStrategy(Strategy):
         for task in self._planned:
             if task.worker not in self.job.clients:
                 self._worker = self._worker or Worker(self.job, MomentShelf(moment_folder(self.job.run_id)))
-                started = time.perf_counter()
                 reply = self._worker.train(task, *dispatch(self.job, self.state, task))
                 torch.set_num_threads(1)
-                self._training_seconds = time.perf_counter() - started
                 assert self._mean is not None
                 self._mean.add(task, reply)
 
@@ -135,7 +129,6 @@ class TwistStrategy(Strategy):
             except ReplyError as error:
                 mean.report.dropped[worker] = str(error)
                 continue
-            self._training_seconds = max(self._training_seconds, reply.seconds)
             mean.add(tasks[worker], reply)
         self.state, self._mean = mean.finish(), None
         report = mean.report
@@ -148,8 +141,7 @@ class TwistStrategy(Strategy):
             "round",
             **asdict(report),
             seconds=time.perf_counter() - started,
-            training_seconds=self._training_seconds,
-            predicted_bytes=self._predicted_bytes(self._planned),
+            predicted_bytes=self._keeper.predicted_bytes(self._planned),
             bytes_down=self._down,
             bytes_up=up,
             bytes_via=self._via,
@@ -170,25 +162,7 @@ class TwistStrategy(Strategy):
 
     def summary(self) -> None:
         """Write the run's plan to its log."""
-        job, tasks = self.job, plan(self.job, self.state)
-        self.folder.log(
-            "start",
-            round=self.state.round,
-            algorithm=job.config.algorithm,
-            num_rounds=job.num_rounds,
-            num_params=job.layout.num_params(),
-            subnet_params=[job.layout.num_params(task.blueprint) for task in tasks],
-            predicted_round_bytes=self._predicted_bytes(tasks),
-            predicted_moment_bytes=moment_bytes(job.layout, self._sent(tasks)) if job.moments_travel else 0,
-        )
-
-    def _sent(self, tasks: list[Task]) -> list[Blueprint]:
-        """What goes to clients and back in a round."""
-        return [self.job.given(t.worker, t.blueprint) for t in tasks if t.worker in self.job.clients]
-
-    def _predicted_bytes(self, tasks: list[Task]) -> int:
-        """What Appendix C says a round moves."""
-        return round_bytes(self.job.layout, self._sent(tasks))
+        self._keeper.begin(self.state)
 
     # -- our own loop
 
@@ -197,7 +171,6 @@ class TwistStrategy(Strategy):
         # While workers train on this machine, a parallel region of many threads waits for the slowest of busy cores:
         # with the default, checking and adding 4 replies of 2 M parameters took 8 s a round instead of 0.1.
         torch.set_num_threads(1)
-        self.folder.rewind(self.state.round)
         self.summary()
         try:
             while self.state.round < self.job.num_rounds:
@@ -207,16 +180,12 @@ class TwistStrategy(Strategy):
         return self.state
 
     def _round(self, grid: Grid) -> None:
-        config, round_ = self.job.config, self.state.round + 1
+        flower, round_ = self.job.config.flower, self.state.round + 1
         messages = self.configure_train(round_, ArrayRecord(), ConfigRecord(), grid)
-        self.aggregate_train(round_, exchange(grid, messages, config.flower, config.flower.round_timeout))
-        last, per_interval = self.state.round == self.job.num_rounds, self.job.rounds_per_interval
-        if config.eval.every and (last or self.state.round % (config.eval.every * per_interval) == 0):
-            self._evaluate()
-        # After the evaluation: a run killed in between repeats both.
-        if last or self.state.round % (config.checkpoint_every * per_interval) == 0:
-            self.folder.save(self.state)
-            self._saved_round = self.state.round
+        self.aggregate_train(round_, exchange(grid, messages, flower, flower.round_timeout))
+        torch.set_num_threads(usable_cores())  # the workers are idle
+        self._keeper.end_of_round(self.state, self._planned)
+        torch.set_num_threads(1)
 
     def connect(self, grid: Grid) -> None:
         """Find the nodes and have each build its worker; node i serves the clients i, i + nodes, ...
@@ -278,20 +247,6 @@ class TwistStrategy(Strategy):
 
     def node_of(self, worker: int) -> int:
         return self.nodes[self.job.clients.index(worker) % len(self.nodes)]
-
-    def _evaluate(self) -> None:
-        """Perplexity of the full model and of the round's subnets; the workers are idle meanwhile."""
-        torch.set_num_threads(usable_cores())
-        job, state = self.job, self.state
-        windows = job.corpus.test[: job.config.eval.watch_windows]
-        size = job.config.eval.batch_size
-        full = self._models.load_sliced(full_blueprint(job.layout), state.params)
-        fields = {"full": evaluate.perplexity(full, windows, size)}
-        blueprints = [task.blueprint for task in self._planned]
-        if not all(blueprint.is_full for blueprint in blueprints):
-            fields["subnets"] = evaluate.subnet_perplexity(self._models, state.params, blueprints, windows, size)
-        self.folder.log("eval", round=state.round, windows=len(windows), **fields)
-        torch.set_num_threads(1)
 
 
 def exchange(grid: Grid, messages: Iterable[Message], flower: FlowerConfig, timeout: float) -> Iterator[Message]:

@@ -1,0 +1,66 @@
+"""What a run leaves behind as it goes, however it is trained: its plan, evaluations and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from twist_fl import evaluate
+from twist_fl.blueprint import Blueprint, full_blueprint
+from twist_fl.checkpoint import RunFolder
+from twist_fl.cost import moment_bytes, round_bytes
+from twist_fl.job import Job
+from twist_fl.rounds import RunState, Task, plan
+
+
+class Keeper:
+    """Logs `job`'s plan to `folder`, and evaluates and saves its state whenever that is due."""
+
+    def __init__(self, job: Job, folder: RunFolder, saved_round: int) -> None:
+        self.job, self.folder, self.saved_round = job, folder, saved_round
+        self._models = job.models()
+
+    def begin(self, state: RunState) -> None:
+        """Forget what the log says beyond `state`, and write the run's plan."""
+        self.folder.rewind(state.round)
+        job, tasks = self.job, plan(self.job, state)
+        self.folder.log(
+            "start",
+            round=state.round,
+            algorithm=job.config.algorithm,
+            num_rounds=job.num_rounds,
+            num_params=job.layout.num_params(),
+            subnet_params=[job.layout.num_params(task.blueprint) for task in tasks],
+            predicted_round_bytes=self.predicted_bytes(tasks),
+            predicted_moment_bytes=moment_bytes(job.layout, self._sent(tasks)) if job.moments_travel else 0,
+        )
+
+    def predicted_bytes(self, tasks: Sequence[Task]) -> int:
+        """What Appendix C says a round moves."""
+        return round_bytes(self.job.layout, self._sent(tasks))
+
+    def _sent(self, tasks: Sequence[Task]) -> list[Blueprint]:
+        """What goes to clients and back in a round."""
+        return [self.job.given(t.worker, t.blueprint) for t in tasks if t.worker in self.job.clients]
+
+    def is_due(self, state: RunState, every: int) -> bool:
+        """After every `every` intervals, and at the end."""
+        return state.round == self.job.num_rounds or state.round % (every * self.job.rounds_per_interval) == 0
+
+    def end_of_round(self, state: RunState, tasks: Sequence[Task]) -> None:
+        """Evaluate, then save, so that a run killed in between repeats both."""
+        every = self.job.config.eval.every
+        if every and self.is_due(state, every):
+            self._evaluate(state, [task.blueprint for task in tasks])
+        if self.is_due(state, self.job.config.checkpoint_every):
+            self.folder.save(state)
+            self.saved_round = state.round
+
+    def _evaluate(self, state: RunState, blueprints: Sequence[Blueprint]) -> None:
+        """Perplexity of the full model and of the round's subnets."""
+        job, size = self.job, self.job.config.eval.batch_size
+        windows = job.corpus.test[: job.config.eval.watch_windows]
+        full = self._models.load_sliced(full_blueprint(job.layout), state.params)
+        fields = {"full": evaluate.perplexity(full, windows, size)}
+        if not all(blueprint.is_full for blueprint in blueprints):
+            fields["subnets"] = evaluate.subnet_perplexity(self._models, state.params, blueprints, windows, size)
+        self.folder.log("eval", round=state.round, windows=len(windows), **fields)
