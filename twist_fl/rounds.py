@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from twist_fl.aggregate import ReplyError, StreamingMean, check_state, coverage_debt
+from twist_fl.aggregate import Memory, ReplyError, StreamingMean, check_state, coverage_debt
 from twist_fl.blueprint import Blueprint, Debt
 from twist_fl.data import Windows
 from twist_fl.job import Job
@@ -34,8 +34,8 @@ class RunState:
     debt: Debt = frozenset()
     moments: Moments | None = None
     """The server's, with train.optimizer_state=server."""
-    spare: list[StreamingMean] = field(default_factory=list, repr=False, compare=False)
-    """Sums of the round before, empty again: the next round takes their memory."""
+    spare: list[Memory] = field(default_factory=list, repr=False, compare=False)
+    """Where the sums of the round before were: the next round takes this memory."""
 
 
 @dataclass(frozen=True)
@@ -161,19 +161,25 @@ def _on_cpu(state: State) -> State:
 
 
 class RoundMean:
-    """Aggregates the replies of one round as they arrive, and then gives the next state."""
+    """Aggregates the replies of one round as they arrive, and then gives the next state.
 
-    def __init__(self, job: Job, state: RunState, tasks: list[Task]) -> None:
-        self.job, self.state, self.tasks = job, state, tasks
+    With `in_place` the next state takes the memory of `state`, which must not be read after the first reply.
+    """
+
+    def __init__(self, job: Job, state: RunState, tasks: list[Task], in_place: bool = False) -> None:
+        self.job, self.state, self.tasks, self._in_place = job, state, tasks, in_place
         self.report = RoundReport(state.round + 1)
-        self._params = self._take_mean()
-        self._moments = {name: self._take_mean() for name in MOMENTS if state.moments is not None}
+        self._params = self._mean_for(state.params)
+        moments = state.moments.values if state.moments else {}
+        self._moments = {name: self._mean_for(values) for name, values in moments.items()}
         self._loss_sum = 0.0
         self._cursors = list(state.cursors)
 
-    def _take_mean(self) -> StreamingMean:
-        """Memory that another round has given back, or new; nobody else gets it."""
-        return self.state.spare.pop() if self.state.spare else StreamingMean(self.job.layout)
+    def _mean_for(self, values: State) -> StreamingMean:
+        """Memory that another round has given back is taken; nobody else gets it."""
+        memory = self.state.spare.pop() if self.state.spare else None
+        own = values if self._in_place else {name: tensor.clone() for name, tensor in values.items()}
+        return StreamingMean(self.job.layout, own, memory)
 
     def add(self, task: Task, reply: Reply) -> None:
         """Count the reply in; a bad one is named in the report and dropped."""
@@ -223,13 +229,11 @@ class RoundMean:
         moments = state.moments
         if moments is not None and answered:
             longest = max(task.num_batches for task in self.tasks if task.worker in answered)
-            values = {name: self._moments[name].finish(moments.values[name]) for name in MOMENTS}
-            moments = Moments(moments.step + longest, values)
+            moments = Moments(moments.step + longest, {name: self._moments[name].finish() for name in MOMENTS})
         blueprints = [task.blueprint for task in self.tasks if task.worker in answered]
         debt = coverage_debt(self.job.layout, self.job.division, blueprints)
-        params = self._params.finish(state.params)
-        spare = [mean.emptied() for mean in (self._params, *self._moments.values())]
-        return RunState(params, self._cursors, state.round + 1, debt, moments, spare)
+        spare = [mean.memory for mean in (self._params, *self._moments.values())]
+        return RunState(self._params.finish(), self._cursors, state.round + 1, debt, moments, spare)
 
 
 def twist_round(job: Job, state: RunState, workers: list[Worker]) -> tuple[RunState, RoundReport]:
