@@ -20,8 +20,8 @@ from twist_fl.machine import usable_cores
 
 Item = TypeVar("Item")
 
-PIECE = 2**16
-"""Elements of a piece: 0.25 MB in float32, 0.5 MB in float64, so that it stays in a core's cache."""
+PIECE = 2**18
+"""Elements of a piece: Python spends some microseconds on each, whichever thread has it, and memory 50."""
 
 _num_threads: ContextVar[int] = ContextVar("num_threads", default=1)
 _pool: list[ThreadPoolExecutor] = []
@@ -60,15 +60,13 @@ def _helpers() -> ThreadPoolExecutor:
     return _pool[0]
 
 
-def pieces(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """Indices that cut an array of `shape` into pieces of at most PIECE elements, cutting the last axis last.
+def pieces(shape: Sequence[int], size: int | None = None) -> Iterator[tuple[slice, ...]]:
+    """Indices that cut an array of `shape` into pieces of at most `size` elements (PIECE), the last axis last.
 
-    That axis is cut at multiples of PIECE, whatever the other sizes are.
+    That axis is cut at multiples of `size`, whatever the other axes are.
     """
     steps: list[int] = []
-    for size in reversed(shape):
-        steps.insert(0, max(1, min(size, PIECE // prod(steps))))
-    cuts = [
-        [slice(i, min(i + step, size)) for i in range(0, size, step)] for size, step in zip(shape, steps, strict=True)
-    ]
-    return product(*cuts)
+    for length in reversed(shape):
+        steps.insert(0, max(1, min(length, (size or PIECE) // prod(steps))))
+    axes = zip(shape, steps, strict=True)
+    return product(*([slice(i, min(i + step, length)) for i in range(0, length, step)] for length, step in axes))
