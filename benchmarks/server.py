@@ -1,79 +1,42 @@
-"""The server's part of a round at GPT-2 124M: slice, check, add, finish, against a plain copy in the same run.
+"""The server's part of a round at GPT-2 124M: slice, check, average, save, beside a rival and a limit in the same run.
 
-`before` is the implementation by element indices (index_select, index_add_) that twist_fl had first; it lives
-here only. GB/s count the bytes an operation must read and write: 8 a float32 parameter for a copy and a slice, 4
-for a check, 20 for an add (12 where the sum is new), 12 for the new state. `copy` writes to memory that is
-already there, `clone` to new memory, which the system first has to hand out; so do `slice` and `finish`.
+Rivals, one thread: PyTorch's index_select and isfinite, Flower's FedAvg of as many replies of the same sizes,
+torch.save. The limit is a plain copy of as many bytes as the work reads and writes, by as many threads, to memory that
+is already there. For each float32 element: slice 8, check 4, add 8 for its first reply, 16 for the second, 20 for
+others, finish 12 where there are sums, checkpoint 8 (into the page cache: nothing waits for the disk).
 
-    python benchmarks/server.py [--workers 4] [--keep 6] [--turns 5]
-    python benchmarks/server.py --memory 4 16 64     peak memory in copies of the state
+    python benchmarks/server.py [--workers 4] [--keep 6] [--turns 5] [--out FILE]
+    python benchmarks/server.py --memory 4 16 64 [--out FILE]     peak memory in copies of the state
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from math import prod
+from pathlib import Path
+from typing import Any
 
 import torch
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
+from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-from twist_fl.aggregate import StreamingMean, check_state
-from twist_fl.blocks import Layout, Param, make_layout
+from twist_fl.aggregate import Memory, StreamingMean, check_state
+from twist_fl.blocks import Layout, make_layout
 from twist_fl.blueprint import Blueprint, Division, draw_round
-from twist_fl.subnet import State, slice_state, take_blocks
+from twist_fl.files import save_tensors, write_text
+from twist_fl.machine import usable_cores
+from twist_fl.results import provenance
+from twist_fl.subnet import State, copy_all, slice_state, take_slice
+from twist_fl.threads import threads
 
 GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "vocab_size": 50257, "n_positions": 1024}
-
-
-class IndexedMean:
-    """The streaming mean as it was: one index per element, float64 copies, new memory every round."""
-
-    def __init__(self, layout: Layout) -> None:
-        self.layout = layout
-        self.sums: State = {}
-        self.weights: State = {}
-
-    def add(self, blueprint: Blueprint, state: State) -> None:
-        for param in self.layout.params:
-            if param.name not in self.sums:
-                self.sums[param.name] = torch.zeros(param.shape, dtype=torch.float64)
-                num = param.shape[param.dim] if param.kind else 1
-                self.weights[param.name] = torch.zeros(num, dtype=torch.float64)
-            held = self.layout.held(param, blueprint)
-            if held is None:
-                self.sums[param.name].add_(state[param.name])
-                self.weights[param.name].add_(1)
-            else:
-                index = torch.tensor(param.index(held))
-                self.sums[param.name].index_add_(param.dim, index, state[param.name].to(torch.float64))
-                self.weights[param.name][index] += 1
-
-    def finish(self, state: State) -> State:
-        return {param.name: self._mean(param, state[param.name]) for param in self.layout.params}
-
-    def _mean(self, param: Param, old: torch.Tensor) -> torch.Tensor:
-        along = [1] * len(param.shape)
-        along[param.dim] = -1
-        weights = self.weights[param.name].view(along)
-        mean = (self.sums[param.name] / weights.clamp_min(1)).to(old.dtype)
-        return mean if bool((weights > 0).all()) else torch.where(weights > 0, mean, old)
-
-
-def indexed_slice(layout: Layout, state: State, blueprint: Blueprint) -> State:
-    sliced = {}
-    for param in layout.params:
-        held = layout.held(param, blueprint)
-        tensor = state[param.name]
-        sliced[param.name] = tensor if held is None else tensor.index_select(param.dim, torch.tensor(param.index(held)))
-    return sliced
-
-
-def finite_before(layout: Layout, blueprint: Blueprint, state: State) -> None:
-    layout.check_names({name: tuple(tensor.shape) for name, tensor in state.items()}, blueprint)
-    assert all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
 
 
 def make_round(workers: int, keep: int) -> tuple[Layout, State, list[Blueprint]]:
@@ -85,99 +48,162 @@ def make_round(workers: int, keep: int) -> tuple[Layout, State, list[Blueprint]]
     return layout, state, draw_round(layout, division, 0, 1)
 
 
-def size(state: State) -> int:
-    return sum(tensor.numel() for tensor in state.values())
+def num_bytes(state: State) -> int:
+    return sum(tensor.nbytes for tensor in state.values())
 
 
-def copy_into(state: State, out: State) -> None:
-    for name, tensor in state.items():
-        out[name].copy_(tensor)
+class Best(dict[tuple[str, str], float]):
+    """Seconds of the best turn, by operation and who did it."""
 
-
-def slice_into(layout: Layout, state: State, blueprint: Blueprint, out: State) -> None:
-    """As a transport with memory of its own does."""
-    for param in layout.params:
-        held = layout.held(param, blueprint)
-        if held is not None:
-            take_blocks(param, held, state[param.name], out[param.name])
-
-
-class Best(dict[str, float]):
-    """Seconds of the best turn of each operation, over all workers."""
-
-    def note(self, name: str, work: Callable[[], object]) -> None:
+    def note(self, name: str, who: str, work: Callable[[], object]) -> None:
         begin = time.perf_counter()
         work()
-        self[name] = min(self.get(name, float("inf")), time.perf_counter() - begin)
+        self[name, who] = min(self.get((name, who), float("inf")), time.perf_counter() - begin)
 
 
-def for_each(pairs: Iterable[tuple[Blueprint, State]], work: Callable[[Blueprint, State], object]) -> None:
-    for blueprint, state in pairs:
-        work(blueprint, state)
+class Turn:
+    """One round's work, each kind of it by us and by the rival."""
+
+    def __init__(self, workers: int, keep: int) -> None:
+        self.layout, self.state, self.drawn = make_round(workers, keep)
+        self.replies = [{n: t.clone() for n, t in slice_state(self.layout, self.state, b).items()} for b in self.drawn]
+        self.out = [{name: torch.zeros_like(tensor) for name, tensor in reply.items()} for reply in self.replies]
+        self.records = [
+            RecordDict({"p": ArrayRecord({n: Array(t.numpy()) for n, t in r.items()}), "m": MetricRecord({"w": 1})})
+            for r in self.replies
+        ]
+        self.source, self.target = torch.ones(50_000_000), torch.zeros(50_000_000)
+        self.memory: Memory = {}
+
+    def copy(self) -> None:
+        copy_all([(self.source, self.target)])
+
+    def slice(self) -> None:
+        for blueprint, out in zip(self.drawn, self.out, strict=True):
+            copy_all(p for n, t in self.state.items() for p in take_slice(self.layout, blueprint, n, t, out[n]))
+
+    def slice_rival(self) -> None:
+        for blueprint, out in zip(self.drawn, self.out, strict=True):
+            for param in self.layout.params:
+                whole, held = self.state[param.name], self.layout.held(param, blueprint)
+                if held is None:
+                    out[param.name].copy_(whole)
+                else:
+                    torch.index_select(whole, param.dim, torch.tensor(param.index(held)), out=out[param.name])
+
+    def check(self) -> None:
+        for blueprint, reply in zip(self.drawn, self.replies, strict=True):
+            check_state(self.layout, blueprint, reply)
+
+    def check_rival(self) -> None:
+        assert all(bool(torch.isfinite(tensor).all()) for reply in self.replies for tensor in reply.values())
+
+    def average(self, best: Best, who: str) -> None:
+        mean = StreamingMean(self.layout, self.state, self.memory)
+
+        def add() -> None:
+            for blueprint, reply in zip(self.drawn, self.replies, strict=True):
+                mean.add(blueprint, reply)
+
+        best.note("add", who, add)
+        best.note("finish", who, mean.finish)
+        best["add + finish", who] = best["add", who] + best["finish", who]
+        assert not any(bool((tensor - tensor).any()) for tensor in self.state.values())
+
+    def average_rival(self) -> None:
+        aggregate_arrayrecords(self.records, "w")
+
+    def measure(self, best: Best, num: int, scratch: Path) -> None:
+        who = f"{num} threads"
+        with threads(num):
+            for name, work in (("copy", self.copy), ("slice", self.slice), ("check", self.check)):
+                best.note(name, who, work)
+            self.average(best, who)
+            best.note("copy", who, self.copy)
+        if num == 1:
+            for name, rival in (("slice", self.slice_rival), ("check", self.check_rival)):
+                best.note(name, "rival", rival)
+            best.note("add + finish", "rival", self.average_rival)
+            best.note("checkpoint", who, lambda: save_tensors(self.state, scratch / "ours"))
+            best.note("checkpoint", "rival", lambda: torch.save(self.state, scratch / "rival"))
+            for file in scratch.iterdir():
+                file.unlink()
+
+    def moved(self) -> dict[str, int]:
+        """Bytes read and written."""
+        replies, add, finish = sum(map(num_bytes, self.replies)), 0, 0
+        for param in self.layout.params:
+            every = range(param.num_blocks)
+            size = prod(param.shape) // param.num_blocks
+            for block in every:
+                holders = sum(block in (self.layout.held(param, b) or every) for b in self.drawn)
+                add += size * (8 + 16 * (holders > 1) + 20 * max(0, holders - 2))
+                finish += size * 12 * (holders > 1)
+        return {"slice": 2 * replies, "check": replies, "add": add, "finish": finish, "add + finish": add + finish}
 
 
-def one_turn(layout: Layout, state: State, drawn: list[Blueprint], mean: StreamingMean, best: Best) -> None:
-    pairs = [(blueprint, slice_state(layout, state, blueprint)) for blueprint in drawn]
-    out = {name: torch.zeros_like(tensor) for name, tensor in pairs[0][1].items()}
-    best.note("copy", lambda: copy_into(pairs[0][1], out))
-    best.note("clone", lambda: [tensor.clone() for tensor in pairs[0][1].values()])
-    best.note("slice before", lambda: for_each(pairs, lambda b, _: indexed_slice(layout, state, b)))
-    best.note("slice now", lambda: for_each(pairs, lambda b, _: slice_state(layout, state, b)))
-    best.note("slice into now", lambda: for_each(pairs, lambda b, _: slice_into(layout, state, b, out)))
-    best.note("check before", lambda: for_each(pairs, lambda b, s: finite_before(layout, b, s)))
-    best.note("check now", lambda: for_each(pairs, lambda b, s: check_state(layout, b, s)))
-    old = IndexedMean(layout)
-    best.note("add before", lambda: for_each(pairs, old.add))
-    best.note("add now", lambda: for_each(pairs, mean.add))
-    results: list[State] = []
-    best.note("finish before", lambda: results.append(old.finish(state)))
-    best.note("finish now", lambda: results.append(mean.finish(state)))
-    mean.emptied()
-    assert all(torch.equal(results[0][name], results[1][name]) for name in state)
-
-
-def speed(args: argparse.Namespace) -> None:
-    torch.set_num_threads(1)  # as in the server, where the workers have the cores
-    layout, state, drawn = make_round(args.workers, args.keep)
-    mean, best = StreamingMean(layout), Best()
-    for _ in range(args.turns):
-        one_turn(layout, state, drawn, mean, best)
-    subnets = [slice_state(layout, state, blueprint) for blueprint in drawn]
-    replies = sum(size(subnet) for subnet in subnets)
-    sliced = sum(size({n: t for n, t in subnet.items() if t is not state[n]}) for subnet in subnets)
-    moved = {"slice": 8 * sliced, "slice into": 8 * sliced, "check": 4 * replies}
-    moved |= {"add": 20 * replies - 8 * size(state), "finish": 12 * size(state)}
-    copy, clone = (8 * size(subnets[0]) / best[name] / 1e9 for name in ("copy", "clone"))
-    print(f"GPT-2 124M, both {args.keep}/12, S={args.workers}, one thread, best of {args.turns}; "
-          f"copy {copy:.2f} GB/s, clone {clone:.2f} GB/s")  # fmt: skip
-    print(
-        f"{'':10} {'MB':>6} {'before s':>9} {'now s':>8} {'speed-up':>9} {'GB/s now':>9} {'of copy':>8} {'of clone':>9}"
-    )
-    for name, num_bytes in moved.items():
-        before, now = best[f"{name.split()[0]} before"], best[f"{name} now"]
-        rate = num_bytes / now / 1e9
-        print(f"{name:10} {num_bytes / 1e6:6.0f} {before:9.3f} {now:8.3f} {before / now:9.1f} {rate:9.2f} "
-              f"{rate / copy:8.2f} {rate / clone:9.2f}")  # fmt: skip
+def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)  # the rivals too: cores are the workers'
+    turn, best, nums = Turn(args.workers, args.keep), Best(), sorted({1, usable_cores()})
+    with tempfile.TemporaryDirectory() as scratch:
+        for _ in range(args.turns):
+            for num in nums:
+                turn.measure(best, num, Path(scratch))
+    copied = 2 * turn.source.nbytes
+    rows = []
+    for num in nums:
+        who, per_byte = f"{num} threads", best["copy", f"{num} threads"] / copied
+        work = {name: (size, size * per_byte) for name, size in turn.moved().items()}
+        if num == 1:
+            work["checkpoint"] = (size := 2 * num_bytes(turn.state)), size * per_byte
+        rows += [
+            {
+                "work": name,
+                "threads": num,
+                "mb": size / 1e6,
+                "rival": best.get((name, "rival")) if num == 1 else None,
+                "limit": limit,
+                "ours": best[name, who],
+                "of_limit": limit / best[name, who],
+            }
+            for name, (size, limit) in work.items()
+        ]
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    print(f"GPT-2 124M, both {args.keep}/12, S={args.workers}, best of {args.turns}; copy by "
+          + ", ".join(f"{n} threads {copied / best['copy', f'{n} threads'] / 1e9:.1f} GB/s" for n in nums)
+          + f"; load {load}")  # fmt: skip
+    print(f"{'':14}{'threads':>8}{'MB':>7}{'rival s':>9}{'limit s':>9}{'ours s':>8}{'of limit':>10}")
+    for row in rows:
+        rival = f"{row['rival']:9.3f}" if row["rival"] else " " * 9
+        print(f"{row['work']:14}{row['threads']:8}{row['mb']:7.0f}{rival}{row['limit']:9.3f}{row['ours']:8.3f}"
+              f"{row['of_limit']:10.2f}")  # fmt: skip
+    return rows
 
 
 def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes of this process's largest resident set so far."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
 
 
-def memory(workers: int, keep: int) -> None:
-    """Two rounds of `workers` replies that arrive one at a time; the state it began with is let go."""
+def memory_of(workers: int, keep: int) -> None:
+    """Three rounds of `workers` replies; slices go out and replies come in through one place, which is not counted."""
     torch.set_num_threads(1)
-    start = peak()
     layout, state, drawn = make_round(workers, keep)
-    num_bytes, mean = 4 * size(state), StreamingMean(layout)
-    for _ in range(2):
+    shapes = {param.name: layout.shape(param, drawn[0]) for param in layout.params}
+    place = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is there
+    start = peak() - num_bytes(state)
+    memory: Memory = {}
+    for _ in range(3):
+        mean = StreamingMean(layout, state, memory)
         for blueprint in drawn:
-            mean.add(blueprint, slice_state(layout, state, blueprint))
-        state = mean.finish(state)
-        mean.emptied()
-    print(
-        f"S={workers:3}: peak {(peak() - start) / num_bytes:.2f} copies of the float32 state ({num_bytes / 1e6:.0f} MB)"
-    )
+            mean.add(blueprint, place)
+        state, memory = mean.finish(), mean.memory
+        for blueprint in drawn:
+            copy_all(p for n, t in state.items() for p in take_slice(layout, blueprint, n, t, place[n]))
+            check_state(layout, blueprint, place)
+    print(json.dumps({"workers": workers, "copies": (peak() - start) / num_bytes(state)}))
 
 
 def main() -> None:
@@ -186,16 +212,23 @@ def main() -> None:
     parser.add_argument("--keep", type=int, default=6, help="blocks of 12 that a worker holds")
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--memory", type=int, nargs="+", help="numbers of workers to measure the peak memory at")
+    parser.add_argument("--out", type=Path, help="write the results here, with commit and hardware (JSON)")
     parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak_of:
-        memory(args.peak_of, args.keep)
-    elif args.memory:
+        memory_of(args.peak_of, args.keep)
+        return
+    if args.memory:
+        rows = []
         for workers in args.memory:  # each in a process of its own: a peak never falls
             command = [sys.executable, __file__, "--peak-of", str(workers), "--keep", str(args.keep)]
-            subprocess.run(command, check=True)
+            rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout))
+            print(rows[-1])
     else:
-        speed(args)
+        rows = speed(args)
+    if args.out:
+        settings = {"workers": args.workers, "keep": args.keep, "turns": args.turns, "load": os.getloadavg()}
+        write_text(json.dumps(provenance() | settings | {"rows": rows}, indent=1), args.out)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ from twist_fl.blocks import make_layout
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import load_config
 from twist_fl.cost import round_bytes
+from twist_fl.files import write_text
 from twist_fl.job import Job, make_job
+from twist_fl.results import provenance
 from twist_fl.rounds import Reply
 from twist_fl.strategy import TwistStrategy
 from twist_fl.subnet import get_state
@@ -145,6 +147,7 @@ def measure(transport: str, arguments: argparse.Namespace, folder: Path) -> dict
         "mb_moved": moved / 1e6,
         "first": run.events("round")[0]["seconds"],
         "seconds": statistics.median(event["seconds"] for event in rounds),
+        "best": min(event["seconds"] for event in rounds),
         "receive_and_load": statistics.median(event["training_seconds"] for event in rounds),
         "copy": seconds_per_copy(moved),
     }
@@ -155,21 +158,24 @@ def main() -> None:
     parser.add_argument("--mb", type=float, default=300.0, help="size of a worker's subnet, MB of 10^6 bytes")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds; one more comes before them")
+    parser.add_argument("--out", type=Path, help="write the results here, with commit and hardware (JSON)")
     parser.add_argument("--transport", nargs="+", choices=["inline", "shm"], default=["inline", "shm"])
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["TWIST_FL_CACHE"] = str(Path(scratch) / "cache")
         rows = [measure(transport, arguments, Path(scratch)) for transport in arguments.transport]
+    limit = min(row["copy"] for row in rows)
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    print(f"{rows[-1]['mb_moved']:.0f} MB a round, {arguments.workers} workers, {os.cpu_count()} cores, load {load}")
+    print(f"{'':10}{'s a round':>12}{'best':>10}{'x limit':>10}{'x last':>10}")
     for row in rows:
-        print(json.dumps(row))
-    limit = rows[-1]["copy"]
-    print(f"{rows[-1]['mb_moved']:.0f} MB a round, {arguments.workers} workers, {os.cpu_count()} cores")
-    print(f"{'':10}{'s a round':>12}{'x limit':>10}{'x last':>10}")
-    for row in rows:
-        seconds, to_shm = row["seconds"], row["seconds"] / rows[-1]["seconds"]
-        print(f"{row['transport']:10}{seconds:12.3f}{seconds / limit:10.1f}{to_shm:10.2f}")
-    print(f"{'one copy':10}{limit:12.3f}{1:10.1f}")
+        seconds, to_last = row["seconds"], row["seconds"] / rows[-1]["seconds"]
+        print(f"{row['transport']:10}{seconds:12.3f}{row['best']:10.3f}{seconds / limit:10.1f}{to_last:10.2f}")
+    print(f"{'one copy':10}{limit:12.3f}{limit:10.3f}{1:10.1f}")
+    if arguments.out:
+        settings = {"workers": arguments.workers, "rounds": arguments.rounds, "load": os.getloadavg()}
+        write_text(json.dumps(provenance() | settings | {"rows": rows}, indent=1), arguments.out)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import permutations
@@ -13,12 +14,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twist_fl.aggregate import ReplyError, StreamingMean, _accumulate, check_state, coverage_debt
+from twist_fl.aggregate import ReplyError, StreamingMean, check_state, coverage_debt
 from twist_fl.blocks import KINDS, Layout, make_layout
 from twist_fl.blueprint import Blueprint, Division, draw_round, full_blueprint
 from twist_fl.job import Job
-from twist_fl.rounds import Reply, RoundMean, Task, plan, start
+from twist_fl.rounds import Reply, RoundMean, RunState, Task, plan, start
 from twist_fl.subnet import State, slice_state
+from twist_fl.threads import PIECE, threads
 from twist_fl.train import MOMENTS, Moments
 
 RandomState = Callable[..., State]
@@ -29,10 +31,14 @@ DIVISION = Division("both", ((2, 1), (2, 2), (1, 1)), 1, 1)
 
 
 def aggregate(old: State, replies: Sequence[tuple[Blueprint, State]], weights: Sequence[int] | None = None) -> State:
-    mean = StreamingMean(LAYOUT)
+    mean = StreamingMean(LAYOUT, copied(old))
     for (blueprint, state), weight in zip(replies, weights or [1] * len(replies), strict=True):
         mean.add(blueprint, state, weight)
-    return mean.finish(old)
+    return mean.finish()
+
+
+def copied(state: State) -> State:
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def same(ours: State, theirs: State) -> bool:
@@ -126,37 +132,83 @@ def test_what_nobody_held_keeps_the_servers_value(random_state: RandomState) -> 
     assert same(aggregate(old, []), old)
 
 
-def test_memory_does_not_grow_with_the_number_of_replies(random_state: RandomState) -> None:
-    mean = StreamingMean(LAYOUT)
-    sizes = set()
-    for blueprint, state in replies_of(random_state, 6):
-        mean.add(blueprint, state)
-        held = [*mean._sums.values(), *mean._weights.values()]
-        sizes.add((len(held), sum(tensor.numel() for tensor in held)))
-    assert len(sizes) == 1
+def spread(old: State) -> Sequence[tuple[Blueprint, State]]:
+    """Five replies whose values differ by up to 2^24, in either sign, and cancel in part."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = (draw_round(LAYOUT, DIVISION, 0, 1) * 2)[:5]
+    factors = {name: 2.0 ** torch.randint(-12, 13, value.shape, generator=generator) for name, value in old.items()}
+    states = [{name: (-1) ** i * value * factors[name].roll(i) for name, value in old.items()} for i in range(5)]
+    return [(blueprint, slice_state(LAYOUT, state, blueprint)) for blueprint, state in zip(drawn, states, strict=True)]
 
 
-def test_emptied_sums_are_as_new_in_the_same_memory(random_state: RandomState) -> None:
-    old, kept = random_state(LAYOUT, 99), StreamingMean(LAYOUT)
+@pytest.mark.parametrize("weights", [[1] * 5, [7, 30720, 1, 2, 99]])
+def test_sums_are_float64_in_any_order(weights: list[int], random_state: RandomState) -> None:
+    """Half of a sum lies in the state's memory, half elsewhere: the result is that of whole float64 numbers."""
+    old = random_state(LAYOUT, 99)
+    replies = spread(old)
+    expected = naive(old, replies, weights)
+    for order in permutations(range(5)):
+        assert same(aggregate(old, [replies[i] for i in order], [weights[i] for i in order]), expected)
+
+
+@pytest.mark.parametrize("size", [2, 3, 7, 2**20])
+@pytest.mark.parametrize("num", [1, 2, 4])
+def test_pieces_and_threads_do_not_matter(
+    size: int, num: int, random_state: RandomState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, replies = random_state(LAYOUT, 99), replies_of(random_state, 5)
+    expected = aggregate(old, replies, [3, 1, 2, 1, 5])
+    monkeypatch.setattr("twist_fl.threads.PIECE", size)
+    monkeypatch.setattr("twist_fl.aggregate.SUMMED", 2 * size)
+    monkeypatch.setattr("twist_fl.threads.usable_cores", lambda: num)
+    with threads(num):
+        for seed, (blueprint, state) in enumerate(replies):
+            assert same(slice_state(LAYOUT, random_state(LAYOUT, seed), blueprint), state)
+            check_state(LAYOUT, blueprint, state)
+            with pytest.raises(ReplyError, match="finite"):
+                check_state(LAYOUT, blueprint, state | {BIAS: CHECKED["nan"][0](state)[BIAS]})
+        assert same(aggregate(old, replies, [3, 1, 2, 1, 5]), expected)
+
+
+@pytest.mark.parametrize("width", [64, 65])
+def test_state_and_sums_are_two_copies_however_many_reply(width: int) -> None:
+    """The state stays where it is; beside it NumPy and Python never allocate more than its size and a few pieces."""
+    layout = make_layout(SIZES | {"model_type": "gpt2", "n_embd": 4 * width, "n_inner": 3 * width, "vocab_size": 99}, 3)
+    num_bytes = 4 * layout.num_params()
+    state = {param.name: torch.zeros(param.shape) for param in layout.params}
+    replies = {seed: {name: torch.full_like(value, seed) for name, value in state.items()} for seed in (1, 2)}
+    places = {name: tensor.data_ptr() for name, tensor in state.items()}
+    full, memory, kept = full_blueprint(layout), None, []
+    tracemalloc.start()
+    try:
+        for num in (1, 4, 64):
+            mean = StreamingMean(layout, state, memory)
+            for i in range(num):
+                mean.add(full, replies[1 + i % 2])
+            state, memory = mean.finish(), mean.memory
+            kept.append(sum(half.nbytes for half in memory.values()))
+            assert tracemalloc.get_traced_memory()[0] < 1.05 * num_bytes + 100_000
+        assert tracemalloc.get_traced_memory()[1] < 1.05 * num_bytes + 8 * PIECE + 100_000
+    finally:
+        tracemalloc.stop()
+    assert kept[0] == kept[1] == kept[2] <= 1.02 * num_bytes
+    assert {name: tensor.data_ptr() for name, tensor in state.items()} == places
+    assert all(bool((tensor == 1.5).all()) for tensor in state.values())
+
+
+def test_memory_of_another_round_is_taken_and_what_is_in_it_does_not_matter(random_state: RandomState) -> None:
+    old, memory = random_state(LAYOUT, 99), StreamingMean(LAYOUT, random_state(LAYOUT)).memory
     for num, round_ in ((3, 1), (1, 2), (2, 3)):
         replies = replies_of(random_state, num, round_)
+        mean = StreamingMean(LAYOUT, copied(old), memory)
         for weight, (blueprint, state) in enumerate(replies, start=1):
-            kept.add(blueprint, state, weight)
-        assert same(kept.finish(old), aggregate(old, replies, list(range(1, num + 1))))
-        memory = {name: total.data_ptr() for name, total in kept._sums.items()}
-        assert kept.emptied() is kept
-        assert all(kept.finish(old)[name] is old[name] for name in old)
-    assert {name: total.data_ptr() for name, total in kept._sums.items()} == memory
-
-
-def test_a_weighted_sum_in_pieces_is_the_whole_sum() -> None:
-    """Larger than one piece, along either axis, contiguous or not."""
-    rng = np.random.default_rng(0)
-    for shape in ((300, 3, 2, 64), (1, 1, 5, 40000)):
-        total, value = rng.normal(size=shape), rng.normal(size=shape).astype(np.float32)
-        expected = total + 7 * value.astype(np.float64)
-        _accumulate(total, value, 7, is_new=False)
-        assert np.array_equal(total, expected)
+            mean.add(blueprint, state, weight)
+        halves = {name: half.ctypes.data for name, half in memory.items()}
+        assert same(mean.finish(), aggregate(old, replies, list(range(1, num + 1))))
+        assert mean.memory is memory
+        assert {name: half.ctypes.data for name, half in memory.items()} == halves
+        for half in memory.values():
+            half.fill(float("nan"))
 
 
 def test_a_round_takes_the_sums_of_the_round_before_and_nobody_elses(
@@ -165,10 +217,10 @@ def test_a_round_takes_the_sums_of_the_round_before_and_nobody_elses(
     job = tiny_job("train.optimizer_state=server")
     state = RoundMean(job, start(job), plan(job, start(job))).finish()
     assert len(state.spare) == 3
-    tasks, given = plan(job, state), [id(mean) for mean in state.spare]
+    tasks, given = plan(job, state), [id(memory) for memory in state.spare]
     first, second = RoundMean(job, state, tasks), RoundMean(job, state, tasks)
-    assert sorted(map(id, (first._params, *first._moments.values()))) == sorted(given)
-    assert not {id(second._params), *map(id, second._moments.values())} & set(given)
+    assert sorted(id(mean.memory) for mean in (first._params, *first._moments.values())) == sorted(given)
+    assert not {id(mean.memory) for mean in (second._params, *second._moments.values())} & set(given)
     for mean, seed in ((first, 1), (second, 2)):
         for task in tasks:
             mean.add(task, honest(job, task, random_state, seed))
@@ -272,6 +324,54 @@ def test_a_bad_reply_is_named_and_dropped_and_the_round_goes_on(
     assert all(same(ours.moments.values[name], theirs.moments.values[name]) for name in MOMENTS)
     assert ours.cursors == [2, 0, 2]
     assert ours.round == 1
+
+
+def bytes_of(state: RunState, mean: RoundMean) -> list[bytes]:
+    """All that a reply could touch: parameters, moments and sums, whoever's memory they are in."""
+    assert state.moments is not None
+    states = [state.params, *state.moments.values.values()]
+    means = [mean._params, *mean._moments.values()]
+    return [tensor.numpy().tobytes() for values in states for tensor in values.values()] + [
+        half.tobytes() for each in means for half in each.memory.values()
+    ]
+
+
+@pytest.mark.parametrize("fault", BAD_REPLIES)
+def test_a_bad_reply_touches_nothing(fault: str, tiny_job: Callable[..., Job], random_state: RandomState) -> None:
+    job = tiny_job("train.optimizer_state=server")
+    state = start(job)
+    tasks = plan(job, state)
+    mean = RoundMean(job, state, tasks, in_place=True)
+    untouched = bytes_of(state, mean)
+    for worker in (1, 0):
+        mean.add(tasks[worker], BAD_REPLIES[fault][0](honest(job, tasks[worker], random_state)))
+        assert bytes_of(state, mean) == untouched
+        mean.add(tasks[2 - worker], honest(job, tasks[2 - worker], random_state))
+        assert bytes_of(state, mean) != untouched
+        untouched = bytes_of(state, mean)
+
+
+@pytest.mark.parametrize("answered", [[], [1], [2, 0], [1, 2, 0]])
+def test_in_place_is_the_same_in_the_states_own_memory(
+    answered: list[int], tiny_job: Callable[..., Job], random_state: RandomState
+) -> None:
+    job = tiny_job("train.optimizer_state=server", "train.weighting=tokens")
+    ours, theirs = start(job), start(job)
+    for _ in range(2):
+        tasks, places = plan(job, ours), {name: tensor.data_ptr() for name, tensor in ours.params.items()}
+        means = RoundMean(job, ours, tasks, in_place=True), RoundMean(job, theirs, tasks)
+        before = copied(theirs.params)
+        for worker in answered:
+            for mean in means:
+                mean.add(tasks[worker], honest(job, tasks[worker], random_state, seed=worker))
+        assert same(theirs.params, before)
+        ours, theirs = means[0].finish(), means[1].finish()
+        assert same(ours.params, theirs.params)
+        assert ours.moments is not None
+        assert theirs.moments is not None
+        assert ours.moments.step == theirs.moments.step
+        assert all(same(ours.moments.values[name], theirs.moments.values[name]) for name in MOMENTS)
+        assert {name: tensor.data_ptr() for name, tensor in ours.params.items()} == places
 
 
 def test_a_second_answer_does_not_count_twice(tiny_job: Callable[..., Job], random_state: RandomState) -> None:

@@ -62,6 +62,21 @@ def test_what_is_saved_is_loaded(with_moments: bool, state: RunState, tmp_path: 
     assert torch.signbit(loaded.params[name].view(-1)[1])
 
 
+def test_a_loaded_state_is_no_view_of_the_file(state: RunState, tmp_path: Path) -> None:
+    """Rounds are averaged in place: what was loaded is overwritten, and the checkpoint must not be."""
+    folder = RunFolder(tmp_path)
+    folder.save(state)
+    loaded = folder.load()
+    assert loaded is not None
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+    for values in (loaded.params, *(loaded.moments or Moments()).values.values()):
+        for tensor in values.values():
+            tensor.fill_(7)
+    again = folder.load()
+    assert again is not None
+    assert_same_run(again, state)
+
+
 def test_a_new_folder_has_no_checkpoint(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "absent")
     assert folder.load() is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def test_neither_nodes_nor_order_matter(
 
 def test_workers_are_sent_what_dispatch_gives(make_strategy: Callable[..., TwistStrategy]) -> None:
     strategy, grid = make_strategy("train.rounds=1"), LocalGrid()
-    state = strategy.state
+    state = deepcopy(strategy.state)  # the round is averaged in place
     strategy.run(grid)
     assert [served.task for served in grid.served] == plan(strategy.job, state)
     for served in grid.served:
@@ -511,3 +512,25 @@ def test_replies_are_handed_on_as_they_arrive(make_strategy: Callable[..., Twist
     for reply in exchange(grid, messages, strategy.job.config.flower, timeout=60):
         seen.append(f"worker {reply.metadata.group_id}")
     assert seen == ["pull", "worker 0", "pull", "worker 1", "pull", "worker 2"]
+
+
+@pytest.mark.parametrize(
+    ("by", "far", "idle"),
+    [("auto", [], [2, 4, 6]), ("inline", [], [2, 4, 6]), ("shm", [], [2, 4, 6]), ("auto", [0, 2], [4, 6, 6])],
+)
+def test_cores_that_no_worker_here_trains_on_are_the_servers(
+    by: str,
+    far: list[int],
+    idle: list[int],
+    make_strategy: Callable[..., TwistStrategy],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Six cores, three workers with two threads each, of which the first answers first."""
+    strategy = make_strategy("train.rounds=1", f"flower.transport={by}", "train.threads=2")
+    monkeypatch.setattr("twist_fl.strategy.usable_cores", lambda: 6)
+    seen: list[int] = []
+    monkeypatch.setattr(RoundMean, "add", lambda mean, task, reply: seen.append(strategy._idle_cores()))
+    with pytest.raises(NoWorkersError):  # nobody is counted
+        strategy.run(LocalGrid(far=far, one_at_a_time=True))
+    assert seen == idle
+    assert strategy._pending == {}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,15 @@ import torch
 from twist_fl.blocks import KINDS, Layout, Param, runs
 from twist_fl.blueprint import Blueprint, Debt, Division
 from twist_fl.subnet import State
+from twist_fl.threads import for_each, pieces
+
+Array = npt.NDArray[Any]
+Memory = dict[str, Array]
+"""Half of the float64 sums of each parameter: 4 bytes an element, as the float32 parameter itself."""
+
+
+SUMMED = 2**16
+"""Elements summed at once: 0.5 MB in float64, so that what is made of them stays in a core's cache. Even."""
 
 
 class ReplyError(ValueError):
@@ -27,84 +36,111 @@ class ReplyError(ValueError):
 
 
 class StreamingMean:
-    """Sum and weight of each block, one reply at a time.
+    """The mean of each block over its replies, in the place of the value that it replaces.
 
-    Memory: the float64 sums, 8 bytes a parameter, whatever the number of replies. NumPy does the arithmetic,
-    because it converts between float32 and float64 in the processor's cache; torch writes a float64 copy first.
+    With one reply a block holds that reply's value, its mean. From the second on, its place in `state` holds half of
+    its sums, and `memory`, which may come from another round, the other half: all together take two copies of the
+    state, whatever the number of replies. NumPy does the arithmetic, because it converts between float32 and float64
+    in the processor's cache; torch writes a float64 copy first.
     """
 
-    def __init__(self, layout: Layout) -> None:
-        self._layout = layout
-        self._sums: State = {}
-        self._weights = {param.name: torch.zeros(param.num_blocks, dtype=torch.int64) for param in layout.params}
+    def __init__(self, layout: Layout, state: State, memory: Memory | None = None) -> None:
+        self.memory: Memory = {} if memory is None else memory
+        self._layout, self._state = layout, state
+        self._weights = {param.name: np.zeros(param.num_blocks, np.int64) for param in layout.params}
+        self._nums = {param.name: np.zeros(param.num_blocks, np.int64) for param in layout.params}
 
     def add(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor], weight: int = 1) -> None:
         """Add one subnet's state. `state` must have passed `check_state`."""
+        work = []
         for param in self._layout.params:
-            if param.name not in self._sums:
-                self._sums[param.name] = torch.empty(param.shape, dtype=torch.float64)
-            weights = self._weights[param.name]
+            weights, nums = self._weights[param.name], self._nums[param.name]
             held = self._layout.held(param, blueprint) or range(param.num_blocks)
-            total = _blocked(param, self._sums[param.name], param.num_blocks)
-            value = _blocked(param, state[param.name], len(held))
-            is_new = (weights == 0).tolist()
-            for blocks, positions in runs(held, is_new):
-                _accumulate(total[:, :, blocks], value[:, :, positions], weight, is_new[blocks.start])
+            values = _blocked(param, state[param.name].contiguous(), len(held))
+            holds = np.where(nums > 1, SUMS, weights).tolist()
+            for blocks, positions in runs(held, holds):
+                value = values[:, :, positions]
+                work += [(sums, holds[blocks.start], value[at], weight) for at, sums in self._sums(param, blocks)]
                 weights[blocks] += weight
+                nums[blocks] += 1
+        for_each(_accumulate, work)
 
-    def finish(self, state: Mapping[str, torch.Tensor]) -> State:
-        """The new state: means where somebody held the element, `state`'s own value elsewhere."""
-        return {param.name: self._mean(param, state[param.name]) for param in self._layout.params}
+    def finish(self) -> State:
+        """The new state, where the old one was: means of what somebody held, the old values elsewhere."""
+        work = []
+        for param in self._layout.params:
+            divisors = np.where(self._nums[param.name] > 1, self._weights[param.name], 1).tolist()
+            for blocks, _ in runs(range(param.num_blocks), divisors):
+                if divisors[blocks.start] > 1:
+                    work += [(sums, divisors[blocks.start]) for _, sums in self._sums(param, blocks)]
+        for_each(_divide, work)
+        return self._state
 
-    def emptied(self) -> StreamingMean:
-        """This object, without its replies but with its memory."""
-        for weights in self._weights.values():
-            weights.zero_()
-        return self
-
-    def _mean(self, param: Param, old: torch.Tensor) -> torch.Tensor:
-        weights = self._weights[param.name].tolist()
-        if not any(weights):
-            return old
-        new = torch.empty(param.shape, dtype=old.dtype)
-        total, before, after = (_blocked(param, t, param.num_blocks) for t in (self._sums[param.name], old, new))
-        for blocks, _ in runs(range(param.num_blocks), weights):
-            weight = weights[blocks.start]
-            if weight:
-                np.divide(total[:, :, blocks], weight, out=after[:, :, blocks], casting="same_kind")
-            else:
-                after[:, :, blocks] = before[:, :, blocks]
-        return new
+    def _sums(self, param: Param, blocks: slice) -> Iterator[tuple[tuple[slice, ...], _Sums]]:
+        """The blocks' sums in pieces, each with its place in an array of (outer, sections, blocks, inner)."""
+        places = _blocked(param, self._state[param.name], param.num_blocks)
+        *outer, inner = places.shape
+        if param.name not in self.memory:
+            self.memory[param.name] = np.empty((*outer, inner - inner // 2))
+        places, seconds = places[:, :, blocks], self.memory[param.name][:, :, blocks]
+        for at in pieces(places.shape, SUMMED):
+            # A piece's inner run starts at the same element whatever the blocks, and at an even one.
+            place, start = places[at], at[-1].start // 2
+            half = place.shape[-1] // 2
+            second = seconds[(*at[:-1], slice(start, start + place.shape[-1] - half))]
+            yield at, _Sums(place, place[..., : 2 * half].view(np.float64), second)
 
 
-Array = npt.NDArray[Any]
-PIECE = 2**16
-"""Elements of a temporary: 0.5 MB in float64, which stays in the cache."""
+class _Sums(NamedTuple):
+    """Float64 sums of a piece: the first half in the memory of the float32 `place`, the second elsewhere."""
+
+    place: Array
+    first: Array
+    second: Array
+
+    def halves(self, of: Array) -> Iterator[tuple[Array, Array]]:
+        """Both with the elements of `of` that they belong to."""
+        half = self.first.shape[-1]
+        yield self.first, of[..., :half]
+        yield self.second, of[..., half:]
 
 
 def _blocked(param: Param, tensor: torch.Tensor, num_held: int) -> Array:
     """The tensor's own memory as (outer, sections, num_held, inner)."""
-    array: Array = tensor.contiguous().numpy().reshape(param.blocked(num_held))
+    array: Array = tensor.view(param.blocked(num_held)).numpy()
     return array
 
 
-def _accumulate(total: Array, value: Array, weight: int, is_new: bool) -> None:
-    """total += weight * value in float64, in place; a new total has no value yet."""
-    if is_new:
-        np.multiply(value, weight, out=total, dtype=np.float64)
-    elif weight == 1:
-        np.add(total, value, out=total)
+SUMS = -1
+"""What a block holds from its second reply on."""
+
+
+def _accumulate(work: tuple[_Sums, int, Array, int]) -> None:
+    """Add weight * value in float64 to what is there.
+
+    `holds` says what that is: SUMS, the value of one reply of that weight, or with 0 nothing that counts.
+    """
+    sums, holds, value, weight = work
+    if holds == 0:
+        sums.place[...] = value
+        return
+    if weight > 1:
+        value = np.multiply(value, weight, dtype=np.float64)
+    if holds == SUMS:
+        for half, part in sums.halves(value):
+            np.add(half, part, out=half)
     else:
-        for part, of in zip(_pieces(total), _pieces(value), strict=True):
-            np.add(part, np.multiply(of, weight, dtype=np.float64), out=part)
+        for half, part in sums.halves(np.multiply(sums.place, holds, dtype=np.float64) + value):
+            half[...] = part
 
 
-def _pieces(array: Array) -> Iterator[Array]:
-    """Views of about PIECE elements, cut along the outer axis or, where that is 1, the inner one."""
-    axis = 0 if array.shape[0] > 1 else array.ndim - 1
-    step = max(1, PIECE * array.shape[axis] // array.size)
-    for start in range(0, array.shape[axis], step):
-        yield array[start : start + step] if axis == 0 else array[..., start : start + step]
+def _divide(work: tuple[_Sums, int]) -> None:
+    """The mean, in place of the sums. A factor costs less than a division and changes at most float64's last bits."""
+    sums, weight = work
+    half = sums.first.shape[-1]
+    first, second = sums.first * (1 / weight), sums.second * (1 / weight)
+    sums.place[..., :half] = first
+    sums.place[..., half:] = second
 
 
 def check_state(layout: Layout, blueprint: Blueprint, state: Mapping[str, torch.Tensor]) -> None:
@@ -116,9 +152,17 @@ def check_state(layout: Layout, blueprint: Blueprint, state: Mapping[str, torch.
     for name, tensor in state.items():
         if tensor.dtype != torch.float32:
             raise ReplyError(f"{name} is {tensor.dtype}, expected torch.float32")
+    wrong: set[str] = set()
+
+    def check(work: tuple[str, torch.Tensor]) -> None:
+        name, part = work
         # A sum of finite values is finite or, rarely, overflows; testing each value takes 30 times longer.
-        if not isfinite(tensor.sum()) and not bool(torch.isfinite(tensor).all()):
-            raise ReplyError(f"{name} has values that are not finite")
+        if not isfinite(part.sum()) and not bool(torch.isfinite(part).all()):
+            wrong.add(name)
+
+    for_each(check, [(name, tensor[at]) for name, tensor in state.items() for at in pieces(tensor.shape)])
+    if wrong:
+        raise ReplyError(f"{next(name for name in state if name in wrong)} has values that are not finite")
 
 
 def coverage_debt(layout: Layout, division: Division, answered: list[Blueprint]) -> Debt:

@@ -22,6 +22,7 @@ from twist_fl.config import ConfigError
 from twist_fl.files import new_folder, save_tensors, write_text
 from twist_fl.job import Job, job_from_json
 from twist_fl.rounds import RunState
+from twist_fl.subnet import State
 from twist_fl.train import MOMENTS, Moments
 
 _KEPT = 2
@@ -133,8 +134,8 @@ class RunFolder:
         debt: set[tuple[Kind, int, int]] = {(kind, layer, block) for kind, layer, block in fields["debt"]}
         moments = None
         if fields["moment_step"] is not None:
-            moments = Moments(fields["moment_step"], _unprefixed(load_file(folder / "moments.safetensors")))
-        params = load_file(folder / "model.safetensors")
+            moments = Moments(fields["moment_step"], _unprefixed(_load(folder / "moments.safetensors")))
+        params = _load(folder / "model.safetensors")
         scores = None
         if fields.get("scores"):
             scores = {(kind, layer): tuple(values) for kind, layer, *values in fields["scores"]}
@@ -144,6 +145,11 @@ class RunFolder:
         """Forget the events after `round_`, and how the run ended: a resumed run writes them again."""
         kept = [entry for entry in self.events() if entry.get("round", 0) <= round_ and entry["event"] not in _LAST]
         write_text("".join(json.dumps(entry) + "\n" for entry in kept), self.events_file)
+
+
+def _load(file: Path) -> State:
+    """In memory of their own: rounds are averaged in place, and the file may go."""
+    return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
 def _unprefixed(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from twist_fl.aggregate import ReplyError, StreamingMean, check_state, coverage_debt
+from twist_fl.aggregate import Memory, ReplyError, StreamingMean, check_state, coverage_debt
 from twist_fl.blueprint import Blueprint, Debt, Scores
 from twist_fl.data import Windows
 from twist_fl.importance import score_blocks
@@ -40,8 +40,8 @@ class RunState:
     """The server's, with train.optimizer_state=server or DDP."""
     scores: Scores | None = None
     """Of the blocks, with blueprint.policy=importance."""
-    spare: list[StreamingMean] = field(default_factory=list, repr=False, compare=False)
-    """Sums of the round before, empty again: the next round takes their memory."""
+    spare: list[Memory] = field(default_factory=list, repr=False, compare=False)
+    """Where the sums of the round before were: the next round takes this memory."""
 
 
 @dataclass(frozen=True)
@@ -195,19 +195,25 @@ def _on_cpu(state: State) -> State:
 
 
 class RoundMean:
-    """Aggregates the replies of one round as they arrive, and then gives the next state."""
+    """Aggregates the replies of one round as they arrive, and then gives the next state.
 
-    def __init__(self, job: Job, state: RunState, tasks: list[Task]) -> None:
+    With `in_place` the next state takes the memory of `state`, which must not be read after the first reply.
+    """
+
+    def __init__(self, job: Job, state: RunState, tasks: list[Task], in_place: bool = False) -> None:
         self.job, self.state, self.tasks = job, state, tasks
         self.report = RoundReport(state.round + 1)
-        self._params = self._take_mean()
-        self._moments = {name: self._take_mean() for name in MOMENTS if job.moments_travel}
+        self._params = self._mean_for(state.params, in_place and job.config.algorithm != "ddp")  # DDP's: of gradients
+        moments = state.moments.values if state.moments and job.moments_travel else {}
+        self._moments = {name: self._mean_for(values, in_place) for name, values in moments.items()}
         self._loss_sum = 0.0
         self._cursors = list(state.cursors)
 
-    def _take_mean(self) -> StreamingMean:
-        """Memory that another round has given back, or new; nobody else gets it."""
-        return self.state.spare.pop() if self.state.spare else StreamingMean(self.job.layout)
+    def _mean_for(self, values: State, in_place: bool) -> StreamingMean:
+        """Memory that another round has given back is taken; nobody else gets it."""
+        memory = self.state.spare.pop() if self.state.spare else None
+        own = values if in_place else {name: tensor.clone() for name, tensor in values.items()}
+        return StreamingMean(self.job.layout, own, memory)
 
     def add(self, task: Task, reply: Reply) -> None:
         """Count the reply in; a bad one is named in the report and dropped.
@@ -270,7 +276,7 @@ class RoundMean:
         params, moments = self._next() if answered else (state.params, state.moments)
         blueprints = [task.blueprint for task in self.tasks if task.worker in answered]
         debt = coverage_debt(self.job.layout, self.job.division, blueprints)
-        spare = [mean.emptied() for mean in (self._params, *self._moments.values())]
+        spare = [mean.memory for mean in (self._params, *self._moments.values())]
         round_, every, scores = state.round + 1, self.job.config.blueprint.score_every, state.scores
         if scores is not None and every and round_ % every == 0:
             scores = score_blocks(self.job, params, round_)
@@ -281,12 +287,11 @@ class RoundMean:
         state, moments = self.state, self.state.moments
         if self.job.config.algorithm == "ddp":
             assert moments is not None
-            return adam_step(state.params, self._params.finish(state.params), moments, self.job.config.train)
+            return adam_step(state.params, self._params.finish(), moments, self.job.config.train)
         if moments is not None:
             longest = max(task.num_batches for task in self.tasks if task.worker in self.report.answered)
-            values = {name: self._moments[name].finish(moments.values[name]) for name in MOMENTS}
-            moments = Moments(moments.step + longest, values)
-        return self._params.finish(state.params), moments
+            moments = Moments(moments.step + longest, {name: self._moments[name].finish() for name in MOMENTS})
+        return self._params.finish(), moments
 
 
 def twist_round(job: Job, state: RunState, workers: list[Worker], keep_from: int = 0) -> tuple[RunState, RoundReport]:

@@ -27,6 +27,7 @@ from twist_fl.packing import Packing
 from twist_fl.rounds import RoundMean, RunState, Task, Worker, dispatch, plan, start
 from twist_fl.shelf import MomentShelf, moment_folder
 from twist_fl.tensors import KnownArrays
+from twist_fl.threads import threads
 
 BYTE_KINDS = ("weights", "moments", "other")
 TRANSPORTS = ("shm", "inline")
@@ -52,6 +53,7 @@ class TwistStrategy(Strategy):
         self._segments = transport.Segments(job.run_id)
         self._planned: list[Task] = []
         self._mean: RoundMean | None = None  # of the round that is going on
+        self._pending: dict[str, Message] = {}  # messages of the round that nobody has answered yet
         self._down: dict[str, int] = {}
         self._via: dict[str, int] = {}
         self._keeper = Keeper(job, folder, self.state.round)
@@ -66,7 +68,7 @@ class TwistStrategy(Strategy):
         if not self.nodes:
             self.connect(grid)
         self._planned = plan(self.job, self.state, keep_from=self._keeper.saved_round)
-        self._mean = RoundMean(self.job, self.state, self._planned)
+        self._mean = RoundMean(self.job, self.state, self._planned, in_place=True)
         self._down = dict.fromkeys(BYTE_KINDS, 0)
         self._via = dict.fromkeys(TRANSPORTS, 0)
         return self._messages()
@@ -82,7 +84,8 @@ class TwistStrategy(Strategy):
                 size = Packing.of(self.job, task.blueprint).total_bytes
                 segment = self._segments.take(task.worker, size)
             params, moments = self.state.params, self.state.moments if self.job.moments_travel else None
-            content = wire.task_to_records(self.job, self.job_json, task, params, moments, segment, known)
+            with threads(usable_cores()):  # until the last worker has its part, the round waits for it
+                content = wire.task_to_records(self.job, self.job_json, task, params, moments, segment, known)
             self._count(content, self._down)
             yield Message(content, dst_node_id=node, message_type=MessageType.TRAIN, group_id=group)
         # All messages are made, and hold copies: now the parameters may change.
@@ -125,12 +128,13 @@ class TwistStrategy(Strategy):
             self._count(message.content, up)
             try:
                 blueprint, segment = tasks[worker].blueprint, self._segments.get(worker)
-                reply = wire.reply_from_records(self.job, blueprint, message.content, segment)
+                with threads(self._idle_cores()):
+                    reply = wire.reply_from_records(self.job, blueprint, message.content, segment)
+                    mean.add(tasks[worker], reply)
             except ReplyError as error:
                 mean.report.dropped[worker] = str(error)
-                continue
-            mean.add(tasks[worker], reply)
-        self.state, self._mean = mean.finish(), None
+        with threads(usable_cores()):
+            self.state, self._mean = mean.finish(), None
         report = mean.report
         for worker in tasks.keys() - set(report.answered):
             self._segments.drop(worker)
@@ -149,6 +153,13 @@ class TwistStrategy(Strategy):
         if not set(report.answered) & set(self.job.clients):
             raise NoWorkersError(f"round {report.round}: no worker answered: {report.dropped}")
         return None, MetricRecord({"loss": report.loss})
+
+    def _idle_cores(self) -> int:
+        """Cores that no worker on this machine trains on. Only `auto` tells which nodes are elsewhere."""
+        config = self.job.config
+        pending = [message.metadata.dst_node_id for message in self._pending.values()]
+        busy = [node for node in pending if config.flower.transport != "auto" or node in self._neighbours]
+        return usable_cores() - len(busy) * (config.train.threads or 1)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -182,7 +193,9 @@ class TwistStrategy(Strategy):
     def _round(self, grid: Grid) -> None:
         flower, round_ = self.job.config.flower, self.state.round + 1
         messages = self.configure_train(round_, ArrayRecord(), ConfigRecord(), grid)
-        self.aggregate_train(round_, exchange(grid, messages, flower, flower.round_timeout))
+        self._pending = {}
+        replies = exchange(grid, messages, flower, flower.round_timeout, self._pending)
+        self.aggregate_train(round_, replies)
         torch.set_num_threads(usable_cores())  # the workers are idle
         self._keeper.end_of_round(self.state, self._planned)
         torch.set_num_threads(1)
@@ -249,21 +262,30 @@ class TwistStrategy(Strategy):
         return self.nodes[self.job.clients.index(worker) % len(self.nodes)]
 
 
-def exchange(grid: Grid, messages: Iterable[Message], flower: FlowerConfig, timeout: float) -> Iterator[Message]:
+def exchange(
+    grid: Grid,
+    messages: Iterable[Message],
+    flower: FlowerConfig,
+    timeout: float,
+    pending: dict[str, Message] | None = None,
+) -> Iterator[Message]:
     """Push each message as it is made, then yield replies as they arrive, until all are in or time is up.
 
-    The caller works on a reply while others still train. `timeout` is in seconds.
+    The caller works on a reply while others still train; `pending` shows it, by message id, what has been sent and is
+    not answered. `timeout` is in seconds.
     Each reply is given as an answer to the message that was sent, whatever it says itself: the errors that Flower
     reports (a message expired, a node gone) lack those fields, and a client's are not to be trusted.
     """
-    pending: dict[str, Message] = {}
+    pending = {} if pending is None else pending
     for message in messages:
         pushed = grid.push_messages([message])
         pending |= dict.fromkeys(pushed, _envelope(message))
     deadline = time.monotonic() + timeout
     while pending and time.monotonic() < deadline:
-        for reply in grid.pull_messages(pending):
-            sent = pending.pop(reply.metadata.reply_to_message_id, None)
+        found = [
+            (reply, pending.pop(reply.metadata.reply_to_message_id, None)) for reply in grid.pull_messages(pending)
+        ]
+        for reply, sent in found:
             if sent is not None:
                 yield Message(reply.error if reply.has_error() else reply.content, reply_to=sent)
         if pending:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,6 +22,7 @@ from twist_fl.blocks import KINDS, Layout, Param, runs
 from twist_fl.blueprint import Blueprint, Scale
 from twist_fl.config import ConfigError
 from twist_fl.modeling_subnet import SubnetGPT2LMHeadModel
+from twist_fl.threads import for_each, pieces
 
 State = dict[str, torch.Tensor]
 
@@ -44,30 +45,36 @@ def slice_state(layout: Layout, state: Mapping[str, torch.Tensor], blueprint: Bl
         tensor, held = state[param.name], layout.held(param, blueprint)
         if held is not None:
             whole, tensor = tensor, tensor.new_empty(param.shape_with(len(held)))
-            take_blocks(param, held, whole, tensor)
+            copy_all(take_blocks(param, held, whole, tensor))
         sliced[param.name] = tensor
     return sliced
 
 
-def take_blocks(param: Param, held: Sequence[int], whole: torch.Tensor, out: torch.Tensor) -> None:
-    """Copy the blocks `held` of the full parameter `whole` into `out`, of shape `param.shape_with(len(held))`.
+Copies = Iterator[tuple[torch.Tensor, torch.Tensor]]
+"""Pairs (from, to) of equal shapes, for `copy_all`."""
+
+
+def take_blocks(param: Param, held: Sequence[int], whole: torch.Tensor, out: torch.Tensor) -> Copies:
+    """What puts the blocks `held` of the full parameter `whole` into `out`, of shape `param.shape_with(len(held))`.
 
     Neighbouring blocks go in one strided copy, at the speed of memory; `out` may lie in any buffer.
     """
     source = whole.reshape(param.blocked(param.num_blocks))
     target = out.view(param.blocked(len(held)))
     for blocks, positions in runs(held):
-        target[:, :, positions].copy_(source[:, :, blocks])
+        yield source[:, :, blocks], target[:, :, positions]
 
 
-def copy_slice(layout: Layout, blueprint: Blueprint, name: str, tensor: torch.Tensor, out: torch.Tensor) -> None:
-    """Write what `slice_state` takes of one parameter into `out`, in `out`'s dtype, without a copy in between."""
+def take_slice(layout: Layout, blueprint: Blueprint, name: str, tensor: torch.Tensor, out: torch.Tensor) -> Copies:
+    """What puts `slice_state`'s part of one parameter into `out`, in `out`'s dtype, without a copy in between."""
     param = layout.by_name[name]
     held = layout.held(param, blueprint)
-    if held is None:
-        out.copy_(tensor)
-    else:
-        take_blocks(param, held, tensor, out)
+    return iter([(tensor, out)]) if held is None else take_blocks(param, held, tensor, out)
+
+
+def copy_all(copies: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy each first into its second."""
+    for_each(lambda pair: pair[1].copy_(pair[0]), [(a[at], b[at]) for a, b in copies for at in pieces(a.shape)])
 
 
 def mask_state(layout: Layout, state: Mapping[str, torch.Tensor], blueprint: Blueprint) -> State:

@@ -19,7 +19,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from twist_fl.aggregate import ReplyError
 from twist_fl.packing import DTYPES, Packing
-from twist_fl.subnet import State
+from twist_fl.subnet import Copies, State, copy_all
 from twist_fl.train import MOMENTS, Moments
 from twist_fl.transport import Handle, Segment, SegmentError
 
@@ -27,8 +27,8 @@ _STYPE = "raw.little"
 BLOCKS = "blocks"
 """Name of the array with a record's divided parameters; a parameter's name has a dot in it."""
 
-Write = Callable[[str, torch.Tensor, torch.Tensor], object]
-"""write(name, value, out): put the parameter's value, or the part that travels, into `out`."""
+Take = Callable[[str, torch.Tensor, torch.Tensor], Copies]
+"""take(name, value, out): what puts the parameter's value, or the part that travels, into `out`."""
 KnownArrays = MutableMapping[tuple[str, str], Array]
 """Arrays made before in the same round, by record and parameter: made, and hashed by Flower, once for all workers."""
 
@@ -36,11 +36,11 @@ KnownArrays = MutableMapping[tuple[str, str], Array]
 # Arrays
 
 
-def _new_array(shape: tuple[int, ...], dtype: str, write: Callable[[torch.Tensor], object]) -> Array:
-    """An array whose bytes `write` fills in place."""
+def _new_array(shape: tuple[int, ...], dtype: str, take: Callable[[torch.Tensor], Copies]) -> Array:
+    """An array whose bytes the copies of `take` fill in place."""
     # BytesIO lends its bytes for writing and then gives them away: both without a copy.
     stream = BytesIO(bytes(prod(shape) * DTYPES[dtype].itemsize))
-    write(torch.frombuffer(stream.getbuffer(), dtype=DTYPES[dtype]).view(shape))
+    copy_all(take(torch.frombuffer(stream.getbuffer(), dtype=DTYPES[dtype]).view(shape)))
     return Array(dtype=dtype, shape=shape, stype=_STYPE, data=stream.getvalue())
 
 
@@ -61,7 +61,7 @@ def to_arrays(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
     """Float32 tensors as raw arrays, one each, one copy each."""
     return ArrayRecord(
         {
-            name: _new_array(tuple(tensor.shape), "float32", partial(copy_whole, name, tensor))
+            name: _new_array(tuple(tensor.shape), "float32", partial(take_whole, name, tensor))
             for name, tensor in state.items()
         }
     )
@@ -80,37 +80,37 @@ def put_tensors(
     packing: Packing,
     params: State,
     moments: Moments | None,
-    write: Write,
+    take: Take,
     segment: Segment | None,
     known: KnownArrays,
 ) -> None:
     states = {"params": params} | (moments.values if moments else {})
     if segment is None:
         for record in packing.records:
-            content[record] = _pack(packing, record, states[record], write, known)
+            content[record] = _pack(packing, record, states[record], take, known)
         return
-    for record, views in packing.views_of_all(segment.memory).items():
-        for name, out in views.items():
-            write(name, states[record][name], out)
+    views = packing.views_of_all(segment.memory)
+    outs = [(record, name, out) for record in views for name, out in views[record].items()]
+    copy_all(pair for record, name, out in outs for pair in take(name, states[record][name], out))
     content["segment"] = ConfigRecord(asdict(segment.handle()) | {"weights": packing.num_bytes("params")})
 
 
-def _pack(packing: Packing, record: str, state: State, write: Write, known: KnownArrays) -> ArrayRecord:
+def _pack(packing: Packing, record: str, state: State, take: Take, known: KnownArrays) -> ArrayRecord:
     """One array for the blocks, one for each parameter held whole."""
     dtype = packing.dtype(record)
     arrays = ArrayRecord()  # its constructor copies arrays, and with them loses the hashes
     for param in packing.shared:
         place = record, param.name
         if place not in known:
-            known[place] = _new_array(param.shape, dtype, partial(write, param.name, state[param.name]))
+            known[place] = _new_array(param.shape, dtype, partial(take, param.name, state[param.name]))
         arrays[param.name] = known[place]
 
-    def write_blocks(buffer: torch.Tensor) -> None:
+    def take_own(buffer: torch.Tensor) -> Copies:
         for name, out in packing.views(packing.blocks, buffer).items():
-            write(name, state[name], out)
+            yield from take(name, state[name], out)
 
     if packing.blocks:
-        arrays[BLOCKS] = _new_array((packing.num_elements(packing.blocks),), dtype, write_blocks)
+        arrays[BLOCKS] = _new_array((packing.num_elements(packing.blocks),), dtype, take_own)
     return arrays
 
 
@@ -151,10 +151,10 @@ def _unpack(packing: Packing, record: str, arrays: ArrayRecord) -> State:
     return {param.name: found[param.name] for param in packing.layout.params}
 
 
-def copy_whole(name: str, value: torch.Tensor, out: torch.Tensor) -> None:
+def take_whole(name: str, value: torch.Tensor, out: torch.Tensor) -> Copies:
     if value.shape != out.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(out.shape)}")
-    out.copy_(value)
+    yield value, out
 
 
 def handle_of(content: RecordDict) -> Handle | None:

@@ -18,8 +18,8 @@ from twist_fl.blueprint import Blueprint
 from twist_fl.job import Job
 from twist_fl.packing import Packing
 from twist_fl.rounds import Reply, Task
-from twist_fl.subnet import State, copy_slice
-from twist_fl.tensors import KnownArrays, copy_whole, get_tensors, handle_of, put_tensors
+from twist_fl.subnet import State, take_slice
+from twist_fl.tensors import KnownArrays, get_tensors, handle_of, put_tensors, take_whole
 from twist_fl.train import Moments
 from twist_fl.transport import Segment, SegmentError
 
@@ -108,7 +108,7 @@ def task_to_records(
     fields = asdict(task) | {"blueprint": task.blueprint.to_json(), "moment_step": moments and moments.step}
     content = RecordDict({"job": ConfigRecord({"json": job_json}), "task": _to_record(fields)})
     packing = Packing.of(job, task.blueprint)
-    write = partial(copy_slice, job.layout, packing.blueprint)
+    write = partial(take_slice, job.layout, packing.blueprint)
     put_tensors(content, packing, params, moments, write, segment, {} if known is None else known)
     return content
 
@@ -137,7 +137,7 @@ def reply_to_records(job: Job, blueprint: Blueprint, reply: Reply, segment: Segm
         "moment_step": reply.moments and reply.moments.step,
     }
     content = RecordDict({"reply": _to_record(fields)})
-    put_tensors(content, Packing.of(job, blueprint), reply.params, reply.moments, copy_whole, segment, {})
+    put_tensors(content, Packing.of(job, blueprint), reply.params, reply.moments, take_whole, segment, {})
     return content
 
 
