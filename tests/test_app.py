@@ -143,7 +143,7 @@ def test_nothing_of_a_finished_run_is_left(finished: RunFolder) -> None:
 def device_for(job: Job, name: str, size: int) -> DeviceConfig:
     """A device that a ticket of this size just fits."""
     blueprint = draw_ticket(job.layout, job.division, (size, size), 0, 0)
-    needed = ticket_memory_bytes(job.layout, job.model_config.to_dict(), blueprint)
+    needed = ticket_memory_bytes(job.layout, blueprint)
     return DeviceConfig(name, ceil(needed / 1e3) / 1e3)
 
 

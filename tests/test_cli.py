@@ -464,5 +464,5 @@ def test_the_three_default_devices_hold_the_whole_a_half_and_a_quarter(trained: 
     for device in ship.default_devices(job):
         blueprint = ship.plan_device(job, device)
         sizes[device.name] = len(blueprint.attn[1])
-        assert ticket_memory_bytes(job.layout, job.model_config.to_dict(), blueprint) <= device.memory_mb * 1e6
+        assert ticket_memory_bytes(job.layout, blueprint) <= device.memory_mb * 1e6
     assert sizes == {"laptop": 4, "phone": 2, "watch": 1}
