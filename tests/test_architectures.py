@@ -24,7 +24,7 @@ from twist_fl.blueprint import Blueprint, Division, draw_round, draw_ticket, ful
 from twist_fl.config import ConfigError
 from twist_fl.deploy import make_ticket, ticket_memory_bytes
 from twist_fl.edge import receive_ticket
-from twist_fl.family import config_from_dict
+from twist_fl.family import config_from_dict, padding_token
 from twist_fl.job import Job, job_from_json
 from twist_fl.modeling_subnet import SUBNETS
 from twist_fl.rounds import run, start
@@ -249,6 +249,37 @@ def test_a_kv_cache_changes_nothing_and_is_as_large_as_planned(name: str, random
     layers = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
     assert layers[1] == layers[2] == layers[0] * 3 // 4
     assert sum(layers) + sum(p.nbytes for p in model.parameters()) == ticket_memory_bytes(layout, blueprint)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "gpt_neox"])
+def test_a_subnet_compiles_as_one_graph_once_per_shape(
+    name: str, random_state: RandomState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph is run as it is, which takes no compiler's time."""
+    compilations: list[int] = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        compilations.append(1)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(ModelCache, "backend", staticmethod(backend))
+    state, layout = random_state(LAYOUTS[name]), LAYOUTS[name]
+    compiled, plain = (ModelCache(CONFIGS[name], layout, "sqrt", compile=choice) for choice in (True, False))
+    for draw in (0, 1):
+        losses = [
+            next_token_loss(models.load_sliced(ticket(name, draw), state).train(False), tokens(), chunk=7)
+            for models in (compiled, plain)
+        ]
+        assert relative(*losses) < 1e-6
+    assert len(compilations) == 1
+
+
+def test_the_padding_token_is_the_first_end_of_text() -> None:
+    assert padding_token({"pad_token_id": 0, "eos_token_id": 2}) == 0
+    assert padding_token({"pad_token_id": None, "eos_token_id": [7, 8]}) == 7
+    assert padding_token({"eos_token_id": 2}) == 2
+    assert padding_token({"eos_token_id": None}) is None
 
 
 @every_model

@@ -20,6 +20,7 @@ from twist_fl.blueprint import Blueprint, Division, Scale, draw_ticket
 from twist_fl.config import ConfigError
 from twist_fl.cost import BYTES_PER_PARAM, state_bytes
 from twist_fl.evaluate import blocks_per_layer, ticket_sizes
+from twist_fl.family import padding_token
 from twist_fl.files import new_folder
 from twist_fl.modeling_subnet import SUBNETS
 from twist_fl.subnet import State, fold_scale, subnet_sizes
@@ -155,11 +156,8 @@ def _export_config(ticket: Ticket) -> dict[str, Any]:
 
 def _generation_config(ticket: Ticket) -> dict[str, Any]:
     """The special tokens. Without a padding token of its own, a model pads with its end of text."""
-    tokens = {name: ticket.model_config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if tokens["pad_token_id"] is None:
-        end = tokens["eos_token_id"]
-        tokens["pad_token_id"] = end[0] if isinstance(end, list) else end
-    return tokens
+    tokens = {name: ticket.model_config.get(name) for name in ("bos_token_id", "eos_token_id")}
+    return tokens | {"pad_token_id": padding_token(ticket.model_config)}
 
 
 def _about(ticket: Ticket) -> dict[str, Any]:

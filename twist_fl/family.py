@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -25,6 +26,14 @@ def config_from_dict(fields: dict[str, Any]) -> PreTrainedConfig:
     """The inverse of `PreTrainedConfig.to_dict`."""
     loaded: PreTrainedConfig = AutoConfig.for_model(**fields)
     return loaded
+
+
+def padding_token(fields: Mapping[str, Any]) -> int | None:
+    """A config's own, else its end of text (the first, if it has several)."""
+    if fields.get("pad_token_id") is not None:
+        return int(fields["pad_token_id"])
+    end = fields.get("eos_token_id")
+    return end[0] if isinstance(end, list) else end
 
 
 def _pretrained(name: str) -> PreTrainedConfig:

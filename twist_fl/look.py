@@ -119,6 +119,7 @@ def generate(
 
     from twist_fl.blueprint import draw_ticket, full_blueprint
     from twist_fl.evaluate import ticket_sizes
+    from twist_fl.family import padding_token
     from twist_fl.tokenizer import load_tokenizer
 
     model: Any
@@ -152,6 +153,6 @@ def generate(
         )
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.eval().generate(
-        **tokens, max_new_tokens=min(new_tokens, room), pad_token_id=model.config.eos_token_id, **sampling
+        **tokens, max_new_tokens=min(new_tokens, room), pad_token_id=padding_token(model.config.to_dict()), **sampling
     )
     console.print(tokenizer.decode(output[0]), markup=False, highlight=False)
