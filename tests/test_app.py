@@ -127,8 +127,10 @@ def test_a_simulation_is_rounds_run(finished: RunFolder, tmp_path: Path) -> None
 
 
 def test_an_inline_simulation_is_rounds_run(small: tuple[str, ...], tmp_path: Path) -> None:
+    """Of another architecture than the others: blocks are KV groups of two heads."""
     folder = RunFolder(tmp_path / "run")
-    done = twist_fl("train", "demo", *small, "flower.transport=inline", f"dir={folder.path}")
+    llama = ("model.architecture=llama", "model.n_head=8", "model.n_kv_head=4")
+    done = twist_fl("train", "demo", *small, *llama, "flower.transport=inline", f"dir={folder.path}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert_is_rounds_run(folder, tmp_path / "oracle")
     assert all(event["bytes_via"]["inline"] and not event["bytes_via"]["shm"] for event in folder.events("round"))

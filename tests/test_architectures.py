@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from twist_fl.aggregate import StreamingMean
 from twist_fl.architectures import ARCHITECTURES
 from twist_fl.blocks import KINDS, make_layout
 from twist_fl.blueprint import Blueprint, Division, draw_round, draw_ticket, full_blueprint
-from twist_fl.config import ConfigError
+from twist_fl.config import ConfigError, ModelConfig
 from twist_fl.deploy import make_ticket, ticket_memory_bytes
 from twist_fl.edge import receive_ticket
 from twist_fl.family import config_from_dict, padding_token
@@ -107,8 +107,9 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 # The table
 
 
-def test_every_architecture_of_the_table_has_its_class_and_is_tested() -> None:
-    assert list(ARCHITECTURES) == list(SUBNETS) == FAMILIES
+def test_every_architecture_of_the_table_has_its_class_can_be_chosen_and_is_tested() -> None:
+    chosen = get_args(get_type_hints(ModelConfig)["architecture"])
+    assert list(ARCHITECTURES) == list(SUBNETS) == list(chosen) == FAMILIES
 
 
 @every_model

@@ -19,13 +19,13 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
     if "app" not in path.relative_to(PACKAGE).parts
 }
-LIGHT = ["twist_fl.config", "twist_fl.blocks", "twist_fl.blueprint", "twist_fl.cost"]
+LIGHT = ["twist_fl.config", "twist_fl.architectures", "twist_fl.blocks", "twist_fl.blueprint", "twist_fl.cost"]
 CORE = [
     *LIGHT,
     *(
         f"twist_fl.{name}"
         for name in (
-            *("subnet", "aggregate", "data", "builtin_text", "job", "train"),
+            *("subnet", "aggregate", "data", "builtin_text", "job", "train", "family"),
             *("evaluate", "rounds", "shelf", "files", "modeling_subnet"),
         )
     ),
