@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def random_state() -> Callable[..., State]:
         state = {}
         for param in layout.params:
             value = 0.2 * torch.randn(param.shape, generator=generator, dtype=torch.float64)
-            is_norm = ".ln_" in param.name and param.name.endswith("weight")
+            is_norm = re.search(r"(\.ln_|norm).*weight$", param.name)
             state[param.name] = (value + 1 if is_norm else value).to(dtype)
         return state
 

@@ -127,8 +127,10 @@ def test_a_simulation_is_rounds_run(finished: RunFolder, tmp_path: Path) -> None
 
 
 def test_an_inline_simulation_is_rounds_run(small: tuple[str, ...], tmp_path: Path) -> None:
+    """Of another architecture than the others: blocks are KV groups of two heads."""
     folder = RunFolder(tmp_path / "run")
-    done = twist_fl("train", "demo", *small, "flower.transport=inline", f"dir={folder.path}")
+    llama = ("model.architecture=llama", "model.n_head=8", "model.n_kv_head=4")
+    done = twist_fl("train", "demo", *small, *llama, "flower.transport=inline", f"dir={folder.path}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert_is_rounds_run(folder, tmp_path / "oracle")
     assert all(event["bytes_via"]["inline"] and not event["bytes_via"]["shm"] for event in folder.events("round"))
@@ -143,7 +145,7 @@ def test_nothing_of_a_finished_run_is_left(finished: RunFolder) -> None:
 def device_for(job: Job, name: str, size: int) -> DeviceConfig:
     """A device that a ticket of this size just fits."""
     blueprint = draw_ticket(job.layout, job.division, (size, size), 0, 0)
-    needed = ticket_memory_bytes(job.layout, job.model_config.to_dict(), blueprint)
+    needed = ticket_memory_bytes(job.layout, blueprint)
     return DeviceConfig(name, ceil(needed / 1e3) / 1e3)
 
 

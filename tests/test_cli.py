@@ -311,6 +311,14 @@ def test_cost_of_other_settings(run: Run) -> None:
         assert float(found["4/12"][3]) < float(found["6/12"][3]) < float(found["12/12"][3])
 
 
+def test_cost_counts_key_value_groups(run: Run) -> None:
+    _, output, _ = run("cost", "demo", "model.architecture=llama", "model.n_kv_head=4", "model.n_inner=240")
+    # Vocabulary 512 twice, and in 4 layers: q and o 96 x 96, k and v 96 x 32, three of 96 x 240, two norms; one norm.
+    full = 2 * 512 * 96 + 4 * (2 * 96 * 96 + 2 * 96 * 32 + 3 * 96 * 240 + 2 * 96) + 96
+    group = 96 * (2 * 24 + 2 * 8 + 3 * 60)
+    assert [row[:2] for row in rows(output)] == [[f"{n}/4", f"{full - 3 * (4 - n) * group:,}"] for n in (4, 3, 2, 1)]
+
+
 @pytest.mark.parametrize("preset", presets())
 def test_keys_lists_every_key_that_a_preset_may_set(preset: str, run: Run) -> None:
     status, output, _ = run("keys")
@@ -465,5 +473,5 @@ def test_the_three_default_devices_hold_the_whole_a_half_and_a_quarter(trained: 
     for device in ship.default_devices(job):
         blueprint = ship.plan_device(job, device)
         sizes[device.name] = len(blueprint.attn[1])
-        assert ticket_memory_bytes(job.layout, job.model_config.to_dict(), blueprint) <= device.memory_mb * 1e6
+        assert ticket_memory_bytes(job.layout, blueprint) <= device.memory_mb * 1e6
     assert sizes == {"laptop": 4, "phone": 2, "watch": 1}

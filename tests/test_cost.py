@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -38,6 +40,37 @@ def test_gpt2_has_its_published_number_of_parameters() -> None:
     with torch.device("meta"):
         model = GPT2LMHeadModel(GPT2Config())
     assert GPT2.num_params() == sum(parameter.numel() for parameter in model.parameters()) == 124_439_808
+
+
+def sizes(model_type: str, d_model: int, d_inner: int, layers: int, heads: int, vocab: int) -> dict[str, Any]:
+    d_inner_key = "ffn_dim" if model_type == "opt" else "intermediate_size"
+    shape = {"hidden_size": d_model, d_inner_key: d_inner, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return {"model_type": model_type, "vocab_size": vocab, "max_position_embeddings": 2048, **shape}
+
+
+TIED = {"tie_word_embeddings": True}
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
+    "Llama-2-7b": (sizes("llama", 4096, 11008, 32, 32, 32000), 6_738_415_616),
+    "TinyLlama-1.1B": (sizes("llama", 2048, 5632, 22, 32, 32000) | {"num_key_value_heads": 4}, 1_100_048_384),
+    "Mistral-7B": (sizes("mistral", 4096, 14336, 32, 32, 32000) | {"num_key_value_heads": 8}, 7_241_732_096),
+    "Qwen2-0.5B": (sizes("qwen2", 896, 4864, 24, 14, 151936) | {"num_key_value_heads": 2} | TIED, 494_032_768),
+    "Qwen3-0.6B": (
+        sizes("qwen3", 1024, 3072, 28, 16, 151936) | {"num_key_value_heads": 8, "head_dim": 128} | TIED,
+        596_049_920,
+    ),
+    "opt-125m": (sizes("opt", 768, 3072, 12, 12, 50272), 125_239_296),
+    "opt-350m": (
+        sizes("opt", 1024, 4096, 24, 16, 50272) | {"word_embed_proj_dim": 512, "do_layer_norm_before": False},
+        331_196_416,
+    ),
+    "pythia-160m": (sizes("gpt_neox", 768, 3072, 12, 12, 50304), 162_322_944),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_numbers_of_parameters(name: str) -> None:
+    config, num_params = PUBLISHED[name]
+    assert make_layout(config).num_params() == num_params
 
 
 @pytest.mark.parametrize(("setting", "num_sub"), TABLE_2)

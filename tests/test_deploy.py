@@ -95,7 +95,7 @@ def test_memory_is_float32_weights_and_the_cache_of_one_context() -> None:
         cache = model(torch.zeros(1, 32, dtype=torch.int64), use_cache=True).past_key_values
     cache_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    assert ticket_memory_bytes(LAYOUT, FIELDS, blueprint) == weight_bytes + cache_bytes
+    assert ticket_memory_bytes(LAYOUT, blueprint) == weight_bytes + cache_bytes
 
 
 def brute_force(layout: Layout, divided: Division, memory_bytes: float) -> int | None:
@@ -106,7 +106,7 @@ def brute_force(layout: Layout, divided: Division, memory_bytes: float) -> int |
         whole = [n == of for n, of in zip(num_sub, (heads, ffn), strict=True)]
         legal = {"attn": whole[1], "ffn": whole[0], "both": num_sub[0] * ffn == num_sub[1] * heads}[divided.setting]
         blueprint = draw_ticket(layout, divided, num_sub, seed=9, draw=9)
-        if legal and ticket_memory_bytes(layout, FIELDS, blueprint) <= memory_bytes:
+        if legal and ticket_memory_bytes(layout, blueprint) <= memory_bytes:
             fitting.append(sum(map(sum, blueprint.shape)))
     return max(fitting, default=None)
 
@@ -115,21 +115,21 @@ def brute_force(layout: Layout, divided: Division, memory_bytes: float) -> int |
 @given(st.sampled_from(["attn", "ffn", "both"]), st.sampled_from([1, 4, 6, 12, 72]), st.floats(0, 1.1))
 def test_the_plan_is_the_largest_ticket_that_fits(setting: str, ffn_blocks: int, share: float) -> None:
     layout, divided = make_layout(FIELDS, ffn_blocks), division(setting)
-    memory_bytes = share * ticket_memory_bytes(layout, FIELDS, full_blueprint(layout))
+    memory_bytes = share * ticket_memory_bytes(layout, full_blueprint(layout))
     expected = brute_force(layout, divided, memory_bytes)
     if expected is None:
         with pytest.raises(ConfigError, match="smallest possible"):
-            plan_ticket(layout, FIELDS, divided, memory_bytes, seed=0, draw=0)
+            plan_ticket(layout, divided, memory_bytes, seed=0, draw=0)
     else:
-        planned = plan_ticket(layout, FIELDS, divided, memory_bytes, seed=0, draw=0)
+        planned = plan_ticket(layout, divided, memory_bytes, seed=0, draw=0)
         assert sum(map(sum, planned.shape)) == expected
-        assert ticket_memory_bytes(layout, FIELDS, planned) <= memory_bytes
+        assert ticket_memory_bytes(layout, planned) <= memory_bytes
 
 
 def test_more_memory_never_gives_a_smaller_ticket() -> None:
-    full = ticket_memory_bytes(LAYOUT, FIELDS, full_blueprint(LAYOUT))
-    least = ticket_memory_bytes(LAYOUT, FIELDS, draw_ticket(LAYOUT, division(), (1, 2), 0, 0))
-    planned = [plan_ticket(LAYOUT, FIELDS, division(), memory, 0, 0) for memory in np.linspace(least, full, 40)]
+    full = ticket_memory_bytes(LAYOUT, full_blueprint(LAYOUT))
+    least = ticket_memory_bytes(LAYOUT, draw_ticket(LAYOUT, division(), (1, 2), 0, 0))
+    planned = [plan_ticket(LAYOUT, division(), memory, 0, 0) for memory in np.linspace(least, full, 40)]
     sizes = [LAYOUT.num_params(blueprint) for blueprint in planned]
     assert sizes == sorted(sizes)
     assert len(set(sizes)) == 6
@@ -138,8 +138,8 @@ def test_more_memory_never_gives_a_smaller_ticket() -> None:
 
 def test_a_plan_is_a_function_of_seed_and_draw() -> None:
     def plan(seed: int, draw: int) -> Blueprint:
-        memory_bytes = ticket_memory_bytes(LAYOUT, FIELDS, draw_ticket(LAYOUT, division(), (3, 6), 0, 0))
-        return plan_ticket(LAYOUT, FIELDS, division(), memory_bytes, seed, draw)
+        memory_bytes = ticket_memory_bytes(LAYOUT, draw_ticket(LAYOUT, division(), (3, 6), 0, 0))
+        return plan_ticket(LAYOUT, division(), memory_bytes, seed, draw)
 
     assert plan(0, 1) == plan(0, 1)
     assert len({plan(seed, draw) for seed, draw in itertools.product(range(3), range(3))}) == 9
@@ -147,9 +147,9 @@ def test_a_plan_is_a_function_of_seed_and_draw() -> None:
 
 def test_a_device_too_small_is_refused_and_the_size_named_is_enough() -> None:
     with pytest.raises(ConfigError, match=r"'watch': memory_mb=0\.05 .* needs \d\.\d+ MB") as refusal:
-        plan_ticket(LAYOUT, FIELDS, division(), 0.05e6, seed=0, draw=0, device="watch")
+        plan_ticket(LAYOUT, division(), 0.05e6, seed=0, draw=0, device="watch")
     named_mb = float(str(refusal.value).rpartition("=")[2])
-    assert plan_ticket(LAYOUT, FIELDS, division(), named_mb * 1e6, 0, 0).shape[0] == (6, 1, 1, 1, 6)
+    assert plan_ticket(LAYOUT, division(), named_mb * 1e6, 0, 0).shape[0] == (6, 1, 1, 1, 6)
 
 
 # The ticket

@@ -33,7 +33,7 @@ def windows(job: Job) -> Windows:
 
 
 def plain_model(job: Job, state: State) -> PreTrainedModel:
-    model = GPT2LMHeadModel(job.model_config)
+    model = GPT2LMHeadModel(job.model_config)  # type: ignore[arg-type]
     load_state(model, state)
     model.train(False)
     return model

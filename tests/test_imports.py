@@ -19,15 +19,15 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
     if "app" not in path.relative_to(PACKAGE).parts
 }
-LIGHT = ["twist_fl.config", "twist_fl.blocks", "twist_fl.policies", "twist_fl.blueprint", "twist_fl.cost"]
+LIGHT = [f"twist_fl.{name}" for name in ("config", "architectures", "blocks", "policies", "blueprint", "cost")]
 CORE = [
     *LIGHT,
     *(
         f"twist_fl.{name}"
         for name in (
-            *("subnet", "aggregate", "data", "builtin_text", "job", "train"),
+            *("subnet", "aggregate", "data", "builtin_text", "job", "train", "family"),
             *("evaluate", "masked", "importance", "rounds", "shelf", "files", "modeling_subnet"),
-            *("memory", "pruning.methods", "pruning.fisher", "pruning.command"),
+            *("keeper", "local", "memory", "pruning.methods", "pruning.fisher", "pruning.command"),
         )
     ),
 ]

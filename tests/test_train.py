@@ -32,7 +32,7 @@ def batches(job: Job, num: int) -> list[torch.Tensor]:
 
 
 def new_model(job: Job, state: State) -> nn.Module:
-    model = GPT2LMHeadModel(job.model_config)
+    model = GPT2LMHeadModel(job.model_config)  # type: ignore[arg-type]
     load_state(model, state)
     return model
 

@@ -1,56 +1,25 @@
-"""Which dimension of which parameter is made of which blocks (paper, section 3.1).
+"""Which dimension of which parameter of one model is made of which blocks (paper, section 3.1).
 
-One table drives everything that knows about parameters: slicing, aggregation, counting, bytes and
-export. A new architecture is new rows here and nothing else. Pure Python: neither torch nor Flower.
+The table of `architectures.py`, resolved for a model's sizes, drives everything that knows about parameters: slicing,
+aggregation, counting, bytes and export. Pure Python: neither torch nor Flower.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
+
+from twist_fl.architectures import KINDS as KINDS  # noqa: PLC0414 (the names the package imports from here)
+from twist_fl.architectures import Blocks as Blocks  # noqa: PLC0414
+from twist_fl.architectures import Kind as Kind  # noqa: PLC0414
+from twist_fl.architectures import ModelDict, architecture_of, sizes_of
+from twist_fl.architectures import Row as Row  # noqa: PLC0414
 
 if TYPE_CHECKING:
     from twist_fl.blueprint import Blueprint
-
-Kind = Literal["attn", "ffn"]
-KINDS: tuple[Kind, Kind] = ("attn", "ffn")
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Tags a dimension: `sections` consecutive runs, each of all the layer's blocks, `width` entries a block.
-
-    GPT-2's fused `c_attn` has three sections (q, k, v), each holding every head once.
-    """
-
-    kind: Kind
-    width: str
-    sections: int = 1
-
-
-@dataclass(frozen=True)
-class Row:
-    """A parameter of one architecture. A dimension is a size's name, or `Blocks`."""
-
-    name: str
-    dims: tuple[str | Blocks, ...]
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How one family of Hugging Face models is divided.
-
-    `sizes` maps a model config and the number of FFN blocks to named sizes; it must give `layers`,
-    `heads` and `ffn_blocks`. `outputs` names the projection that ends each kind: its input carries the
-    scale, its bias is shared.
-    """
-
-    sizes: Callable[[Mapping[str, Any], int | None], dict[str, int]]
-    rows: tuple[Row, ...]
-    outputs: Mapping[Kind, str]
 
 
 @dataclass(frozen=True)
@@ -113,9 +82,15 @@ class Layout:
     """Every stored parameter of one model, in the model's own order."""
 
     params: tuple[Param, ...]
-    num_layers: int
     num_blocks: tuple[int, int]
+    """(attention blocks, FFN blocks) of a layer."""
     outputs: Mapping[Kind, str]
+    sizes: Mapping[str, int]
+    """By the names of `architectures.sizes_of`, and `ffn_width`: neurons of an FFN block."""
+
+    @property
+    def num_layers(self) -> int:
+        return self.sizes["layers"]
 
     @cached_property
     def by_name(self) -> dict[str, Param]:
@@ -140,7 +115,7 @@ class Layout:
         """Raises ValueError unless `shapes` has exactly the parameters of the subnet, in their shapes."""
         if unknown := sorted(set(shapes) - set(self.by_name)):
             raise ValueError(
-                f"parameter {unknown[0]!r} is not in the block table: add a row for it in twist_fl/blocks.py"
+                f"parameter {unknown[0]!r} is not in the block table: add a row for it in twist_fl/architectures.py"
             )
         if missing := sorted(set(self.by_name) - set(shapes)):
             raise ValueError(f"parameter {missing[0]!r} is missing ({len(missing)} in all)")
@@ -150,75 +125,14 @@ class Layout:
                 raise ValueError(f"{param.name} has shape {tuple(shapes[param.name])}, expected {expected}")
 
 
-def _gpt2_sizes(config: Mapping[str, Any], ffn_blocks: int | None) -> dict[str, int]:
-    d_model, heads = config["n_embd"], config["n_head"]
-    d_inner = config.get("n_inner") or 4 * d_model
-    return _with_ffn_blocks(
-        {
-            "layers": config["n_layer"],
-            "heads": heads,
-            "d_model": d_model,
-            "d_head": d_model // heads,
-            "d_inner": d_inner,
-            "vocab": config["vocab_size"],
-            "positions": config["n_positions"],
-        },
-        ffn_blocks,
-    )
-
-
-def _with_ffn_blocks(sizes: dict[str, int], ffn_blocks: int | None) -> dict[str, int]:
-    blocks = sizes["heads"] if ffn_blocks is None else ffn_blocks
-    inner = sizes["d_inner"]
-    if blocks < 1 or inner % blocks:
-        legal = [n for n in range(1, inner + 1) if inner % n == 0]
-        nearest = min(legal, key=lambda n: abs(n - blocks))
-        raise ValueError(f"blueprint.ffn_blocks={blocks} does not divide the {inner} FFN neurons: use {nearest}")
-    return sizes | {"ffn_blocks": blocks, "ffn_width": inner // blocks}
-
-
-_QKV = Blocks("attn", "d_head", sections=3)
-_HEADS = Blocks("attn", "d_head")
-_NEURONS = Blocks("ffn", "ffn_width")
-_LAYER = "transformer.h.{layer}."
-
-ARCHITECTURES: dict[str, Architecture] = {
-    "gpt2": Architecture(
-        sizes=_gpt2_sizes,
-        outputs={"attn": _LAYER + "attn.c_proj", "ffn": _LAYER + "mlp.c_proj"},
-        rows=(
-            Row("transformer.wte.weight", ("vocab", "d_model")),
-            Row("transformer.wpe.weight", ("positions", "d_model")),
-            Row(_LAYER + "ln_1.weight", ("d_model",)),
-            Row(_LAYER + "ln_1.bias", ("d_model",)),
-            Row(_LAYER + "attn.c_attn.weight", ("d_model", _QKV)),
-            Row(_LAYER + "attn.c_attn.bias", (_QKV,)),
-            Row(_LAYER + "attn.c_proj.weight", (_HEADS, "d_model")),
-            Row(_LAYER + "attn.c_proj.bias", ("d_model",)),
-            Row(_LAYER + "ln_2.weight", ("d_model",)),
-            Row(_LAYER + "ln_2.bias", ("d_model",)),
-            Row(_LAYER + "mlp.c_fc.weight", ("d_model", _NEURONS)),
-            Row(_LAYER + "mlp.c_fc.bias", (_NEURONS,)),
-            Row(_LAYER + "mlp.c_proj.weight", (_NEURONS, "d_model")),
-            Row(_LAYER + "mlp.c_proj.bias", ("d_model",)),
-            Row("transformer.ln_f.weight", ("d_model",)),
-            Row("transformer.ln_f.bias", ("d_model",)),
-        ),
-    )
-}
-
-
-def make_layout(model_config: Mapping[str, Any], ffn_blocks: int | None = None) -> Layout:
+def make_layout(model_config: ModelDict, ffn_blocks: int | None = None) -> Layout:
     """Layout of the model that a Hugging Face config (as a dict) describes.
 
-    `ffn_blocks` (R) defaults to the number of heads, as in the paper's experiments. Raises ValueError for
-    an architecture that has no table, or an R that does not divide d_inner.
+    `ffn_blocks` (R) defaults to the number of attention blocks, as in the paper's experiments. Raises ValueError for
+    an architecture that has no table, a model that cannot be divided, or an R that does not divide d_inner.
     """
-    model_type = model_config.get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise ValueError(f"model_type {model_type!r} has no block table; known: {', '.join(ARCHITECTURES)}")
-    architecture = ARCHITECTURES[model_type]
-    sizes = architecture.sizes(model_config, ffn_blocks)
+    architecture = architecture_of(model_config)
+    sizes = _with_ffn_blocks(sizes_of(architecture, model_config), ffn_blocks)
     num_blocks = {"attn": sizes["heads"], "ffn": sizes["ffn_blocks"]}
 
     def resolve(row: Row, layer: int | None) -> Param:
@@ -237,10 +151,21 @@ def make_layout(model_config: Mapping[str, Any], ffn_blocks: int | None = None) 
         return Param(name, tuple(shape), layer, blocks.kind, dim, blocks.sections, sizes[blocks.width])
 
     params: list[Param] = []
-    per_layer = [row for row in architecture.rows if "{layer}" in row.name]
-    for row in architecture.rows:
+    rows = [row for row in architecture.rows if row.when(model_config)]
+    per_layer = [row for row in rows if "{layer}" in row.name]
+    for row in rows:
         if "{layer}" not in row.name:
             params.append(resolve(row, None))
         elif row is per_layer[0]:
             params += [resolve(inner, layer) for layer in range(sizes["layers"]) for inner in per_layer]
-    return Layout(tuple(params), sizes["layers"], (num_blocks["attn"], num_blocks["ffn"]), architecture.outputs)
+    return Layout(tuple(params), (num_blocks["attn"], num_blocks["ffn"]), architecture.outputs, sizes)
+
+
+def _with_ffn_blocks(sizes: dict[str, int], ffn_blocks: int | None) -> dict[str, int]:
+    blocks = sizes["heads"] if ffn_blocks is None else ffn_blocks
+    inner = sizes["d_inner"]
+    if blocks < 1 or inner % blocks:
+        legal = [n for n in range(1, inner + 1) if inner % n == 0]
+        nearest = min(legal, key=lambda n: abs(n - blocks))
+        raise ValueError(f"blueprint.ffn_blocks={blocks} does not divide the {inner} FFN neurons: use {nearest}")
+    return sizes | {"ffn_blocks": blocks, "ffn_width": inner // blocks}

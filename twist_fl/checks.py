@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from twist_fl.architectures import ARCHITECTURES
+
 
 class ConfigError(ValueError):
     """The user's configuration cannot be run; the message names the value, the constraint and the fix."""
@@ -21,8 +23,8 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "more than 0": (
         lambda value: value > 0,
         "train.workers train.interval train.batch_size train.epochs train.rounds train.lr train.threads "
-        "train.loss_chunk model.n_layer model.n_head model.n_embd model.n_positions eval.batch_size "
-        "eval.watch_windows eval.max_windows eval.tickets blueprint.score_windows "
+        "train.loss_chunk model.n_layer model.n_head model.n_kv_head model.n_embd model.n_inner model.n_positions "
+        "eval.batch_size eval.watch_windows eval.max_windows eval.tickets blueprint.score_windows "
         "checkpoint_every flower.round_timeout flower.poll_interval flower.connect_timeout flower.wait_for_nodes "
         "flower.cpus_per_worker deploy.new_tokens",
     ),
@@ -55,6 +57,12 @@ def check_values(config: Any) -> None:
         nearest = max(1, round(model.n_embd / model.n_head)) * model.n_head
         raise ConfigError(
             f"model.n_embd={model.n_embd} must be a multiple of model.n_head={model.n_head}: use {nearest}"
+        )
+    grouped = [name for name, architecture in ARCHITECTURES.items() if "n_kv_head" in architecture.keys]
+    if model.pretrained is None and model.n_kv_head is not None and model.architecture not in grouped:
+        raise ConfigError(
+            f"model.n_kv_head={model.n_kv_head}: every head of model.architecture={model.architecture} has its own "
+            f"keys and values; leave it null, or use one of {', '.join(grouped)}"
         )
     if config.data.source == "files" and not config.data.path:
         raise ConfigError("data.source=files needs data.path: a text file or a folder")

@@ -26,15 +26,21 @@ Precision = Literal["float32", "tf32", "bfloat16"]
 
 @dataclass
 class ModelConfig:
-    """A GPT-2: a pretrained checkpoint, or sizes for one from scratch."""
+    """A pretrained checkpoint, or sizes for a model from scratch."""
 
     pretrained: str | None = None
-    """Name on the Hugging Face hub, or a folder; the sizes below are then read from it."""
+    """Name on the Hugging Face hub, or a folder; all below is then read from it."""
+    architecture: Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox"] = "gpt2"
     n_layer: int = 12
     n_head: int = 12
+    n_kv_head: int | None = None
+    """Key/value heads, each an attention block with the queries that read it; null: as many as n_head."""
     n_embd: int = 768
+    n_inner: int | None = None
+    """FFN neurons per layer; null: 4 * n_embd."""
     n_positions: int = 1024
     dropout: float = 0.1
+    """As far as the architecture has any: llama, mistral and qwen only drop attention weights."""
 
 
 @dataclass
@@ -75,7 +81,7 @@ class BlueprintConfig:
     """fixed: worker s holds num_sub[s]; shuffled: the list is dealt out anew every round; drawn: every worker draws
     its size from the list, of any length, every round."""
     ffn_blocks: int | None = None
-    """FFN blocks per layer (R); null: as many as heads."""
+    """FFN blocks per layer (R); null: as many as attention blocks (heads, or key/value heads)."""
     undivided_first: int = 2
     undivided_last: int = 2
     common: list[int] = field(default_factory=list)

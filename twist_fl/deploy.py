@@ -15,16 +15,17 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from twist_fl.blocks import KINDS, Kind, Layout
+from twist_fl.blocks import KINDS, Layout
 from twist_fl.blueprint import Blueprint, Division, Scale, draw_ticket
 from twist_fl.config import ConfigError
 from twist_fl.cost import BYTES_PER_PARAM, state_bytes
 from twist_fl.evaluate import blocks_per_layer, ticket_sizes
+from twist_fl.family import padding_token
 from twist_fl.files import new_folder
-from twist_fl.subnet import State, fold_scale
+from twist_fl.modeling_subnet import SUBNETS
+from twist_fl.subnet import State, fold_scale, subnet_sizes
 
 MODEL_CODE = "modeling_subnet.py"
-MODEL_CLASS = "SubnetGPT2LMHeadModel"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -36,19 +37,14 @@ _TOKENIZER_FILES = (
 )
 
 
-def ticket_memory_bytes(layout: Layout, model_config: Mapping[str, Any], blueprint: Blueprint) -> int:
+def ticket_memory_bytes(layout: Layout, blueprint: Blueprint) -> int:
     """Bytes a device needs to generate with this subnet: float32 weights and the KV cache of one full context.
 
-    4 x num_params + sum over layers of n_positions x 2 (key, value) x held heads x d_head x 4. Not counted: the
-    runtime (Python, torch), activations and the allocator's slack; `edge.EdgeReport` has the measured peak.
+    4 x num_params + sum over layers of positions x 2 (key, value) x held attention blocks x d_head x 4. Not counted:
+    the runtime (Python, torch), activations and the allocator's slack; `edge.EdgeReport` has the measured peak.
     """
-    kv_values = 2 * _width(layout, "attn") * sum(len(held) for held in blueprint.attn)
-    return state_bytes(layout, blueprint) + BYTES_PER_PARAM * int(model_config["n_positions"]) * kv_values
-
-
-def _width(layout: Layout, kind: Kind) -> int:
-    """Entries per block: d_head for attention, neurons of a block for FFN."""
-    return next(param.width for param in layout.params if param.kind == kind)
+    kv_values = 2 * layout.sizes["d_head"] * sum(len(held) for held in blueprint.attn)
+    return state_bytes(layout, blueprint) + BYTES_PER_PARAM * layout.sizes["positions"] * kv_values
 
 
 def legal_sizes(layout: Layout, division: Division) -> list[int]:
@@ -59,13 +55,7 @@ def legal_sizes(layout: Layout, division: Division) -> list[int]:
 
 
 def plan_ticket(
-    layout: Layout,
-    model_config: Mapping[str, Any],
-    division: Division,
-    memory_bytes: float,
-    seed: int,
-    draw: int,
-    device: str = "device",
+    layout: Layout, division: Division, memory_bytes: float, seed: int, draw: int, device: str = "device"
 ) -> Blueprint:
     """A random ticket of the largest size whose `ticket_memory_bytes` is at most `memory_bytes`.
 
@@ -73,7 +63,7 @@ def plan_ticket(
     """
     for size in reversed(legal_sizes(layout, division)):
         blueprint = draw_ticket(layout, division, ticket_sizes(layout, division, size), seed, draw)
-        needed = ticket_memory_bytes(layout, model_config, blueprint)
+        needed = ticket_memory_bytes(layout, blueprint)
         if needed <= memory_bytes:
             return blueprint
     least_mb = ceil(needed / 1e3) / 1e3  # rounded up, so that the number named is enough
@@ -90,7 +80,7 @@ class Ticket:
     blueprint: Blueprint
     params: State
     model_config: dict[str, Any]
-    """Plain JSON: what MODEL_CLASS needs, `heads_per_layer` and `neurons_per_layer` included."""
+    """Plain JSON: what its class in MODEL_CODE needs, `heads_per_layer` and `neurons_per_layer` included."""
     digest: str
 
     @property
@@ -110,10 +100,7 @@ def make_ticket(
     scale: Scale,
 ) -> Ticket:
     """Slice `state` (full) by `blueprint`, fold the scale in, and hash the result."""
-    heads, ffn_blocks = blueprint.shape
-    neurons = _width(layout, "ffn")
-    sizes = {"heads_per_layer": list(heads), "neurons_per_layer": [blocks * neurons for blocks in ffn_blocks]}
-    config = json.loads(json.dumps({**model_config, **sizes}))
+    config = json.loads(json.dumps({**model_config, **subnet_sizes(layout, blueprint)}))
     params = fold_scale(layout, state, blueprint, scale)
     return _hashed(blueprint, params, config)
 
@@ -159,20 +146,18 @@ def _write_json(fields: Mapping[str, Any], path: Path) -> None:
 
 
 def _export_config(ticket: Ticket) -> dict[str, Any]:
+    model_class = SUBNETS[ticket.model_config["model_type"]].__name__
     return ticket.model_config | {
-        "architectures": [MODEL_CLASS],
-        "auto_map": {"AutoModelForCausalLM": f"{Path(MODEL_CODE).stem}.{MODEL_CLASS}"},
+        "architectures": [model_class],
+        "auto_map": {"AutoModelForCausalLM": f"{Path(MODEL_CODE).stem}.{model_class}"},
         "dtype": str(next(iter(ticket.params.values())).dtype).removeprefix("torch."),
     }
 
 
 def _generation_config(ticket: Ticket) -> dict[str, Any]:
     """The special tokens. Without a padding token of its own, a model pads with its end of text."""
-    tokens = {name: ticket.model_config.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if tokens["pad_token_id"] is None:
-        end = tokens["eos_token_id"]
-        tokens["pad_token_id"] = end[0] if isinstance(end, list) else end
-    return tokens
+    tokens = {name: ticket.model_config.get(name) for name in ("bos_token_id", "eos_token_id")}
+    return tokens | {"pad_token_id": padding_token(ticket.model_config)}
 
 
 def _about(ticket: Ticket) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def measure_here(folder: Path, windows: Windows, new_tokens: int, threads: int =
     _warm_up()
     before = start_peak()
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    prompt = _prompt(windows, model.config.n_positions, new_tokens)
+    prompt = _prompt(windows, model.config.max_position_embeddings, new_tokens)
     decode(model, prompt, min(2, new_tokens))
     seconds = [second for _ in range(REPEATS) for second in decode(model, prompt, new_tokens)[1]]
     peak_memory_bytes = peak_bytes() - before

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import numpy as np
@@ -26,7 +26,7 @@ TERMS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 Fisher information; or to first order the change of the loss if the block were zero (Michel et al., 2019)."""
 
 
-def block_scores(job: Job, params: State, windows: Windows, score: str = "fisher") -> Scores:
+def block_scores(job: Job, params: Mapping[str, torch.Tensor], windows: Windows, score: str = "fisher") -> Scores:
     """The score of each block of each divided (kind, layer), summed over `windows`, (N, T) token ids.
 
     Each window has its own gradient, of its mean loss, without dropout.

@@ -5,25 +5,24 @@ from __future__ import annotations
 import json
 import uuid
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from twist_fl.blocks import Layout, make_layout
 from twist_fl.blueprint import Blueprint, Debt, Division, Scale, Scores, Sizes, draw_round, full_blueprint
 from twist_fl.config import BlueprintConfig, Config, ConfigError, from_yaml, to_yaml
 from twist_fl.data import Corpus, Shard, load_corpus, open_corpus
 from twist_fl.evaluate import ticket_sizes
+from twist_fl.family import config_from_dict, model_config
 from twist_fl.machine import usable_cores
 from twist_fl.subnet import ModelCache, State, get_state
-from twist_fl.tokenizer import reachable
 
 
 @dataclass(frozen=True)
 class Job:
     config: Config
-    model_config: GPT2Config
+    model_config: PreTrainedConfig
     layout: Layout
     division: Division
     corpus: Corpus
@@ -96,10 +95,10 @@ class Job:
     def initial_state(self) -> State:
         """The pretrained parameters, or random ones from the run's seed."""
         if self.config.model.pretrained:
-            model = GPT2LMHeadModel.from_pretrained(self.config.model.pretrained, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(self.config.model.pretrained, dtype=torch.float32)
         else:
             torch.manual_seed(self.config.seed)
-            model = GPT2LMHeadModel(self.model_config)
+            model = AutoModelForCausalLM.from_config(self.model_config)  # type: ignore[no-untyped-call]
         state = {name: tensor.clone() for name, tensor in get_state(model).items()}
         self.layout.check_names({name: tuple(tensor.shape) for name, tensor in state.items()})
         return state
@@ -120,12 +119,12 @@ def make_job(config: Config) -> Job:
 
     Raises ConfigError before anything starts, and before any text is read if the sizes alone are impossible.
     """
-    model_config = _model_config(config)
-    _divide(config, model_config)
+    model = model_config(config)
+    _divide(config, model)
     corpus = load_corpus(config.data, config.train.workers)
-    _fit_vocabulary(config, model_config, corpus)
+    _fit_vocabulary(config, model, corpus)
     config.train.threads = config.train.threads or max(1, usable_cores() // config.train.workers)
-    return _job(config, model_config, corpus, uuid.uuid4().hex)
+    return _job(config, model, corpus, uuid.uuid4().hex)
 
 
 def job_from_json(text: str) -> Job:
@@ -141,17 +140,17 @@ def job_from_json(text: str) -> Job:
             f"this machine's text or tokenizer is not the server's (hash {corpus.digest}, "
             f"expected {fields['corpus']}): give every node the same data"
         )
-    return _job(config, GPT2Config(**fields["model"]), corpus, fields["run_id"])
+    return _job(config, config_from_dict(fields["model"]), corpus, fields["run_id"])
 
 
-def _job(config: Config, model_config: GPT2Config, corpus: Corpus, run_id: str) -> Job:
-    return Job(config, model_config, *_divide(config, model_config), corpus, run_id)
+def _job(config: Config, model: PreTrainedConfig, corpus: Corpus, run_id: str) -> Job:
+    return Job(config, model, *_divide(config, model), corpus, run_id)
 
 
-def _divide(config: Config, model_config: GPT2Config) -> tuple[Layout, Division]:
+def _divide(config: Config, model: PreTrainedConfig) -> tuple[Layout, Division]:
     blueprint, workers = config.blueprint, config.train.workers
     try:
-        layout = make_layout(model_config.to_dict(), blueprint.ffn_blocks)
+        layout = make_layout(model.to_dict(), blueprint.ffn_blocks)
         division = Division(
             blueprint.setting,
             _sizes(blueprint, workers),
@@ -180,49 +179,13 @@ def _sizes(blueprint: BlueprintConfig, workers: int) -> Sizes:
     return tuple(zip(heads, ffn, strict=True))
 
 
-def _model_config(config: Config) -> GPT2Config:
-    """The model's sizes; of a model from scratch, the vocabulary is only known with the text."""
-    model, window = config.model, config.data.window
-    if model.pretrained:
-        loaded = _pretrained_config(model.pretrained)
-    else:
-        loaded = GPT2Config(
-            vocab_size=config.data.vocab_size,
-            # GPT-2's gelu_new as one fused kernel: the same function, a fifth less time per step on a CPU.
-            activation_function="gelu_pytorch_tanh",
-            n_positions=model.n_positions,
-            n_embd=model.n_embd,
-            n_layer=model.n_layer,
-            n_head=model.n_head,
-            resid_pdrop=model.dropout,
-            embd_pdrop=model.dropout,
-            attn_pdrop=model.dropout,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-    if window > loaded.n_positions:
-        raise ConfigError(f"data.window={window} is longer than the model's context: use at most {loaded.n_positions}")
-    return loaded
-
-
-def _pretrained_config(name: str) -> GPT2Config:
-    with reachable(f"model.pretrained={name!r}"):
-        loaded: Any = AutoConfig.from_pretrained(name)
-    if loaded.model_type != "gpt2":
-        raise ConfigError(f"model.pretrained={name!r} is a {loaded.model_type!r} model; only 'gpt2' is known")
-    if not loaded.tie_word_embeddings:
-        raise ConfigError(f"model.pretrained={name!r} has an untied lm_head: only tied ones are known")
-    assert isinstance(loaded, GPT2Config)
-    return loaded
-
-
-def _fit_vocabulary(config: Config, model_config: GPT2Config, corpus: Corpus) -> None:
+def _fit_vocabulary(config: Config, model: PreTrainedConfig, corpus: Corpus) -> None:
     """A model from scratch takes the tokenizer's vocabulary; a pretrained one must have room for it."""
     if not config.model.pretrained:
-        model_config.vocab_size = corpus.vocab_size
-        model_config.bos_token_id = model_config.eos_token_id = corpus.end_token
-    elif model_config.vocab_size < corpus.vocab_size:
+        model.vocab_size = corpus.vocab_size
+        model.bos_token_id = model.eos_token_id = corpus.end_token
+    elif model.vocab_size < corpus.vocab_size:
         raise ConfigError(
             f"the tokenizer has {corpus.vocab_size} tokens and model.pretrained={config.model.pretrained!r} only "
-            f"{model_config.vocab_size}: set data.tokenizer to the model's own"
+            f"{model.vocab_size}: set data.tokenizer to the model's own"
         )

@@ -67,23 +67,13 @@ def cost(console: Console, preset: str, overrides: list[str], steps: int) -> Non
 
 def _model_dict(config: Config) -> dict[str, Any]:
     """The model's sizes without its weights; GPT-2's own for the hub's gpt2, which needs no network."""
-    from transformers import AutoConfig, GPT2Config
+    from transformers import GPT2Config
 
-    model = config.model
-    if model.pretrained in ("gpt2", "openai-community/gpt2"):
+    from twist_fl.family import model_config
+
+    if config.model.pretrained in ("gpt2", "openai-community/gpt2"):
         return GPT2Config().to_dict()
-    if model.pretrained:
-        loaded: dict[str, Any] = AutoConfig.from_pretrained(model.pretrained).to_dict()
-        return loaded
-    return GPT2Config(
-        vocab_size=config.data.vocab_size,
-        n_positions=model.n_positions,
-        n_embd=model.n_embd,
-        n_layer=model.n_layer,
-        n_head=model.n_head,
-        bos_token_id=0,
-        eos_token_id=0,
-    ).to_dict()
+    return model_config(config).to_dict()
 
 
 def keys(console: Console) -> None:
@@ -129,6 +119,7 @@ def generate(
 
     from twist_fl.blueprint import draw_ticket, full_blueprint
     from twist_fl.evaluate import ticket_sizes
+    from twist_fl.family import padding_token
     from twist_fl.tokenizer import load_tokenizer
 
     model: Any
@@ -155,11 +146,13 @@ def generate(
     tokens = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not tokens["input_ids"].numel():
         raise ConfigError("the prompt is empty: give at least one token to continue")
-    room = model.config.n_positions - tokens["input_ids"].shape[1]
+    room = model.config.max_position_embeddings - tokens["input_ids"].shape[1]
     if room < 1:
-        raise ConfigError(f"the prompt fills the model's context of {model.config.n_positions} tokens: shorten it")
+        raise ConfigError(
+            f"the prompt fills the model's context of {model.config.max_position_embeddings} tokens: shorten it"
+        )
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     output = model.eval().generate(
-        **tokens, max_new_tokens=min(new_tokens, room), pad_token_id=model.config.eos_token_id, **sampling
+        **tokens, max_new_tokens=min(new_tokens, room), pad_token_id=padding_token(model.config.to_dict()), **sampling
     )
     console.print(tokenizer.decode(output[0]), markup=False, highlight=False)

@@ -49,7 +49,7 @@ def default_devices(job: Job) -> list[DeviceConfig]:
         size = max((s for s in sizes if s <= share * sizes[-1]), default=sizes[0])
         num_sub = ticket_sizes(job.layout, job.division, size)
         blueprint = draw_ticket(job.layout, job.division, num_sub, job.config.seed, 0)
-        needed = ticket_memory_bytes(job.layout, job.model_config.to_dict(), blueprint)
+        needed = ticket_memory_bytes(job.layout, blueprint)
         devices.append(DeviceConfig(name, ceil(needed / 1e4) / 1e2))
     return devices
 
@@ -94,14 +94,12 @@ def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> No
 
 def plan_device(job: Job, device: DeviceConfig) -> Blueprint:
     """The largest ticket that fits the device. Raises ConfigError if none does, or if it could not be measured."""
-    context, new_tokens = job.model_config.n_positions, job.config.deploy.new_tokens
+    context, new_tokens = job.layout.sizes["positions"], job.config.deploy.new_tokens
     if new_tokens >= context:
         raise ConfigError(
             f"deploy.new_tokens={new_tokens} does not fit a context of {context}: use at most {context - 1}"
         )
-    model_config = job.model_config.to_dict()
-    limit = device.memory_mb * 1e6
-    return plan_ticket(job.layout, model_config, job.division, limit, job.config.seed, 0, device.name)
+    return plan_ticket(job.layout, job.division, device.memory_mb * 1e6, job.config.seed, 0, device.name)
 
 
 def _to_records(job: Job, device: DeviceConfig, ticket: Ticket, place: int, of: int) -> RecordDict:
@@ -132,7 +130,7 @@ def _row(job: Job, device: DeviceConfig, ticket: Ticket, replies: list[Message])
     return {
         "name": device.name,
         "memory_mb": device.memory_mb,
-        "planned_mb": ticket_memory_bytes(job.layout, ticket.model_config, ticket.blueprint) / 1e6,
+        "planned_mb": ticket_memory_bytes(job.layout, ticket.blueprint) / 1e6,
         "size": ticket.blueprint.shape[kind][layer],
         "of": ticket.blueprint.num_blocks[kind],
         "digest": ticket.digest,

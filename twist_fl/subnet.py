@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, GPT2Config, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from twist_fl.blocks import KINDS, Layout, Param, runs
 from twist_fl.blueprint import Blueprint, Scale
 from twist_fl.config import ConfigError
-from twist_fl.modeling_subnet import SubnetGPT2LMHeadModel
+from twist_fl.modeling_subnet import SUBNETS
 from twist_fl.threads import for_each, pieces
 
 State = dict[str, torch.Tensor]
@@ -103,21 +103,27 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
             parameter.copy_(state[name])
 
 
+def subnet_sizes(layout: Layout, blueprint: Blueprint) -> dict[str, list[int]]:
+    """What a config needs on top of the full model's for the classes of `modeling_subnet.py`."""
+    heads, ffn_blocks = blueprint.shape
+    neurons = layout.sizes["ffn_width"]
+    return {"heads_per_layer": list(heads), "neurons_per_layer": [blocks * neurons for blocks in ffn_blocks]}
+
+
 def build_model(
-    config: GPT2Config, layout: Layout, blueprint: Blueprint, scale: Scale, device: str = "cpu"
+    config: PreTrainedConfig, layout: Layout, blueprint: Blueprint, scale: Scale, device: str = "cpu"
 ) -> PreTrainedModel:
     """The subnet as a real, smaller model with uninitialised parameters, its scale attached as hooks.
 
     The full blueprint gives the plain full model, without any hook.
     """
-    heads, ffn_blocks = blueprint.shape
-    neurons = (config.n_inner or 4 * config.n_embd) // layout.num_blocks[1]
-    sized = type(config)(
-        **config.to_dict() | {"heads_per_layer": list(heads), "neurons_per_layer": [n * neurons for n in ffn_blocks]}
-    )
+    sized = type(config)(**config.to_dict() | subnet_sizes(layout, blueprint))
     with torch.device("meta"):
-        model = SubnetGPT2LMHeadModel(sized)  # type: ignore[no-untyped-call]
+        model: PreTrainedModel = SUBNETS[config.model_type](sized)
     model.to_empty(device=device)
+    for name, module in list(model.named_modules()):
+        if next(module.buffers(recurse=False), None) is not None:  # rotary frequencies: no parameters, so not loaded
+            model.set_submodule(name, type(module)(sized).to(device))
     model.tie_weights()
     attach_factors(model, layout, lambda kind, layer: blueprint.factor(kind, layer, scale))
     return model
@@ -168,7 +174,7 @@ class ModelCache:
     backend = "inductor"
 
     def __init__(
-        self, config: GPT2Config, layout: Layout, scale: Scale, device: str = "cpu", compile: bool = False
+        self, config: PreTrainedConfig, layout: Layout, scale: Scale, device: str = "cpu", compile: bool = False
     ) -> None:
         if compile:
             check_compiler(device)

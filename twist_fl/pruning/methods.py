@@ -23,10 +23,11 @@ from twist_fl.data import Windows
 from twist_fl.deploy import export_ticket, make_ticket
 from twist_fl.evaluate import blocks_per_layer, perplexity, ticket_distribution, ticket_sizes
 from twist_fl.files import new_folder
+from twist_fl.importance import block_scores
 from twist_fl.job import Job
 from twist_fl.pruning import magnitude, sparsegpt, wanda, zpruner
 from twist_fl.pruning.calibrate import Inputs, Matrix, Say, Statistic, divided_matrices, draw_windows, layer_inputs
-from twist_fl.pruning.fisher import block_scores, keep_best
+from twist_fl.pruning.fisher import keep_best
 from twist_fl.pruning.measure import measured
 from twist_fl.subnet import State, get_state, load_state
 from twist_fl.tokenizer import load_tokenizer

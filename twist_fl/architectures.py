@@ -1,0 +1,297 @@
+"""The block table: every parameter of every known architecture, and which of its dimensions are blocks (section 3.1).
+
+A new architecture is a new entry here and a class in `modeling_subnet.py` (docs/code.md). Pure Python: neither torch
+nor Flower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Kind = Literal["attn", "ffn"]
+KINDS: tuple[Kind, Kind] = ("attn", "ffn")
+ModelDict = Mapping[str, Any]
+"""A Hugging Face config as a dict."""
+When = Callable[[ModelDict], bool]
+
+
+def _always(config: ModelDict) -> bool:
+    return True
+
+
+def _never(config: ModelDict) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Tags a dimension: `sections` consecutive runs, each of all the layer's blocks, `width` entries a block.
+
+    GPT-2's fused `c_attn` has three sections (q, k, v), each holding every head once; in GPT-NeoX's `query_key_value`
+    each head's q, k and v lie together: one section, three times as wide.
+    """
+
+    kind: Kind
+    width: str
+    sections: int = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """A parameter of one architecture. A dimension is the name of one of `sizes_of`, or `Blocks`."""
+
+    name: str
+    dims: tuple[str | Blocks, ...]
+    when: When = _always
+    """Which models of the family have it."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How one family of Hugging Face models is divided, and what its config calls things.
+
+    `outputs` names the projection that ends each kind: its input carries the scale, its bias is shared. `rows` stand
+    in the model's own order.
+    """
+
+    rows: tuple[Row, ...]
+    outputs: Mapping[Kind, str]
+    keys: Mapping[str, str]
+    """Config keys of n_layer, n_head, n_embd, n_inner, n_positions; of n_kv_head and d_head where it has them."""
+    dropout: tuple[str, ...]
+    """Config keys that `model.dropout` sets."""
+    scratch: ModelDict = field(default_factory=dict)
+    """What else a model from scratch has otherwise than the family's defaults."""
+    refuse: tuple[Callable[[ModelDict], str | None], ...] = ()
+    """Each says why a model cannot be divided exactly, or None."""
+
+
+def sizes_of(architecture: Architecture, config: ModelDict) -> dict[str, int]:
+    """The sizes that dimensions are named after. `heads` counts attention blocks: KV groups where queries share keys.
+
+    Raises ValueError for a config that cannot be divided.
+    """
+    keys = architecture.keys
+    d_model, query_heads = config[keys["n_embd"]], config[keys["n_head"]]
+    heads = config.get(keys.get("n_kv_head", "")) or query_heads
+    if query_heads % heads:
+        legal = [n for n in range(1, query_heads + 1) if query_heads % n == 0]
+        raise ValueError(
+            f"{heads} key/value heads (model.n_kv_head) do not divide {query_heads} heads: use one of {legal}"
+        )
+    for reason in filter(None, (refuse(config) for refuse in architecture.refuse)):
+        raise ValueError(f"a {config['model_type']!r} model with {reason}")
+    d_head = config.get(keys.get("d_head", "")) or d_model // query_heads
+    return {
+        "layers": config[keys["n_layer"]],
+        "heads": heads,
+        "d_model": d_model,
+        "d_embed": config.get("word_embed_proj_dim") or d_model,
+        "d_head": d_head,
+        "d_query": d_head * query_heads // heads,
+        "d_qkv": 3 * d_head,
+        "d_inner": config.get(keys["n_inner"]) or 4 * d_model,
+        "vocab": config["vocab_size"],
+        "positions": config[keys["n_positions"]],
+        "positions_and_2": config[keys["n_positions"]] + 2,
+    }
+
+
+# What rows depend on
+
+
+def _set(key: str, default: bool = False) -> When:
+    return lambda config: bool(config.get(key, default))
+
+
+def _untied(default: bool) -> When:
+    """The head is a parameter of its own; `default` is the family's tie_word_embeddings."""
+    return lambda config: not config.get("tie_word_embeddings", default)
+
+
+def _projects(config: ModelDict) -> bool:
+    return bool((config.get("word_embed_proj_dim") or config["hidden_size"]) != config["hidden_size"])
+
+
+def _opt_ends_with_norm(config: ModelDict) -> bool:
+    keeps = config.get("do_layer_norm_before", True) and not config.get("_remove_final_layer_norm", False)
+    return bool(keeps and config.get("layer_norm_elementwise_affine", True))
+
+
+# What is refused
+
+
+def _sliding_window(config: ModelDict) -> str | None:
+    window, context = config.get("sliding_window"), config["max_position_embeddings"]
+    if window is None or window >= context:
+        return None
+    return (
+        f"sliding_window={window} and a context of {context} tokens needs masks that subnets are trained without: up "
+        f"to {window} tokens it is the same model with sliding_window=null, max_position_embeddings={window} in its "
+        "config.json"
+    )
+
+
+def _odd_heads(config: ModelDict) -> str | None:
+    d_head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return f"heads of {d_head} entries cannot rotate them in pairs: use heads of an even size" if d_head % 2 else None
+
+
+def _layerdrop(config: ModelDict) -> str | None:
+    drop = config.get("layerdrop", 0.0)
+    return f"layerdrop={drop} trains some layers only sometimes: set it to 0 in its config" if drop else None
+
+
+def _cross_attention(config: ModelDict) -> str | None:
+    return "add_cross_attention=true is no causal language model" if config.get("add_cross_attention") else None
+
+
+# The architectures
+
+_HEADS = Blocks("attn", "d_head")
+_QUERIES = Blocks("attn", "d_query")
+_NEURONS = Blocks("ffn", "ffn_width")
+_KEYS = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+    "n_inner": "intermediate_size",
+    "n_positions": "max_position_embeddings",
+}
+
+
+def _norm(name: str, when: When = _always) -> tuple[Row, Row]:
+    return Row(f"{name}.weight", ("d_model",), when), Row(f"{name}.bias", ("d_model",), when)
+
+
+def _linear(name: str, outputs: str | Blocks, inputs: str | Blocks, bias: When = _always) -> tuple[Row, Row]:
+    """nn.Linear keeps its weight as (out, in)."""
+    return Row(f"{name}.weight", (outputs, inputs)), Row(f"{name}.bias", (outputs,), bias)
+
+
+def _conv1d(name: str, outputs: str | Blocks, inputs: str | Blocks) -> tuple[Row, Row]:
+    """GPT-2's own: (in, out)."""
+    return Row(f"{name}.weight", (inputs, outputs)), Row(f"{name}.bias", (outputs,))
+
+
+def _gpt2() -> Architecture:
+    layer = "transformer.h.{layer}."
+    return Architecture(
+        rows=(
+            Row("transformer.wte.weight", ("vocab", "d_model")),
+            Row("transformer.wpe.weight", ("positions", "d_model")),
+            *_norm(layer + "ln_1"),
+            *_conv1d(layer + "attn.c_attn", Blocks("attn", "d_head", sections=3), "d_model"),
+            *_conv1d(layer + "attn.c_proj", "d_model", _HEADS),
+            *_norm(layer + "ln_2"),
+            *_conv1d(layer + "mlp.c_fc", _NEURONS, "d_model"),
+            *_conv1d(layer + "mlp.c_proj", "d_model", _NEURONS),
+            *_norm("transformer.ln_f"),
+            Row("lm_head.weight", ("vocab", "d_model"), _untied(True)),
+        ),
+        outputs={"attn": layer + "attn.c_proj", "ffn": layer + "mlp.c_proj"},
+        keys={key: key for key in _KEYS},
+        dropout=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        # gelu_new as one fused kernel: the same function, a fifth less time per step on a CPU.
+        scratch={"activation_function": "gelu_pytorch_tanh"},
+        refuse=(_cross_attention,),
+    )
+
+
+def _llama(
+    qkv_bias: When, o_bias: When, mlp_bias: When = _never, qk_norm: When = _never, scratch: ModelDict | None = None
+) -> Architecture:
+    """LLaMA and what was made after it: an attention block is a KV group, its queries included; the FFN is gated."""
+    layer = "model.layers.{layer}."
+    return Architecture(
+        rows=(
+            Row("model.embed_tokens.weight", ("vocab", "d_model")),
+            *_linear(layer + "self_attn.q_proj", _QUERIES, "d_model", qkv_bias),
+            *_linear(layer + "self_attn.k_proj", _HEADS, "d_model", qkv_bias),
+            *_linear(layer + "self_attn.v_proj", _HEADS, "d_model", qkv_bias),
+            *_linear(layer + "self_attn.o_proj", "d_model", _QUERIES, o_bias),
+            Row(layer + "self_attn.q_norm.weight", ("d_head",), qk_norm),
+            Row(layer + "self_attn.k_norm.weight", ("d_head",), qk_norm),
+            *_linear(layer + "mlp.gate_proj", _NEURONS, "d_model", mlp_bias),
+            *_linear(layer + "mlp.up_proj", _NEURONS, "d_model", mlp_bias),
+            *_linear(layer + "mlp.down_proj", "d_model", _NEURONS, mlp_bias),
+            Row(layer + "input_layernorm.weight", ("d_model",)),
+            Row(layer + "post_attention_layernorm.weight", ("d_model",)),
+            Row("model.norm.weight", ("d_model",)),
+            Row("lm_head.weight", ("vocab", "d_model"), _untied(False)),
+        ),
+        outputs={"attn": layer + "self_attn.o_proj", "ffn": layer + "mlp.down_proj"},
+        keys=_KEYS | {"n_kv_head": "num_key_value_heads", "d_head": "head_dim"},
+        dropout=("attention_dropout",),
+        scratch=scratch or {},
+        refuse=(_odd_heads, _sliding_window),
+    )
+
+
+def _opt() -> Architecture:
+    layer, bias = "model.decoder.layers.{layer}.", _set("enable_bias", True)
+    affine = _set("layer_norm_elementwise_affine", True)
+    return Architecture(
+        rows=(
+            Row("model.decoder.embed_tokens.weight", ("vocab", "d_embed")),
+            Row("model.decoder.embed_positions.weight", ("positions_and_2", "d_model")),
+            Row("model.decoder.project_out.weight", ("d_embed", "d_model"), _projects),
+            Row("model.decoder.project_in.weight", ("d_model", "d_embed"), _projects),
+            *_norm("model.decoder.final_layer_norm", _opt_ends_with_norm),
+            *_linear(layer + "self_attn.k_proj", _HEADS, "d_model", bias),
+            *_linear(layer + "self_attn.v_proj", _HEADS, "d_model", bias),
+            *_linear(layer + "self_attn.q_proj", _HEADS, "d_model", bias),
+            *_linear(layer + "self_attn.out_proj", "d_model", _HEADS, bias),
+            *_norm(layer + "self_attn_layer_norm", affine),
+            *_linear(layer + "fc1", _NEURONS, "d_model", bias),
+            *_linear(layer + "fc2", "d_model", _NEURONS, bias),
+            *_norm(layer + "final_layer_norm", affine),
+            Row("lm_head.weight", ("vocab", "d_embed"), _untied(True)),
+        ),
+        outputs={"attn": layer + "self_attn.out_proj", "ffn": layer + "fc2"},
+        keys=_KEYS | {"n_inner": "ffn_dim"},
+        dropout=("dropout", "attention_dropout"),
+        refuse=(_layerdrop,),
+    )
+
+
+def _gpt_neox() -> Architecture:
+    layer, bias = "gpt_neox.layers.{layer}.", _set("attention_bias", True)
+    return Architecture(
+        rows=(
+            Row("gpt_neox.embed_in.weight", ("vocab", "d_model")),
+            *_norm(layer + "input_layernorm"),
+            *_norm(layer + "post_attention_layernorm"),
+            *_linear(layer + "attention.query_key_value", Blocks("attn", "d_qkv"), "d_model", bias),
+            *_linear(layer + "attention.dense", "d_model", _HEADS, bias),
+            *_linear(layer + "mlp.dense_h_to_4h", _NEURONS, "d_model"),
+            *_linear(layer + "mlp.dense_4h_to_h", "d_model", _NEURONS),
+            *_norm("gpt_neox.final_layer_norm"),
+            Row("lm_head.weight", ("vocab", "d_model"), _untied(False)),
+        ),
+        outputs={"attn": layer + "attention.dense", "ffn": layer + "mlp.dense_4h_to_h"},
+        keys=_KEYS,
+        dropout=("hidden_dropout", "attention_dropout"),
+    )
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "gpt2": _gpt2(),
+    "llama": _llama(_set("attention_bias"), _set("attention_bias"), _set("mlp_bias")),
+    "mistral": _llama(_never, _never, scratch={"sliding_window": None}),
+    "qwen2": _llama(_always, _never),
+    "qwen3": _llama(_set("attention_bias"), _set("attention_bias"), qk_norm=_always),
+    "opt": _opt(),
+    "gpt_neox": _gpt_neox(),
+}
+"""By Hugging Face's model_type."""
+
+
+def architecture_of(config: ModelDict) -> Architecture:
+    """Raises ValueError for a model_type without a table."""
+    model_type = config.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise ValueError(f"model_type {model_type!r} has no block table; known: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[model_type]

@@ -1,0 +1,68 @@
+"""The Hugging Face config of a run's model: a checkpoint's own, or one from the sizes of `config.model`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from twist_fl.architectures import ARCHITECTURES, sizes_of
+from twist_fl.config import Config, ConfigError, ModelConfig
+from twist_fl.tokenizer import reachable
+
+
+def model_config(config: Config) -> PreTrainedConfig:
+    """Of a model from scratch, the vocabulary is only known with the text. Raises ConfigError."""
+    model, window = config.model, config.data.window
+    loaded = _pretrained(model.pretrained) if model.pretrained else _from_scratch(model, config.data.vocab_size)
+    context = loaded.max_position_embeddings
+    if window > context:
+        raise ConfigError(f"data.window={window} is longer than the model's context: use at most {context}")
+    return loaded
+
+
+def config_from_dict(fields: dict[str, Any]) -> PreTrainedConfig:
+    """The inverse of `PreTrainedConfig.to_dict`."""
+    loaded: PreTrainedConfig = AutoConfig.for_model(**fields)
+    return loaded
+
+
+def padding_token(fields: Mapping[str, Any]) -> int | None:
+    """A config's own, else its end of text (the first, if it has several)."""
+    if fields.get("pad_token_id") is not None:
+        return int(fields["pad_token_id"])
+    end = fields.get("eos_token_id")
+    return end[0] if isinstance(end, list) else end
+
+
+def _pretrained(name: str) -> PreTrainedConfig:
+    with reachable(f"model.pretrained={name!r}"):
+        loaded: Any = AutoConfig.from_pretrained(name)
+    if loaded.model_type not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ConfigError(f"model.pretrained={name!r} is a {loaded.model_type!r} model; known are {known}")
+    assert isinstance(loaded, PreTrainedConfig)
+    return loaded
+
+
+def _from_scratch(model: ModelConfig, vocab_size: int) -> PreTrainedConfig:
+    architecture = ARCHITECTURES[model.architecture]
+    sizes = {
+        "n_layer": model.n_layer,
+        "n_head": model.n_head,
+        "n_kv_head": model.n_kv_head or model.n_head,
+        "n_embd": model.n_embd,
+        "n_inner": model.n_inner or 4 * model.n_embd,
+        "n_positions": model.n_positions,
+        "d_head": model.n_embd // model.n_head,
+    }
+    fields: dict[str, Any] = {key: sizes[name] for name, key in architecture.keys.items()}
+    fields |= dict.fromkeys(architecture.dropout, model.dropout) | dict(architecture.scratch)
+    fields |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    fields |= {"model_type": model.architecture, "vocab_size": vocab_size}
+    try:
+        sizes_of(architecture, fields)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return config_from_dict(fields)
