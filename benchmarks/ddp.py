@@ -4,7 +4,7 @@ GPT-2's proportions at a quarter of its width, vocabulary and context, which kee
 FLOPs; workers of one thread each, text and batches the same. DDP runs under torchrun; the steps of the
 12 settings run in as many processes side by side; some settings run through Flower as `twist-fl train` does.
 
-    python benchmarks/ddp.py [--flower 4 6] [--steps 10] [--turns 2] [--out FILE]
+    python benchmarks/ddp.py [--flower 4 6] [--steps 6] [--turns 2] [--out FILE]
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def ddp_rank(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     rank, job = distributed.get_rank(), job_from_json(args.job.read_text())
-    peak = Peak(torch.device("cpu"))
+    peak = Peak()
     model = random_model(job)
     seconds = ddp_steps(model, batches(job, rank, args.warm_up + args.steps), job.config.train, args.warm_up)
     results: list[Any] = [None] * distributed.get_world_size()
@@ -107,7 +107,7 @@ def ddp(args: argparse.Namespace, job_file: Path) -> dict[str, float]:
 def subnet_worker(job_json: str, setting: Setting, keep: int, worker: int, args: Any, barrier: Any, found: Any) -> None:
     torch.set_num_threads(1)
     job = job_from_json(job_json)
-    peak = Peak(torch.device("cpu"))
+    peak = Peak()
     model = random_model(job, draw(job, setting, keep)[worker])
     barrier.wait()
     handed_out = batches(job, worker, args.warm_up + args.steps)
@@ -230,8 +230,8 @@ def main() -> None:
     parser.add_argument("--setting", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--flower", type=int, nargs="*", default=[4, 6], help="sizes of both to run through Flower")
     parser.add_argument("--rounds", type=int, default=6, help="of a run through Flower; the first is not counted")
-    parser.add_argument("--steps", type=int, default=10, help="measured training steps, after --warm-up others")
-    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="measured training steps, after --warm-up others")
+    parser.add_argument("--warm-up", type=int, default=2)
     parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=600, help="seconds that one part may take")
     parser.add_argument("--out", type=Path, help="file for the results, JSON")

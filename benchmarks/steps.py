@@ -6,8 +6,8 @@ import resource
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -78,18 +78,18 @@ class Stopwatch:
 class Peak:
     """Memory above what was there when the object was made: of the GPU's allocator, or of this process."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
-        self.before = self._now(torch.cuda.memory_allocated)
-
-    def _now(self, of_gpu: Any) -> int:
-        on_gpu = self.device.type == "cuda"
-        return int(of_gpu(self.device)) if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.device = device or torch.device("cpu")
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+        else:
+            self.before = psutil.Process().memory_info().rss
 
     def megabytes(self) -> float:
-        return (self._now(torch.cuda.max_memory_allocated) - self.before) / 1e6
+        if self.device.type == "cuda":
+            return (torch.cuda.max_memory_allocated(self.device) - self.before) / 1e6
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self.before) / 1e6
 
 
 def subnet_steps(model: nn.Module, batches: Iterable[torch.Tensor], config: TrainConfig, warm_up: int) -> float:
