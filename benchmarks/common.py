@@ -17,6 +17,7 @@ from twist_fl.blocks import make_layout
 from twist_fl.config import load_config
 from twist_fl.files import write_text
 from twist_fl.job import Job, make_job
+from twist_fl.rounds import RoundMean, RunState, Task
 
 GPT2_SIZES = {
     "small": {"n_embd": 768, "n_layer": 12, "n_head": 12},
@@ -42,6 +43,11 @@ def job_without_text(model: GPT2Config, folder: Path, *overrides: str) -> Job:
     text_of = ("data.source=files", f"data.path={folder}", "data.vocab_size=300", "data.window=16")
     job = make_job(load_config(overrides=[*text_of, *sizes, "eval.sizes=[]", *overrides]))
     return replace(job, model_config=model, layout=make_layout(model.to_dict(), job.config.blueprint.ffn_blocks))
+
+
+def round_mean(job: Job, state: RunState, tasks: list[Task]) -> RoundMean:
+    """As the server makes it."""
+    return RoundMean(job, state, tasks)
 
 
 def seconds_of(work: Callable[[], object]) -> float:

@@ -1,8 +1,9 @@
 """TwIST against torch's DistributedDataParallel: the paper's Table 2 and Figure 6 as ratios.
 
 GPT-2's proportions at a quarter of its width, vocabulary and context, which keeps the share of every product in the
-FLOPs; workers of one thread each, text and batches the same. DDP runs under torchrun; the steps of the
-12 settings run in as many processes side by side; some settings run through Flower as `twist-fl train` does.
+FLOPs, and no dropout, which would take the fused attention kernel away on a CPU. Workers of one thread each; text and
+batches the same. DDP runs under torchrun; the steps of the 12 settings run in as many processes side by side; some
+settings run through Flower as `twist-fl train` does.
 
     python benchmarks/ddp.py [--flower 4 6] [--steps 6] [--turns 2] [--out FILE]
 """
@@ -58,7 +59,14 @@ def overrides(args: argparse.Namespace) -> list[str]:
         *("model.n_layer=12", "model.n_head=12", f"model.n_embd={args.d_model}", f"model.n_positions={args.window}"),
         *(f"data.vocab_size={args.vocab}", f"data.window={args.window}", f"train.batch_size={args.batch}"),
         *(f"train.workers={args.workers}", f"train.interval={args.interval}", f"train.rounds={args.rounds}"),
-        *("train.threads=1", "train.device=cpu", "eval.every=0", "eval.max_windows=8", "eval.sizes=[]"),
+        *(
+            "model.dropout=0",
+            "train.threads=1",
+            "train.device=cpu",
+            "eval.every=0",
+            "eval.max_windows=8",
+            "eval.sizes=[]",
+        ),
         "checkpoint_every=1000000",
     ]
 

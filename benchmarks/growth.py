@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import GPT2_SIZES, gpt2_config, job_without_text, save, show
+from common import GPT2_SIZES, gpt2_config, job_without_text, round_mean, save, show
 from steps import Peak
 
 from twist_fl import transport, wire
@@ -32,7 +32,7 @@ from twist_fl.cost import state_bytes, step_flops, training_gib
 from twist_fl.job import Job, make_job
 from twist_fl.launch import flower_run
 from twist_fl.packing import Packing
-from twist_fl.rounds import Reply, RoundMean, RunState, Task, plan
+from twist_fl.rounds import Reply, RunState, Task, plan
 
 TINY = """
     model.n_layer=5 model.n_head=12 model.n_embd=48 model.n_positions=32 data.vocab_size=512 data.window=32
@@ -78,7 +78,7 @@ def server_share(job: Job, one_segment: bool) -> tuple[float, int]:
     for _ in range(2):  # in the first, memory is new
         begin, replying = time.perf_counter(), 0.0
         tasks = plan(job, state)
-        mean = RoundMean(job, state, tasks)
+        mean = round_mean(job, state, tasks)
         for group in [[task] for task in tasks] if one_segment else [tasks]:
             for task in group:
                 segment = segments.take(0 if one_segment else task.worker, Packing.of(job, task.blueprint).total_bytes)

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import copy_bandwidth, flops_per_second, gpt2_config, job_without_text, save, seconds_of, show
+from common import copy_bandwidth, flops_per_second, gpt2_config, job_without_text, round_mean, save, seconds_of, show
 
 from twist_fl import transport, wire
 from twist_fl.config import TrainConfig
 from twist_fl.cost import step_flops
 from twist_fl.job import Job
 from twist_fl.packing import Packing
-from twist_fl.rounds import Reply, RoundMean, RunState, Task, plan
-from twist_fl.subnet import copy_slice, get_state
+from twist_fl.rounds import Reply, RunState, Task, plan
+from twist_fl.subnet import get_state
 from twist_fl.tensors import handle_of
 from twist_fl.train import train_interval
 
@@ -74,17 +74,16 @@ class Round:
         self.segments = transport.Segments(job.run_id)
 
     def turn(self) -> None:
-        job, clock, mean = self.job, Clock(), RoundMean(self.job, self.state, self.tasks)
+        job, clock = self.job, Clock()
+        mean = round_mean(job, self.state, self.tasks)
         for task in self.tasks:
             blueprint = task.blueprint
             packing = Packing.of(job, blueprint)
             segment = self.segments.take(task.worker, packing.total_bytes)
-            views = packing.views_of_all(segment.memory)["params"]
-            with clock("slice"):  # alone what the next line does, too
-                for name, out in views.items():
-                    copy_slice(job.layout, blueprint, name, self.state.params[name], out)
-            with clock("slice and send"):
+            with clock("send"):
                 content = wire.task_to_records(job, "", task, self.state.params, None, segment)
+            with clock("checksum"):  # again, alone: sending is slicing into the segment, and this
+                transport.checksum(segment.memory)
             with clock("receive"):
                 parcel = wire.task_from_records(job, content)
             with clock("load"):
@@ -98,11 +97,12 @@ class Round:
                 mean.add(task, wire.reply_from_records(job, blueprint, content, segment))
         assert not mean.report.dropped, mean.report.dropped
         with clock("aggregate"):
-            self.state.spare = mean.finish().spare
+            self.state = mean.finish()
+        self.state.cursors = [0] * len(self.tasks)
         workers = len(self.tasks)
         seconds = {
-            "slice": clock["slice"],
-            "ship": max(0.0, clock["slice and send"] - clock["slice"]) + clock["receive"] / workers,
+            "slice": clock["send"] - clock["checksum"],
+            "ship": clock["checksum"] + clock["receive"] / workers,
             "load": clock["load"] / workers,
             "return": clock["return"] / workers,
             "aggregate": clock["aggregate"],

@@ -1,0 +1,306 @@
+"""Tables and figures of docs/performance.md, from what `twist-fl bench` has put into results/performance."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
+
+from twist_fl.commands import markdown
+from twist_fl.plots import COLORS, DPI, MARKERS, WIDTH, styled
+
+Found = Mapping[str, Mapping[str, Any]]
+"""What each benchmark found, by its name."""
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+
+
+def fill(text: str, found: Mapping[str, str]) -> str:
+    """`text` with each table between `<!-- table: NAME -->` and `<!-- /table -->` as it is in `found`.
+
+    A table that is not in `found` stays. Raises KeyError for one that has no place in the text.
+    """
+    for name, table in found.items():
+        place = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- /table -->)", re.DOTALL)
+        if not place.search(text):
+            raise KeyError(f"no place for table {name!r}: write <!-- table: {name} --> and <!-- /table --> around it")
+        text = place.sub(lambda match, new=table: match[1] + new + match[2], text)  # type: ignore[misc]
+    return text
+
+
+def tables(found: Found) -> dict[str, str]:
+    """Markdown tables by name, of those benchmarks that have run; below each, where its numbers are from."""
+    made = {}
+    for bench, makers in TABLES.items():
+        for name, make in makers.items():
+            if bench in found:
+                made[name] = make(found[bench]) + "\n" + origin(found[bench]) + "\n"
+    return made
+
+
+def origin(found: Mapping[str, Any]) -> str:
+    machine = found["hardware"]
+    commit = (found["commit"] or "no commit")[:7] + ("+" if str(found["commit"]).endswith("+") else "")
+    return f"*{commit}, {machine['gpu'] or machine['processor']}, {machine['cores']} cores, torch {found['torch']}*"
+
+
+def number(value: float) -> str:
+    """Three significant digits, never as a power of ten."""
+    if value == 0:
+        return "0"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    text = f"{value:.3g}"
+    return text if "e" not in text else f"{value:.6f}".rstrip("0")
+
+
+def _round(found: Mapping[str, Any]) -> str:
+    rates, settings = found["rates"], found["settings"]
+    parts = [
+        f"One thread: a plain copy reads and writes {number(rates['copy'] / 1e9)} GB/s, a large float32 product does "
+        f"{number(rates['flops'] / 1e9)} GFLOP/s.\n"
+    ]
+    for case in found["cases"]:
+        header = ["phase", "where", "copies", "MB", "TFLOP", "floor s", "measured s", "measured / floor"]
+        lines = [
+            [
+                name,
+                {"server": "server, all workers", "worker": "each worker", "both": "both"}[phase["at"]],
+                str(phase["copies"]),
+                number(phase["bytes"] / 1e6),
+                number(phase["flops"] / 1e12),
+                number(phase["floor_seconds"]),
+                number(phase["seconds"]),
+                number(phase["seconds"] / phase["floor_seconds"]) if phase["floor_seconds"] else "-",
+            ]
+            for name, phase in case["phases"].items()
+        ]
+        size = f"`both` {case['keep']}/{case['of']}, S = {settings['workers']}"
+        parts.append(f"{size}: {case['subnet_params']:,} parameters a worker\n\n{markdown([header, *lines])}")
+    return "\n".join(parts)
+
+
+def _ddp(found: Mapping[str, Any]) -> str:
+    whole, settings = found["ddp"], found["settings"]
+    header = ["", "ms/batch", "faster", "FLOPs", "share", "paper", "peak MB", "of DDP", "paper", "MB a round"]
+    first = ["DDP", number(1e3 * whole["seconds"]), "1", "1", "1", "1", number(whole["peak_mb"]), "1", "1"]
+    lines = [[*first, number(whole["mb_per_interval"])]]
+    for row in found["rows"]:
+        lines.append(
+            [
+                f"`{row['setting']}` {row['keep']}/{row['of']}",
+                number(1e3 * row["seconds"]),
+                f"{row['speed_up']:.2f}",
+                f"{row['flop_ratio']:.2f}",
+                f"{row['speed_up'] / row['flop_ratio']:.2f}",
+                " / ".join(f"{row[key]:.2f}" for key in ("paper_speed_up", "paper_step_speed_up") if key in row),
+                number(row["peak_mb"]),
+                f"{row['memory']:.2f}",
+                f"{row['paper_memory']:.2f}",
+                number(row["mb_per_interval"]),
+            ]
+        )
+    about = (
+        f"GPT-2's 12 layers and 12 heads, d {settings['d_model']}, vocabulary {settings['vocab']:,}: "
+        f"{found['num_params'] / 1e6:.1f} M parameters, batches of {settings['batch']} x {settings['window']} tokens, "
+        f"{settings['workers']} processes of one thread.\n\n"
+    )
+    return about + markdown([header, *lines])
+
+
+def _ddp_flower(found: Mapping[str, Any]) -> str:
+    header = ["", "s a round", "of it training", "DDP, as many batches, s", "faster", "FLOPs", "share", "MB a worker"]
+    lines = [
+        [
+            f"`both` {row['keep']}/12",
+            number(row["seconds"]),
+            number(row["training_seconds"]),
+            number(row["ddp_seconds"]),
+            f"{row['speed_up']:.2f}",
+            f"{row['flop_ratio']:.2f}",
+            f"{row['speed_up'] / row['flop_ratio']:.2f}",
+            number(row["mb_per_worker"]),
+        ]
+        for row in found["flower"]
+    ]
+    return markdown([header, *lines])
+
+
+def _growth_flower(found: Mapping[str, Any]) -> str:
+    header = ["workers", "s a round", "slowest worker's part", "rest, a worker, ms", "whole command, s"]
+    lines = [
+        [
+            str(row["workers"]),
+            number(row["seconds"]),
+            number(row["training_seconds"]),
+            number(1e3 * (row["seconds"] - row["training_seconds"]) / row["workers"]),
+            number(row["command_seconds"]),
+        ]
+        for row in found["flower"]
+    ]
+    return markdown([header, *lines])
+
+
+def _growth_server(found: Mapping[str, Any]) -> str:
+    header = ["workers", "server s a round", "a worker, ms", "server memory, copies of the state", "shared segments MB"]
+    lines = [
+        [
+            str(row["workers"]),
+            number(row["seconds"]),
+            number(1e3 * row["seconds"] / row["workers"]),
+            f"{row['copies']:.2f}",
+            number(row["segment_mb"]),
+        ]
+        for row in found["server"]
+    ]
+    return f"A state of {number(found['server'][0]['state_mb'])} MB.\n\n" + markdown([header, *lines])
+
+
+def _growth_sizes(found: Mapping[str, Any]) -> str:
+    header = ["GPT-2", "M parameters", "subnet", "M", "MB each way", "TFLOP/step", "training GiB",
+              "server s a round", "server GB", "layers measured"]  # fmt: skip
+    lines = [
+        [
+            row["size"],
+            number(row["num_params"] / 1e6),
+            f"{row['keep']}/{row['of']}",
+            number(row["subnet_params"] / 1e6),
+            number(row["mb_each_way"]),
+            number(row["tflop_step"]),
+            number(row["training_gib"]),
+            number(row["server_seconds"]),
+            number(row["server_gb"]),
+            f"{row['layers_measured']} of {row['layers']}",
+        ]
+        for row in found["sizes"]
+    ]
+    return markdown([header, *lines])
+
+
+def _wire(found: Mapping[str, Any]) -> str:
+    settings = found["settings"]
+    header = ["wire_dtype", "from scratch: full", "6/12", "fine-tuning: full", "6/12"]
+    lines = [
+        [dtype, *(f"{found[stage][dtype][key]:.2f}" for stage in ("scratch", "fine_tuning") for key in row)]
+        for dtype, row in found["scratch"].items()
+    ]
+    about = f"{settings['rounds']} rounds at lr {settings['lr']:g}, then {settings['rounds']} at a tenth of it.\n\n"
+    return about + markdown([header, *lines])
+
+
+def _step(found: Mapping[str, Any]) -> str:
+    plain, *_ = found["rows"]
+    header = ["loss", "s/step", "of plain", "peak MB", "of plain"]
+    lines = [
+        [
+            row["loss"],
+            number(row["seconds"]),
+            f"{row['seconds'] / plain['seconds']:.2f}",
+            number(row["peak_mb"]),
+            f"{row['peak_mb'] / plain['peak_mb']:.2f}",
+        ]
+        for row in found["rows"]
+    ]
+    return markdown([header, *lines])
+
+
+TABLES: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
+    "round": {"round": _round},
+    "ddp": {"ddp": _ddp, "ddp through Flower": _ddp_flower},
+    "growth": {
+        "growth through Flower": _growth_flower,
+        "growth of the server": _growth_server,
+        "growth of the model": _growth_sizes,
+    },
+    "wire": {"wire": _wire},
+    "step": {"step": _step},
+}
+
+
+# Figures
+
+
+def draw(found: Found, folder: Path) -> None:
+    """ddp.png and growth.png, of what has run."""
+    with styled():
+        for name, drawing in (("ddp", draw_ddp), ("growth", draw_growth)):
+            if name in found:
+                drawing(found[name]).savefig(folder / f"{name}.png", format="png", dpi=DPI)
+
+
+def draw_ddp(found: Mapping[str, Any]) -> Figure:
+    """Speed-up over DDP and share of its memory against the blocks held, beside FLOPs and the paper's numbers."""
+    figure = Figure(figsize=(WIDTH, 6.0), layout="constrained")
+    speed, memory = figure.subplots(2, 1, sharex=True)
+    settings = list(dict.fromkeys(row["setting"] for row in found["rows"]))
+    for setting, color, marker in zip(settings, COLORS, MARKERS, strict=False):
+        rows = [row for row in found["rows"] if row["setting"] == setting]
+        sizes = [row["keep"] for row in rows]
+        look: dict[str, Any] = {"color": color, "marker": marker, "markersize": 5}
+        speed.plot(sizes, [row["speed_up"] for row in rows], **look, linewidth=1.6)
+        speed.plot(sizes, [row["flop_ratio"] for row in rows], color=color, linestyle="--", linewidth=1)
+        paper: dict[str, Any] = look | {"linestyle": "none", "fillstyle": "none"}
+        speed.plot(sizes, [row["paper_speed_up"] for row in rows], **paper)
+        memory.plot(sizes, [row["memory"] for row in rows], **look, linewidth=1.6)
+        memory.plot(sizes, [row["paper_memory"] for row in rows], **paper)
+    speed.set_ylabel("times as fast as DDP")
+    memory.set_ylabel("peak memory / DDP's")
+    memory.set_xlabel(f"blocks held of {found['rows'][0]['of']} in a divided layer")
+    memory.set_xticks(sorted({row["keep"] for row in found["rows"]}))
+    handles = [
+        Line2D([], [], color=color, marker=marker, markersize=5, linewidth=1.6)
+        for _, color, marker in zip(settings, COLORS, MARKERS, strict=False)
+    ]
+    handles += [
+        Line2D([], [], color="black", linestyle="--", linewidth=1),
+        Line2D([], [], color="black", linestyle="none", marker="o", fillstyle="none", markersize=5),
+    ]
+    figure.legend(handles, [*settings, "FLOPs", "paper"], loc="outside upper left", ncols=5, frameon=False)
+    return figure
+
+
+def draw_growth(found: Mapping[str, Any]) -> Figure:
+    """A round's time and the server's memory against the number of workers, and both against the model's size."""
+    figure = Figure(figsize=(WIDTH, 8.4), layout="constrained")
+    seconds, memory, sizes = figure.subplots(3, 1)
+    flower, server, models = found["flower"], found["server"], found["sizes"]
+    _line(seconds, flower, "workers", "seconds", 0, "through Flower (tiny model)")
+    _line(seconds, server, "workers", "seconds", 1, "the server's own part")
+    seconds.set_ylabel("seconds a round")
+    _line(memory, [row | {"gb": row["copies"] * row["state_mb"] / 1e3} for row in server], "workers", "gb", 1, "server")
+    _line(memory, [row | {"gb": row["segment_mb"] / 1e3} for row in server], "workers", "gb", 2, "shared segments")
+    memory.set_ylabel("memory (GB)")
+    for axes, rows in ((seconds, [*flower, *server]), (memory, server)):
+        axes.set_xlabel("workers")
+        _log_ticks(axes, sorted({row["workers"] for row in rows}))
+    _line(sizes, models, "num_params", "server_seconds", 1, "server, seconds a round")
+    _line(sizes, models, "num_params", "server_gb", 2, "server, GB")
+    _line(sizes, models, "num_params", "training_gib", 3, "a worker's training, GiB (cost model)")
+    sizes.set_xlabel("parameters of GPT-2 small to XL (millions), 4 workers")
+    sizes.set_ylabel("seconds or GB")
+    _log_ticks(sizes, [row["num_params"] for row in models], lambda value: f"{value / 1e6:,.0f}")
+    for axes in (seconds, memory, sizes):
+        axes.set_yscale("log")
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], x: str, y: str, look: int, label: str) -> None:
+    style: dict[str, Any] = {"color": COLORS[look], "marker": MARKERS[look], "markersize": 5, "linewidth": 1.6}
+    axes.plot([row[x] for row in rows], [row[y] for row in rows], **style, label=label)
+
+
+def _log_ticks(axes: Axes, places: Sequence[float], label: Callable[[float], str] = str) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(list(places)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(list(places), [label(place) for place in places])
