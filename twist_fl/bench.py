@@ -13,7 +13,6 @@ from rich.console import Console
 
 from twist_fl.checks import ConfigError, LaunchError
 from twist_fl.config import conf_dir
-from twist_fl.files import write_text
 
 BENCHES = {
     "round": "a round of GPT-2 124M, phase by phase, beside its floors",
@@ -62,6 +61,7 @@ def run_benches(console: Console, name: str | None, options: Sequence[str], resu
 
 
 def measure(tree: Path, name: str, options: Sequence[str], folder: Path) -> None:
+    from twist_fl.files import write_text
     from twist_fl.results import provenance
 
     about = provenance()  # of before: the measurement itself changes files of the tree
@@ -78,6 +78,7 @@ def measure(tree: Path, name: str, options: Sequence[str], folder: Path) -> None
 def publish(tree: Path) -> None:
     """docs/performance.md's tables and figures from results/performance."""
     from twist_fl import performance
+    from twist_fl.files import write_text
 
     folder, page = tree / "results" / "performance", tree / "docs" / "performance.md"
     found = performance.read(folder)

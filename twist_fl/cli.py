@@ -151,8 +151,6 @@ def bench(
     """Measure time, memory and bytes beside floors and rivals, in a source tree. Other options are the script's."""
     from twist_fl.bench import run_benches
 
-    if context.args and name is None:
-        raise ConfigError(f"{' '.join(context.args)}: options need the NAME of the benchmark they are for")
     run_benches(console, name, context.args, results)
 
 

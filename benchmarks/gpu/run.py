@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from common import gpt2_config, save, show
+from common import gpt2_config, job_without_text, save, show
 from steps import Peak, ddp_steps, random_model, subnet_steps
 from torch import distributed
 from transformers import AutoTokenizer, GPT2Config
@@ -37,7 +37,7 @@ from twist_fl.blueprint import Blueprint, Division, Setting, draw_round, full_bl
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError, Precision, load_config
 from twist_fl.cost import step_flops
-from twist_fl.job import Job, make_job
+from twist_fl.job import Job
 from twist_fl.precision import check_precision
 from twist_fl.results import provenance
 from twist_fl.rounds import RoundMean, RunState, Worker, dispatch, plan, start
@@ -63,21 +63,20 @@ class Bench:
         self.args = args
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.batch, self.window, self.steps, self.warm_up = (2, 16, 2, 1) if args.tiny else (2, 1024, 20, 5)
-        sizes = {"n_embd": 24, "vocab_size": 400, "n_positions": 16} if args.tiny else {}
+        sizes = {"n_embd": 24, "n_layer": 5, "vocab_size": 400, "n_positions": 16} if args.tiny else {}
         self.model = gpt2_config(**sizes)
         self.interval = 2 if args.tiny else 15
-        self._read: Job | None = None
+        self._made: Job | None = None
 
     def job(self, *overrides: str) -> Job:
-        """GPT-2's job on the text that every Python carries; its tokenizer is a small one of its own."""
-        sizes = ("model.n_embd=24", f"data.window={self.window}", f"model.n_positions={self.window}")
+        """GPT-2's job; its few made-up sentences are read once."""
         budget = (f"train.workers={WORKERS}", f"train.interval={self.interval}", f"train.batch_size={self.batch}")
-        ends = ("eval.every=0", "eval.sizes=[]", "eval.max_windows=2", "checkpoint_every=1000", "train.threads=1")
-        given = ("data.vocab_size=400", "blueprint.num_sub=4")
-        config = load_config(overrides=[*sizes, *budget, *ends, *given, *overrides])
-        if self._read is None:  # the text takes seconds
-            self._read = replace(make_job(config), model_config=self.model, layout=make_layout(self.model.to_dict()))
-        return replace(self._read, config=config)
+        ends = ("eval.every=0", "eval.max_windows=2", "checkpoint_every=1000", "train.threads=1")
+        given = (*budget, *ends, f"data.window={self.window}", "blueprint.num_sub=4", *overrides)
+        if self._made is None:
+            with tempfile.TemporaryDirectory() as scratch:
+                self._made = job_without_text(self.model, Path(scratch), *given)
+        return replace(self._made, config=load_config(overrides=["eval.sizes=[]", *given]))
 
     def blueprint(self, job: Job, case: Case) -> Blueprint:
         if case is None:
@@ -281,7 +280,7 @@ PIECES: dict[str, Callable[[Bench], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pieces", nargs="*", metavar="PIECE", help=f"default: all of {', '.join(PIECES)}")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[2] / "results" / "gpu")
@@ -290,7 +289,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="perplexity: folder of a pretrained GPT-2 with its tokenizer")
     parser.add_argument("--text", type=Path, help="perplexity: UTF-8 text")
     parser.add_argument("--rank-to", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     if unknown := set(args.pieces) - set(PIECES):
         parser.error(f"no piece {min(unknown)!r}; there are {', '.join(PIECES)}")
     bench = Bench(args)
