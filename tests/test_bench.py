@@ -142,6 +142,9 @@ def test_a_round_through_the_records_is_a_round(tiny_job: MakeJob, tmp_path: Pat
     by_wire = round_by_wire(job, start(job), worker)
     plain, _ = twist_round(job, start(job), [worker] * job.config.train.workers)
     assert all(torch.equal(by_wire.params[name], plain.params[name]) for name in plain.params)
+    differences = round_by_wire(job, start(job), worker, differences=True)
+    for name, tensor in plain.params.items():
+        torch.testing.assert_close(differences.params[name], tensor, rtol=0, atol=2 * 1e-2 * 2**-8)
     rounding = tiny_job("train.optimizer_state=server", "flower.wire_dtype=bfloat16")
     rounded = round_by_wire(rounding, start(job), worker)
     assert any(not torch.equal(rounded.params[name], plain.params[name]) for name in plain.params)

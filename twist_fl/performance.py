@@ -188,7 +188,7 @@ def _growth_sizes(found: Mapping[str, Any]) -> str:
 
 def _wire(found: Mapping[str, Any]) -> str:
     settings = found["settings"]
-    header = ["wire_dtype", "from scratch: full", "6/12", "fine-tuning: full", "6/12"]
+    header = ["on the wire", "from scratch: full", "6/12", "fine-tuning: full", "6/12"]
     lines = [
         [dtype, *(f"{found[stage][dtype][key]:.2f}" for stage in ("scratch", "fine_tuning") for key in row)]
         for dtype, row in found["scratch"].items()
