@@ -58,6 +58,14 @@ def test_files_the_page_names_exist() -> None:
         assert (ROOT / "docs" / name).exists(), name
 
 
+def test_figures_of_the_published_results(tmp_path: Path) -> None:
+    found = performance.read(ROOT / "results" / "performance")
+    performance.draw(found, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"ddp.png", "growth.png"}
+    labels = [axes.get_ylabel() for axes in performance.draw_growth(found["growth"]).axes]
+    assert labels == ["seconds a round", "memory (GB)", "seconds or GB"]
+
+
 @pytest.mark.parametrize(
     ("value", "text"), [(0, "0"), (0.00001234, "0.000012"), (0.0123456, "0.0123"), (1.5, "1.5"), (12345.6, "12,346")]
 )

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -48,10 +49,13 @@ def run_benches(console: Console, name: str | None, options: Sequence[str], resu
     if name is not None and name not in BENCHES:
         listed = "; ".join(f"{known}: {what}" for known, what in BENCHES.items())
         raise ConfigError(f"no benchmark {name!r}. There are {listed}")
+    from twist_fl.results import provenance
+
+    about = provenance()  # of before: each result changes the tree
     folder = results or tree / "results" / "performance"
     for each in EVERY if name is None else (name,):
         console.print(f"{each}: {BENCHES[each]}")
-        measure(tree, each, options, folder)
+        measure(tree, each, options, folder, about)
     if name is None:
         left_out = ", ".join(f"{other} ({what})" for other, what in BENCHES.items() if other not in EVERY)
         console.print(f"left out: {left_out}")
@@ -60,11 +64,10 @@ def run_benches(console: Console, name: str | None, options: Sequence[str], resu
     console.print(f"results: {folder.resolve()}")
 
 
-def measure(tree: Path, name: str, options: Sequence[str], folder: Path) -> None:
+def measure(tree: Path, name: str, options: Sequence[str], folder: Path, about: dict[str, Any]) -> None:
+    """Raises LaunchError if the benchmark fails."""
     from twist_fl.files import write_text
-    from twist_fl.results import provenance
 
-    about = provenance()  # of before: the measurement itself changes files of the tree
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "found.json"
         command = [sys.executable, str(tree / "benchmarks" / f"{name}.py"), *options, "--out", str(out)]

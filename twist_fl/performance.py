@@ -274,7 +274,7 @@ def draw_growth(found: Mapping[str, Any]) -> Figure:
     seconds, memory, sizes = figure.subplots(3, 1)
     flower, server, models = found["flower"], found["server"], found["sizes"]
     _line(seconds, flower, "workers", "seconds", 0, "through Flower (tiny model)")
-    _line(seconds, server, "workers", "seconds", 1, "the server's own part")
+    _line(seconds, server, "workers", "seconds", 1, f"the server's part (state of {server[0]['state_mb']:.0f} MB)")
     seconds.set_ylabel("seconds a round")
     _line(memory, [row | {"gb": row["copies"] * row["state_mb"] / 1e3} for row in server], "workers", "gb", 1, "server")
     _line(memory, [row | {"gb": row["segment_mb"] / 1e3} for row in server], "workers", "gb", 2, "shared segments")
