@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,157 +63,142 @@ def number(value: float) -> str:
     return text if "e" not in text else f"{value:.6f}".rstrip("0")
 
 
-def _round(found: Mapping[str, Any]) -> str:
-    rates, settings = found["rates"], found["settings"]
+Row = Mapping[str, Any]
+Column = tuple[str, Callable[[Row], str]]
+
+
+def table(rows: Iterable[Row], *columns: Column) -> str:
+    """Markdown: a header and its text per column, a line per row."""
+    return markdown([[name for name, _ in columns], *([text(row) for _, text in columns] for row in rows)])
+
+
+def _speed_up(*more: Column) -> tuple[Column, ...]:
+    return (
+        ("faster", lambda r: f"{r['speed_up']:.2f}"),
+        ("FLOPs", lambda r: f"{r['flop_ratio']:.2f}"),
+        ("share", lambda r: f"{r['speed_up'] / r['flop_ratio']:.2f}"),
+        *more,
+    )
+
+
+def _round(found: Row) -> str:
+    rates, places = found["rates"], {"server": "server, all workers", "worker": "each worker", "both": "both"}
     parts = [
         f"One thread: a plain copy reads and writes {number(rates['copy'] / 1e9)} GB/s, a large float32 product does "
         f"{number(rates['flops'] / 1e9)} GFLOP/s.\n"
     ]
     for case in found["cases"]:
-        header = ["phase", "where", "copies", "MB", "TFLOP", "floor s", "measured s", "measured / floor"]
-        lines = [
-            [
-                name,
-                {"server": "server, all workers", "worker": "each worker", "both": "both"}[phase["at"]],
-                str(phase["copies"]),
-                number(phase["bytes"] / 1e6),
-                number(phase["flops"] / 1e12),
-                number(phase["floor_seconds"]),
-                number(phase["seconds"]),
-                number(phase["seconds"] / phase["floor_seconds"]) if phase["floor_seconds"] else "-",
-            ]
-            for name, phase in case["phases"].items()
-        ]
-        size = f"`both` {case['keep']}/{case['of']}, S = {settings['workers']}"
-        parts.append(f"{size}: {case['subnet_params']:,} parameters a worker\n\n{markdown([header, *lines])}")
+        size = f"`both` {case['keep']}/{case['of']}, S = {found['settings']['workers']}"
+        phases = table(
+            ({"phase": name} | phase for name, phase in case["phases"].items()),
+            ("phase", lambda r: str(r["phase"])),
+            ("where", lambda r: places[r["at"]]),
+            ("copies", lambda r: str(r["copies"])),
+            ("MB", lambda r: number(r["bytes"] / 1e6)),
+            ("TFLOP", lambda r: number(r["flops"] / 1e12)),
+            ("floor s", lambda r: number(r["floor_seconds"])),
+            ("measured s", lambda r: number(r["seconds"])),
+            ("measured / floor", lambda r: number(r["seconds"] / r["floor_seconds"]) if r["floor_seconds"] else "-"),
+        )
+        parts.append(f"{size}: {case['subnet_params']:,} parameters a worker\n\n{phases}")
     return "\n".join(parts)
 
 
-def _ddp(found: Mapping[str, Any]) -> str:
-    whole, settings = found["ddp"], found["settings"]
-    header = ["", "ms/batch", "faster", "FLOPs", "share", "paper", "peak MB", "of DDP", "paper", "MB a round"]
-    first = ["DDP", number(1e3 * whole["seconds"]), "1", "1", "1", "1", number(whole["peak_mb"]), "1", "1"]
-    lines = [[*first, number(whole["mb_per_interval"])]]
-    for row in found["rows"]:
-        lines.append(
-            [
-                f"`{row['setting']}` {row['keep']}/{row['of']}",
-                number(1e3 * row["seconds"]),
-                f"{row['speed_up']:.2f}",
-                f"{row['flop_ratio']:.2f}",
-                f"{row['speed_up'] / row['flop_ratio']:.2f}",
-                " / ".join(f"{row[key]:.2f}" for key in ("paper_speed_up", "paper_step_speed_up") if key in row),
-                number(row["peak_mb"]),
-                f"{row['memory']:.2f}",
-                f"{row['paper_memory']:.2f}",
-                number(row["mb_per_interval"]),
-            ]
-        )
+def _ddp(found: Row) -> str:
+    settings, one = found["settings"], {"speed_up": 1, "flop_ratio": 1, "memory": 1, "paper_memory": 1}
     about = (
         f"GPT-2's 12 layers and 12 heads, d {settings['d_model']}, vocabulary {settings['vocab']:,}: "
         f"{found['num_params'] / 1e6:.1f} M parameters, batches of {settings['batch']} x {settings['window']} tokens, "
         f"{settings['workers']} processes of one thread.\n\n"
     )
-    return about + markdown([header, *lines])
+    papers = ("paper_speed_up", "paper_step_speed_up")
+    return about + table(
+        [found["ddp"] | one | dict.fromkeys(papers, 1), *found["rows"]],
+        ("", lambda r: f"`{r['setting']}` {r['keep']}/{r['of']}" if "keep" in r else "DDP"),
+        ("ms/batch", lambda r: number(1e3 * r["seconds"])),
+        *_speed_up(("paper", lambda r: " / ".join(f"{r[key]:.2f}" for key in papers if key in r))),
+        ("peak MB", lambda r: number(r["peak_mb"])),
+        ("of DDP", lambda r: f"{r['memory']:.2f}"),
+        ("paper", lambda r: f"{r['paper_memory']:.2f}"),
+        ("MB a round", lambda r: number(r["mb_per_interval"])),
+    )
 
 
-def _ddp_flower(found: Mapping[str, Any]) -> str:
-    header = ["", "s a round", "of it training", "DDP, as many batches, s", "faster", "FLOPs", "share", "MB a worker"]
-    lines = [
-        [
-            f"`both` {row['keep']}/12",
-            number(row["seconds"]),
-            number(row["training_seconds"]),
-            number(row["ddp_seconds"]),
-            f"{row['speed_up']:.2f}",
-            f"{row['flop_ratio']:.2f}",
-            f"{row['speed_up'] / row['flop_ratio']:.2f}",
-            number(row["mb_per_worker"]),
-        ]
-        for row in found["flower"]
-    ]
-    return markdown([header, *lines])
+def _ddp_flower(found: Row) -> str:
+    return table(
+        found["flower"],
+        ("", lambda r: f"`both` {r['keep']}/12"),
+        ("s a round", lambda r: number(r["seconds"])),
+        ("of it training", lambda r: number(r["training_seconds"])),
+        ("DDP, as many batches, s", lambda r: number(r["ddp_seconds"])),
+        *_speed_up(("MB a worker", lambda r: number(r["mb_per_worker"]))),
+    )
 
 
-def _growth_flower(found: Mapping[str, Any]) -> str:
-    header = ["workers", "s a round", "slowest worker's part", "rest, a worker, ms", "whole command, s"]
-    lines = [
-        [
-            str(row["workers"]),
-            number(row["seconds"]),
-            number(row["training_seconds"]),
-            number(1e3 * (row["seconds"] - row["training_seconds"]) / row["workers"]),
-            number(row["command_seconds"]),
-        ]
-        for row in found["flower"]
-    ]
-    return markdown([header, *lines])
+def _growth_flower(found: Row) -> str:
+    return table(
+        found["flower"],
+        ("workers", lambda r: str(r["workers"])),
+        ("s a round", lambda r: number(r["seconds"])),
+        ("slowest worker's part", lambda r: number(r["training_seconds"])),
+        ("rest, a worker, ms", lambda r: number(1e3 * (r["seconds"] - r["training_seconds"]) / r["workers"])),
+        ("whole command, s", lambda r: number(r["command_seconds"])),
+    )
 
 
-def _growth_server(found: Mapping[str, Any]) -> str:
-    header = ["workers", "server s a round", "a worker, ms", "server memory, copies of the state", "shared segments MB"]
-    lines = [
-        [
-            str(row["workers"]),
-            number(row["seconds"]),
-            number(1e3 * row["seconds"] / row["workers"]),
-            f"{row['copies']:.2f}",
-            number(row["segment_mb"]),
-        ]
-        for row in found["server"]
-    ]
-    return f"A state of {number(found['server'][0]['state_mb'])} MB.\n\n" + markdown([header, *lines])
+def _growth_server(found: Row) -> str:
+    return f"A state of {number(found['server'][0]['state_mb'])} MB.\n\n" + table(
+        found["server"],
+        ("workers", lambda r: str(r["workers"])),
+        ("server s a round", lambda r: number(r["seconds"])),
+        ("a worker, ms", lambda r: number(1e3 * r["seconds"] / r["workers"])),
+        ("server memory, copies of the state", lambda r: f"{r['copies']:.2f}"),
+        ("shared segments MB", lambda r: number(r["segment_mb"])),
+    )
 
 
-def _growth_sizes(found: Mapping[str, Any]) -> str:
-    header = ["GPT-2", "M parameters", "subnet", "M", "MB each way", "TFLOP/step", "training GiB",
-              "server s a round", "server GB", "layers measured"]  # fmt: skip
-    lines = [
-        [
-            row["size"],
-            number(row["num_params"] / 1e6),
-            f"{row['keep']}/{row['of']}",
-            number(row["subnet_params"] / 1e6),
-            number(row["mb_each_way"]),
-            number(row["tflop_step"]),
-            number(row["training_gib"]),
-            number(row["server_seconds"]),
-            number(row["server_gb"]),
-            f"{row['layers_measured']} of {row['layers']}",
-        ]
-        for row in found["sizes"]
-    ]
-    return markdown([header, *lines])
+def _growth_sizes(found: Row) -> str:
+    return table(
+        found["sizes"],
+        ("GPT-2", lambda r: str(r["size"])),
+        ("M parameters", lambda r: number(r["num_params"] / 1e6)),
+        ("subnet", lambda r: f"{r['keep']}/{r['of']}"),
+        ("M", lambda r: number(r["subnet_params"] / 1e6)),
+        ("MB each way", lambda r: number(r["mb_each_way"])),
+        ("TFLOP/step", lambda r: number(r["tflop_step"])),
+        ("training GiB", lambda r: number(r["training_gib"])),
+        ("server s a round", lambda r: number(r["server_seconds"])),
+        ("server GB", lambda r: number(r["server_gb"])),
+        ("layers measured", lambda r: f"{r['layers_measured']} of {r['layers']}"),
+    )
 
 
-def _wire(found: Mapping[str, Any]) -> str:
+def _wire(found: Row) -> str:
     settings = found["settings"]
-    header = ["on the wire", "from scratch: full", "6/12", "fine-tuning: full", "6/12"]
-    lines = [
-        [dtype, *(f"{found[stage][dtype][key]:.2f}" for stage in ("scratch", "fine_tuning") for key in row)]
-        for dtype, row in found["scratch"].items()
-    ]
     about = f"{settings['rounds']} rounds at lr {settings['lr']:g}, then {settings['rounds']} at a tenth of it.\n\n"
-    return about + markdown([header, *lines])
+    return about + table(
+        ({"wire": wire, "scratch": row, "fine": found["fine_tuning"][wire]} for wire, row in found["scratch"].items()),
+        ("on the wire", lambda r: str(r["wire"])),
+        ("from scratch: full", lambda r: f"{r['scratch']['full']:.2f}"),
+        ("6/12", lambda r: f"{r['scratch']['ticket']:.2f}"),
+        ("fine-tuning: full", lambda r: f"{r['fine']['full']:.2f}"),
+        ("6/12", lambda r: f"{r['fine']['ticket']:.2f}"),
+    )
 
 
-def _step(found: Mapping[str, Any]) -> str:
+def _step(found: Row) -> str:
     plain, *_ = found["rows"]
-    header = ["loss", "s/step", "of plain", "peak MB", "of plain"]
-    lines = [
-        [
-            row["loss"],
-            number(row["seconds"]),
-            f"{row['seconds'] / plain['seconds']:.2f}",
-            number(row["peak_mb"]),
-            f"{row['peak_mb'] / plain['peak_mb']:.2f}",
-        ]
-        for row in found["rows"]
-    ]
-    return markdown([header, *lines])
+    return table(
+        found["rows"],
+        ("loss", lambda r: str(r["loss"])),
+        ("s/step", lambda r: number(r["seconds"])),
+        ("of plain", lambda r: f"{r['seconds'] / plain['seconds']:.2f}"),
+        ("peak MB", lambda r: number(r["peak_mb"])),
+        ("of plain", lambda r: f"{r['peak_mb'] / plain['peak_mb']:.2f}"),
+    )
 
 
-TABLES: dict[str, dict[str, Callable[[Mapping[str, Any]], str]]] = {
+TABLES: dict[str, dict[str, Callable[[Row], str]]] = {
     "round": {"round": _round},
     "ddp": {"ddp": _ddp, "ddp through Flower": _ddp_flower},
     "growth": {
