@@ -18,7 +18,7 @@ from steps import ddp_steps, random_model
 from torch import distributed
 from wire import round_by_wire
 
-from twist_fl import bench, performance
+from twist_fl import bench, performance, performance_plots
 from twist_fl.blueprint import full_blueprint
 from twist_fl.checks import ConfigError, LaunchError
 from twist_fl.cost import state_bytes
@@ -60,9 +60,9 @@ def test_files_the_page_names_exist() -> None:
 
 def test_figures_of_the_published_results(tmp_path: Path) -> None:
     found = performance.read(ROOT / "results" / "performance")
-    performance.draw(found, tmp_path)
+    performance_plots.draw(found, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"ddp.png", "growth.png"}
-    labels = [axes.get_ylabel() for axes in performance.draw_growth(found["growth"]).axes]
+    labels = [axes.get_ylabel() for axes in performance_plots.draw_growth(found["growth"]).axes]
     assert labels == ["seconds a round", "memory (GB)", "seconds or GB"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -68,6 +69,7 @@ def measure(tree: Path, name: str, options: Sequence[str], folder: Path, about: 
     """Raises LaunchError if the benchmark fails."""
     from twist_fl.files import write_text
 
+    about = about | {"load_before": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "found.json"
         command = [sys.executable, str(tree / "benchmarks" / f"{name}.py"), *options, "--out", str(out)]
@@ -75,15 +77,15 @@ def measure(tree: Path, name: str, options: Sequence[str], folder: Path, about: 
         if status or not out.is_file():
             raise LaunchError(f"benchmarks/{name}.py ended with status {status}, nothing is kept")
         found = json.loads(out.read_text())
-    write_text(json.dumps(about | found, indent=1) + "\n", folder / f"{name}.json")
+    write_text(json.dumps(found | about, indent=1) + "\n", folder / f"{name}.json")
 
 
 def publish(tree: Path) -> None:
     """docs/performance.md's tables and figures from results/performance."""
-    from twist_fl import performance
+    from twist_fl import performance, performance_plots
     from twist_fl.files import write_text
 
     folder, page = tree / "results" / "performance", tree / "docs" / "performance.md"
     found = performance.read(folder)
-    performance.draw(found, folder)
+    performance_plots.draw(found, folder)
     write_text(performance.fill(page.read_text(), performance.tables(found)), page)
