@@ -4,6 +4,7 @@ Each variant runs in a process of its own, so that its peak is its own; the vari
 of the turns counts, because other work on the machine only ever adds time.
 
     python benchmarks/step.py [--d-model 256] [--layers 4] [--window 512] [--batch 2] [--chunks 128 256 512]
+        [--out FILE]
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
+from common import save, show
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from twist_fl.config import TrainConfig
@@ -25,7 +29,7 @@ PLAIN = 10**9
 """More tokens than any batch has: one chunk, the model's own loss."""
 
 
-def measure(args: argparse.Namespace, chunk: int) -> dict[str, float]:
+def measure(args: argparse.Namespace, chunk: int) -> dict[str, Any]:
     """Seconds of the best step, and the process's peak memory above what it held before the first, in MB."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -44,9 +48,9 @@ def measure(args: argparse.Namespace, chunk: int) -> dict[str, float]:
     return {"seconds": min(seconds), "peak_mb": peak * 1024 / 1e6, "loss": interval.loss}
 
 
-def in_a_process(args: argparse.Namespace, chunk: int) -> dict[str, float]:
+def in_a_process(args: argparse.Namespace, chunk: int) -> dict[str, Any]:
     command = [sys.executable, __file__, *sys.argv[1:], "--only", str(chunk)]
-    found: dict[str, float] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     return found
 
 
@@ -62,24 +66,34 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="file for the results, JSON")
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.only:
         print(json.dumps(measure(args, args.only)))
         return
-    found: dict[int, list[dict[str, float]]] = {chunk: [] for chunk in (PLAIN, *args.chunks)}
+    found: dict[int, list[dict[str, Any]]] = {chunk: [] for chunk in (PLAIN, *args.chunks)}
     for _ in range(args.turns):
         for chunk, results in found.items():
             results.append(in_a_process(args, chunk))
-    plain_s, plain_mb = (min(r[key] for r in found[PLAIN]) for key in ("seconds", "peak_mb"))
+    rows = [
+        {
+            "loss": "plain" if chunk == PLAIN else f"chunks of {chunk}",
+            "seconds": min(result["seconds"] for result in results),
+            "peak_mb": min(result["peak_mb"] for result in results),
+            "first_loss": results[0]["loss"],
+        }
+        for chunk, results in found.items()
+    ]
+    plain_s, plain_mb = rows[0]["seconds"], rows[0]["peak_mb"]
     print(f"d={args.d_model} layers={args.layers} vocab={args.vocab} batch={args.batch}x{args.window}, "
           f"{args.precision}, {args.threads} threads, torch {torch.__version__}")  # fmt: skip
-    print(f"{'loss':>12} {'s/step':>8} {'of plain':>9} {'peak MB':>8} {'of plain':>9} {'first loss':>12}")
-    for chunk, results in found.items():
-        seconds, peak = (min(r[key] for r in results) for key in ("seconds", "peak_mb"))
-        name = "plain" if chunk == PLAIN else f"chunk {chunk}"
-        print(f"{name:>12} {seconds:8.3f} {seconds / plain_s:9.2f} {peak:8.0f} {peak / plain_mb:9.2f} "
-              f"{results[0]['loss']:12.6f}")  # fmt: skip
+    show(
+        ("loss", "s/step", "of plain", "peak MB", "of plain", "first loss"),
+        [(r["loss"], r["seconds"], r["seconds"] / plain_s, r["peak_mb"], r["peak_mb"] / plain_mb, r["first_loss"])
+         for r in rows],
+    )  # fmt: skip
+    save({"settings": {k: v for k, v in vars(args).items() if k not in ("out", "only")}, "rows": rows}, args.out)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,19 @@
 
 Both run the same job, one after the other, on a SuperLink with two nodes on this machine:
 
-    python benchmarks/warm_nodes.py runs/warm_nodes [key=value ...]
+    python benchmarks/warm_nodes.py [--out FILE] [key=value ...]
 """
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
 import re
 import statistics
-import sys
+import tempfile
 from pathlib import Path
+
+from common import save
 
 from twist_fl.checkpoint import RunFolder
 from twist_fl.loopback import NodeCommand, network, stock_node, warm_node
@@ -52,13 +54,15 @@ def start_up(logs: list[str]) -> list[float]:
 
 
 def main() -> None:
-    home = Path(sys.argv[1]).resolve()
-    overrides = " ".join([*TINY.split(), *sys.argv[2:]])
-    results: dict[str, object] = {"overrides": overrides, "cpus": os.cpu_count()}
-    stock = measure(home / "stock", overrides, stock_node)
-    warm = measure(home / "warm", overrides, warm_node)
-    results |= {"stock": stock, "warm": warm}
-    (home / "warm_nodes.json").write_text(json.dumps(results, indent=1))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="file for the results, JSON")
+    parser.add_argument("settings", nargs="*", help="key=value settings over those of the tiny job")
+    args = parser.parse_args()
+    overrides = " ".join([*TINY.split(), *args.settings])
+    with tempfile.TemporaryDirectory() as scratch:
+        stock = measure(Path(scratch) / "stock", overrides, stock_node)
+        warm = measure(Path(scratch) / "warm", overrides, warm_node)
+    save({"overrides": overrides, "stock": stock, "warm": warm}, args.out)
     for name, found in (("stock SuperNodes", stock), ("twist-fl node", warm)):
         print(
             f"{name:<17} first round {found['first']:6.2f} s, later {found['median']:6.2f} s (median) beside training"

@@ -37,6 +37,7 @@ COMMANDS = {
     "report": ("runs", "--out", "--publish"),
     "cost": ("preset", "overrides", "--steps"),
     "keys": (),
+    "bench": ("name", "--results"),
     "node": ("--superlink", "--insecure", "--root-certificates", "--auth-supernode-private-key", "--node-config"),
 }
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from twist_fl.bench import BENCHES
 from twist_fl.checks import LaunchError
 from twist_fl.config import ConfigError, presets
 from twist_fl.cost import PAPER_EXCHANGES
@@ -164,6 +165,22 @@ def cost(
     from twist_fl import look
 
     look.cost(console, preset, overrides or [], steps)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    name: Annotated[
+        str | None, typer.Argument(help=f"{', '.join(BENCHES)}; default: all that need no data.", show_default=False)
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="Folder for the results; default: results/performance, for docs/performance.md.")
+    ] = None,
+) -> None:
+    """Measure time, memory and bytes beside floors and rivals, in a source tree. Other options are the script's."""
+    from twist_fl.bench import run_benches
+
+    run_benches(console, name, context.args, results)
 
 
 @app.command()

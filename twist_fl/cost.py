@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import prod
 
 from twist_fl.blocks import Layout
 from twist_fl.blueprint import Blueprint, Division, draw_round, full_blueprint
@@ -34,6 +35,24 @@ def moment_bytes(layout: Layout, blueprints: Iterable[Blueprint]) -> int:
 def training_gib(layout: Layout, blueprint: Blueprint | None = None) -> float:
     """Memory column of Table 2, in GiB: weights, gradients and moments plus the runtime's constant."""
     return TRAINING_BYTES_PER_PARAM * layout.num_params(blueprint) / 2**30 + RUNTIME_GIB
+
+
+def step_flops(layout: Layout, blueprint: Blueprint | None, batch_size: int, window: int) -> int:
+    """Floating-point operations of the matrix products in one training step on (batch_size, window) tokens.
+
+    6 a weight and token (2 forward, 4 backward) for the projections of all layers and the head, and 12 x window a
+    token and attention channel for the two products of attention, counted whole as if nothing were masked.
+    """
+    weights = prod(layout.params[0].shape)  # the head's: as many as the token embedding's, tied or not
+    channels = 0
+    attention = {layout.outputs["attn"].format(layer=layer) + ".weight" for layer in range(layout.num_layers)}
+    for param in layout.params:
+        shape = layout.shape(param, blueprint)
+        if param.layer is not None and len(shape) == 2:
+            weights += prod(shape)
+        if param.name in attention:
+            channels += shape[param.dim]
+    return batch_size * window * (6 * weights + 12 * window * channels)
 
 
 @dataclass(frozen=True)

@@ -50,14 +50,14 @@ def drawings(runs: Sequence[FinishedRun]) -> dict[str, Draw]:
 
 
 def save_png(draw: Draw, runs: Sequence[FinishedRun], path: Path) -> None:
-    with _styled():
+    with styled():
         draw(runs).savefig(path, format="png", dpi=DPI)
 
 
 def svg(draw: Draw, runs: Sequence[FinishedRun], name: str) -> str:
     """An <svg> element to put inline: no document type, metadata or namespaces, and ids that start with `name`."""
     text = io.StringIO()
-    with _styled():
+    with styled():
         draw(runs).savefig(text, format="svg", metadata={"Date": None})
     element = text.getvalue().partition("<svg")
     inline = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", "".join(element[1:]), flags=re.DOTALL)
@@ -70,7 +70,7 @@ def _inline_tag(tag: str, name: str) -> str:
 
 
 @contextmanager
-def _styled() -> Iterator[None]:
+def styled() -> Iterator[None]:
     with mpl.rc_context(_STYLE):  # type: ignore[arg-type]
         yield
 
