@@ -47,7 +47,7 @@ def job_without_text(model: GPT2Config, folder: Path, *overrides: str) -> Job:
 
 def round_mean(job: Job, state: RunState, tasks: list[Task]) -> RoundMean:
     """As the server makes it."""
-    return RoundMean(job, state, tasks)
+    return RoundMean(job, state, tasks, in_place=True)
 
 
 def seconds_of(work: Callable[[], object]) -> float:

@@ -105,7 +105,7 @@ def ddp_steps(model: nn.Module, batches: Iterable[torch.Tensor], config: TrainCo
     torch.manual_seed(0)
     model.train()
     loss_of = nn.parallel.DistributedDataParallel(LossOf(model, config.loss_chunk))
-    optimizer, watch = make_optimizer(model, config), Stopwatch(device)
+    optimizer, watch = make_optimizer(model.parameters(), config), Stopwatch(device)
     with product_precision(config.precision, device):
         for windows in watch.hand_out(batches):
             with forward_precision(config.precision, device):
