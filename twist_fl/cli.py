@@ -184,6 +184,28 @@ def bench(
 
 
 @app.command()
+def reproduce(
+    names: Annotated[list[str], typer.Argument(help="Experiments, or all; any key=value among them is a setting.")],
+    scale: Annotated[str, typer.Option(help="tiny (CPU, minutes), small (WikiText-2) or paper (GPT-2 124M).")] = "tiny",
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="The lab: runs and measurements. Default: runs/reproduce/SCALE.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Where tables and figures go. Default: the lab.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Tasks at a time. Default: one a core.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+) -> None:
+    """Make the paper's tables and figures, and ours, with the paper's numbers beside: table1, table2, fig2, fig4 ...
+
+    Finished runs and measurements are used again, an interrupted command goes on where it was.
+    """
+    from twist_fl.experiments.reproduce import reproduce as run
+
+    wanted = [name for name in names if "=" not in name]
+    overrides = [name for name in names if "=" in name]
+    run(console, wanted, scale, overrides, folder=directory, out=out, jobs=jobs, dry_run=dry_run)
+
+
+@app.command()
 def keys() -> None:
     """List every setting with its default."""
     from twist_fl import look

@@ -12,14 +12,14 @@ from rich.table import Column, Table
 
 from twist_fl.checkpoint import RunFolder
 from twist_fl.checks import LaunchError
-from twist_fl.config import Config, ConfigError, load_config
+from twist_fl.config import Config, load_config
 from twist_fl.files import write_text
 from twist_fl.job import make_job
 from twist_fl.launch import flower_run
 from twist_fl.look import load_final
 from twist_fl.machine import check_simulation
 from twist_fl.progress import RunProgress
-from twist_fl.results import portable_config
+from twist_fl.results import refuse_other_settings
 
 INTERRUPTED = 130
 DEVICES = "deployed devices, as they measured it"
@@ -56,29 +56,13 @@ def demo(console: Console, directory: Path, overrides: list[str]) -> None:
         if not RunFolder(path).job_file.is_file():
             runs.append(train(console, "demo", wanted))
             continue
-        _same_settings(RunFolder(path), load_config("demo", wanted))
+        refuse_other_settings(RunFolder(path), load_config("demo", wanted))
         runs.append(resume(console, path))
     rows = _deployed(runs[0]) or deploy(console, runs[0].path, [])
     lines = table_cells(comparison_table(runs))
     console.print(terminal_table("test perplexity, tickets without fine-tuning: mean ± std", lines))
     console.print(terminal_table(DEVICES, device_cells(rows)))
     report(console, [run.path for run in runs], directory / "report.html")
-
-
-def _same_settings(folder: RunFolder, wanted: Config) -> None:
-    """Raises ConfigError if the run in `folder` was started with other settings than `wanted`."""
-    found, asked = portable_config(folder.job().config), portable_config(wanted)
-    found["train"]["threads"] = asked["train"]["threads"]  # resolved when the run was made
-    for section, value in asked.items():
-        pairs = value if isinstance(value, dict) else {"": value}
-        mine = found[section] if isinstance(value, dict) else {"": found[section]}
-        for key, wish in pairs.items():
-            if mine.get(key) != wish:
-                name = f"{section}.{key}".rstrip(".")
-                raise ConfigError(
-                    f"{folder.path} holds a run with {name}={mine.get(key)}, asked was {wish}: "
-                    "remove it, or choose another --dir"
-                )
 
 
 def _deployed(folder: RunFolder) -> list[dict[str, Any]]:

@@ -49,16 +49,16 @@ def drawings(runs: Sequence[FinishedRun]) -> dict[str, Draw]:
     return found | ({"tickets": draw_tickets} if ticket_sizes(runs) else {})
 
 
-def save_png(draw: Draw, runs: Sequence[FinishedRun], path: Path) -> None:
+def save_png(draw: Callable[[], Figure], path: Path) -> None:
     with styled():
-        draw(runs).savefig(path, format="png", dpi=DPI)
+        draw().savefig(path, format="png", dpi=DPI)
 
 
-def svg(draw: Draw, runs: Sequence[FinishedRun], name: str) -> str:
+def svg(draw: Callable[[], Figure], name: str) -> str:
     """An <svg> element to put inline: no document type, metadata or namespaces, and ids that start with `name`."""
     text = io.StringIO()
     with styled():
-        draw(runs).savefig(text, format="svg", metadata={"Date": None})
+        draw().savefig(text, format="svg", metadata={"Date": None})
     element = text.getvalue().partition("<svg")
     inline = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", "".join(element[1:]), flags=re.DOTALL)
     return re.sub(r"<[^<>]+>", lambda tag: _inline_tag(tag[0], name), inline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 46rem; margin: 0 auto;
        padding: 0 1rem 3rem; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
+h3 { font-size: 1rem; font-weight: 600; margin: 1.2rem 0 .3rem; }
 figure { margin: .5rem 0; } svg { width: 100%; max-width: 36rem; height: auto; } ul { padding-left: 1.2rem; }
 figcaption, .note { font-size: .875rem; color: #444; }
 .scroll { overflow-x: auto; }
@@ -66,7 +68,7 @@ def figures(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
     written = []
     for name, draw in plots.drawings(finished).items():
         written.append(folder / f"{name}.png")
-        plots.save_png(draw, finished, written[-1])
+        plots.save_png(partial(draw, finished), written[-1])
     return written
 
 
@@ -92,10 +94,10 @@ def write_report(
         *_configuration(finished),
         *_provenance(finished),
     ]
-    write_text(_page(title, "\n".join(body)), out)
+    write_text(page(title, "\n".join(body)), out)
 
 
-def _page(title: str, body: str) -> str:
+def page(title: str, body: str) -> str:
     """The whole document, in ASCII so that no encoding can spoil it."""
     page = f"""<!DOCTYPE html>
 <html lang="en">
@@ -134,18 +136,18 @@ def _in_words(run: FinishedRun) -> str:
 
 def _comparison(runs: Sequence[FinishedRun], rows: Sequence[Row]) -> Iterator[str]:
     yield "<h2>Comparison</h2>"
-    yield _table(table_cells(rows))
+    yield table(table_cells(rows))
     tokens = _each([f"{run.results['test_tokens']:,}" for run in runs])
-    yield _note(
+    yield note(
         f"Perplexity on the test split ({tokens} tokens). Under k/n: mean ± standard deviation over random tickets "
         f"({_each([_draws(run) for run in runs])} per size) of k of the n blocks in every divided layer. "
         "Bytes are both directions of all rounds and workers. Wall clock is without evaluation."
     )
     lost = [sum(len(each["dropped"]) for each in run.rounds) for run in runs]
     if any(lost):
-        yield _note(f"Replies that did not count: {_each([str(number) for number in lost])}.")
+        yield note(f"Replies that did not count: {_each([str(number) for number in lost])}.")
     if sizes_of(rows):
-        yield _details("Every ticket size", _table(list(_ticket_rows(runs))))
+        yield _details("Every ticket size", table(list(_ticket_rows(runs))))
 
 
 def _ticket_rows(runs: Sequence[FinishedRun]) -> Iterator[list[str]]:
@@ -175,7 +177,7 @@ def _figures(runs: Sequence[FinishedRun]) -> Iterator[str]:
     }
     for name, draw in plots.drawings(runs).items():
         yield f"<h2>{titles[name]}</h2>"
-        image = plots.svg(draw, runs, name).replace("<svg", f'<svg role="img" aria-label="{titles[name]}"', 1)
+        image = plots.svg(partial(draw, runs), name).replace("<svg", f'<svg role="img" aria-label="{titles[name]}"', 1)
         yield f"<figure>{image}<figcaption>{escape(captions[name])}</figcaption></figure>"
 
 
@@ -190,8 +192,8 @@ def _devices(deployed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         return
     yield "<h2>Edge devices</h2>"
     lines = [[_device_text(device, key) for key in _DEVICE_COLUMNS] for device in deployed]
-    yield _table([list(_DEVICE_COLUMNS.values()), *lines])
-    yield _note(
+    yield table([list(_DEVICE_COLUMNS.values()), *lines])
+    yield note(
         "Each device got the largest ticket that fits its memory limit (weights and the KV cache of one full context), "
         "as a dense model. Perplexity, latency and peak memory are measured on the device's side."
     )
@@ -215,9 +217,9 @@ def _configuration(runs: Sequence[FinishedRun]) -> Iterator[str]:
     differing = [key for key in keys if len({str(each.get(key)) for each in flat}) > 1]
     if differing:
         lines = [[key, *(str(each.get(key, MISSING)) for each in flat)] for key in differing]
-        yield _table([["differs in", *(run.label for run in runs)], *lines], words=True)
+        yield table([["differs in", *(run.label for run in runs)], *lines], words=True)
     elif len(runs) > 1:
-        yield _note("The runs have the same configuration.")
+        yield note("The runs have the same configuration.")
     for run in runs:
         yield _details(f"All settings of {run.label}", f"<pre>{escape(OmegaConf.to_yaml(run.config))}</pre>")
 
@@ -234,9 +236,9 @@ def _provenance(runs: Sequence[FinishedRun]) -> Iterator[str]:
     yield "<h2>Provenance</h2>"
     facts = [_facts(run) for run in runs]
     lines = [[name, *(each[name] for each in facts)] for name in facts[0]]
-    yield _table([["", *(run.label for run in runs)], *lines], words=True)
+    yield table([["", *(run.label for run in runs)], *lines], words=True)
     if any(each["commit"].endswith("+") for each in facts):
-        yield _note("A plus after the commit: the tree had uncommitted changes.")
+        yield note("A plus after the commit: the tree had uncommitted changes.")
 
 
 def _facts(run: FinishedRun) -> dict[str, str]:
@@ -262,7 +264,7 @@ def _each(values: Sequence[str]) -> str:
     return f"{' / '.join(values)}, in the order of the table"
 
 
-def _table(lines: Sequence[Sequence[str]], words: bool = False) -> str:
+def table(lines: Sequence[Sequence[str]], words: bool = False) -> str:
     """A table that scrolls sideways; the first line and the first column are headers."""
     header = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in lines[0])
     body = "\n".join(
@@ -278,5 +280,5 @@ def _details(summary: str, content: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>\n{content}</details>"
 
 
-def _note(text: str) -> str:
+def note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'

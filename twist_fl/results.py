@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from twist_fl import __version__, evaluate
 from twist_fl.blueprint import full_blueprint
 from twist_fl.checkpoint import RunFolder
-from twist_fl.config import Config
+from twist_fl.config import Config, ConfigError
 from twist_fl.files import write_text
 from twist_fl.job import Job
 from twist_fl.machine import usable_cores
@@ -71,6 +71,22 @@ def portable_config(config: Config) -> dict[str, Any]:
         if value and Path(value).is_absolute():
             fields[section][key] = Path(value).name
     return dict(fields)
+
+
+def refuse_other_settings(folder: RunFolder, wanted: Config) -> None:
+    """Raises ConfigError if the run in `folder` was started with other settings than `wanted`."""
+    found, asked = portable_config(folder.job().config), portable_config(wanted)
+    found["train"]["threads"] = asked["train"]["threads"]  # resolved when the run was made
+    for section, value in asked.items():
+        pairs = value if isinstance(value, dict) else {"": value}
+        mine = found[section] if isinstance(value, dict) else {"": found[section]}
+        for key, wish in pairs.items():
+            if mine.get(key) != wish:
+                name = f"{section}.{key}".rstrip(".")
+                raise ConfigError(
+                    f"{folder.path} holds a run with {name}={mine.get(key)}, asked was {wish}: "
+                    "remove it, or choose another --dir"
+                )
 
 
 def provenance() -> dict[str, Any]:

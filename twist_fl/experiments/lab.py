@@ -96,10 +96,14 @@ class Lab:
     def run(self, name: str) -> RunFolder:
         return RunFolder(self.folder / "runs" / name)
 
+    def words(self, task: Task) -> list[str]:
+        """The overrides of a training task."""
+        wanted = [*self.scale.overrides, *task.arguments["overrides"], *self.overrides]
+        return [*wanted, f"name={task.name}", f"dir={self.run(task.name).path}"]
+
     def config(self, task: Task) -> Config:
         """Of a training task. Raises ConfigError."""
-        wanted = [*self.scale.overrides, *task.arguments["overrides"], *self.overrides]
-        return load_config(self.scale.preset, [*wanted, f"name={task.name}", f"dir={self.run(task.name).path}"])
+        return load_config(self.scale.preset, self.words(task))
 
     @cached_property
     def base(self) -> Config:

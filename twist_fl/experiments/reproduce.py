@@ -1,0 +1,139 @@
+"""`twist-fl reproduce`: plan an experiment's tasks, do those that are missing, and show what came out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from twist_fl import plots
+from twist_fl.checks import ConfigError
+from twist_fl.commands import markdown, terminal_table, train
+from twist_fl.commands import resume as resume_run
+from twist_fl.experiments.catalog import EXPERIMENTS
+from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.experiments.lab import SCALES, TRAIN, Lab, Task
+from twist_fl.experiments.pages import write_page
+from twist_fl.experiments.runner import Pool, check
+from twist_fl.files import write_text
+from twist_fl.machine import usable_cores
+from twist_fl.results import provenance
+
+EVERY = "all"
+
+
+def reproduce(
+    console: Console,
+    names: Sequence[str],
+    scale: str,
+    overrides: Sequence[str],
+    *,
+    folder: Path | None,
+    out: Path | None,
+    jobs: int | None,
+    dry_run: bool,
+) -> None:
+    """Do the experiments `names` at `scale`; tables, figures, JSON and report.html go to `out` (default: the lab).
+
+    Raises ConfigError for an unknown name or an impossible setting, LaunchError if a task fails.
+    """
+    if scale not in SCALES:
+        raise ConfigError(f"--scale {scale!r} is unknown: choose one of {', '.join(SCALES)}")
+    chosen = [_experiment(name) for name in (EXPERIMENTS if EVERY in names else names)]
+    lab = Lab((folder or Path("runs/reproduce") / scale).resolve(), SCALES[scale], tuple(overrides))
+    tasks = list({task.name: task for experiment in chosen for task in experiment.tasks(lab)}.values())
+    check(lab, tasks)
+    if dry_run:
+        _show_plan(console, lab, chosen, tasks)
+        return
+    target = out or lab.folder
+    if lab.scale.runner == "flower":
+        _train_by_flower(console, lab, [task for task in tasks if task.kind == TRAIN])
+    Pool(console, lab, tasks, jobs or usable_cores()).run()
+    for experiment in chosen:
+        _show(console, lab, experiment, target)
+    page = write_page(target)
+    console.print(f"tables, figures and JSON in {target}; all of it in {page}", soft_wrap=True)
+
+
+def _experiment(name: str) -> Experiment:
+    if name not in EXPERIMENTS:
+        listed = "\n".join(f"  {known}: {experiment.title}" for known, experiment in EXPERIMENTS.items())
+        raise ConfigError(f"no experiment {name!r}; there are\n{listed}\n  {EVERY}: all of them")
+    return EXPERIMENTS[name]
+
+
+def _show_plan(console: Console, lab: Lab, chosen: Sequence[Experiment], tasks: Sequence[Task]) -> None:
+    """What would be done, and what of it is done already."""
+    lines: Cells = [["task", "kind", "state"]]
+    for task in tasks:
+        lines.append([task.name, task.kind, "done" if lab.is_done(task) else "to do"])
+    runs = [task for task in tasks if task.kind == TRAIN]
+    config = lab.base
+    console.print(f"{', '.join(each.name for each in chosen)} at scale {lab.scale.name}: {lab.scale.about}")
+    for line in lines:
+        console.print("  ".join(cell.ljust(width) for cell, width in zip(line, (46, 12, 6), strict=True)).rstrip())
+    todo = sum(not lab.is_done(task) for task in tasks)
+    budget = f"{config.train.rounds} intervals" if config.train.rounds else f"{config.train.epochs} epochs"
+    console.print(
+        f"{len(runs)} training runs of {budget}, {len(tasks) - len(runs)} measurements; {todo} tasks to do "
+        f"by {'Flower simulations, one after another' if lab.scale.runner == 'flower' else 'processes without Flower'}"
+    )
+
+
+def _train_by_flower(console: Console, lab: Lab, runs: Sequence[Task]) -> None:
+    for task in runs:
+        folder = lab.run(task.name)
+        if folder.job_file.is_file():
+            resume_run(console, folder.path)
+        else:
+            train(console, lab.scale.preset, lab.words(task))
+
+
+def _show(console: Console, lab: Lab, experiment: Experiment, target: Path) -> None:
+    """NAME.json, NAME.md and the figures; the tables in the terminal too."""
+    data: Data = {"experiment": experiment.name, **experiment.collect(lab)}
+    about: dict[str, Any] = {"scale": lab.scale.name, "preset": lab.scale.preset, "seed": lab.base.seed}
+    about["overrides"] = [word for word in (*lab.scale.overrides, *lab.overrides) if not word.startswith("data.path=")]
+    about["commits"] = sorted({commit for task in experiment.tasks(lab) if (commit := _commit_of(lab, task))})
+    data["provenance"] = provenance() | about
+    write_text(json.dumps(data, indent=1), target / f"{experiment.name}.json")
+    write_text(render(data), target / f"{experiment.name}.md")
+    for name, draw in experiment.figures.items():
+        plots.save_png(partial(draw, data), target / f"{name}.png")
+    for caption, cells in experiment.tables(data).items():
+        console.print(terminal_table(caption, cells) if len(cells) <= 4 else _upright(caption, cells))
+    for note in experiment.notes(data):
+        console.print(note, highlight=False)
+
+
+def _commit_of(lab: Lab, task: Task) -> str | None:
+    """Of the tree that did the task."""
+    if task.kind == TRAIN:
+        commit = lab.result(task).get("commit")
+    else:
+        commit = json.loads(lab.file(task).read_text()).get("commit")
+    return str(commit) if commit else None
+
+
+def _upright(caption: str, cells: Cells) -> Any:
+    from rich.table import Column, Table
+
+    header, *lines = cells
+    table = Table(header[0], *(Column(name, justify="right") for name in header[1:]), title=caption)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def render(data: Data) -> str:
+    """An experiment's tables, figures and notes as Markdown."""
+    experiment = EXPERIMENTS[data["experiment"]]
+    parts = [f"**{caption}**\n\n{markdown(cells)}" for caption, cells in experiment.tables(data).items()]
+    parts += [f"![{experiment.title}]({name}.png)\n" for name in experiment.figures]
+    parts += [f"- {note}\n" for note in experiment.notes(data)]
+    return "\n".join(parts)
