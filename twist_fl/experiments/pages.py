@@ -32,9 +32,8 @@ def write_page(folder: Path) -> Path:
 def _section(experiment: Experiment, data: Data) -> Iterator[str]:
     yield f"<h2>{escape(experiment.name)}: {escape(experiment.title)}</h2>"
     for name, draw in experiment.figures.items():
-        image = plots.svg(partial(draw, data), name)
-        label = escape(experiment.title, quote=True)
-        yield f"<figure>{image.replace('<svg', f'<svg role="img" aria-label="{label}"', 1)}</figure>"
+        label = f'<svg role="img" aria-label="{escape(experiment.title, quote=True)}"'
+        yield f"<figure>{plots.svg(partial(draw, data), name).replace('<svg', label, 1)}</figure>"
     for caption, cells in experiment.tables(data).items():
         yield f"<h3>{escape(caption)}</h3>{table(cells)}"
     for sentence in experiment.notes(data):
