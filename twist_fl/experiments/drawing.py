@@ -34,3 +34,4 @@ def value_bars(axes: Axes, values: Mapping[str, float], colors: Mapping[str, str
     axes.bar_label(bars, [f"{value:,.{decimals}f}" for value in values.values()], padding=2)
     axes.margins(y=0.12)
     axes.grid(visible=False, axis="x")
+    axes.set_axisbelow(True)

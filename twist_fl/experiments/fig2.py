@@ -74,8 +74,8 @@ def notes(data: Data) -> list[str]:
         f"{name}: from {100 * first['share'][name]:.1f} % to {100 * last['share'][name]:.1f} %" for name in UNDIVIDED
     ]
     return [
-        f"From the cost model alone, no training. {'; '.join(shares)}. The paper prints no numbers, and says that the "
-        "share approaches 50 %.",
+        f"From the cost model alone, no training. Share of the full model's memory, {'; '.join(shares)}. "
+        "The paper prints no numbers, and says that the share approaches 50 %.",
         "XL has 25 heads: its half is the mean of subnets with 12 and with 13 blocks.",
     ]
 
@@ -86,11 +86,12 @@ def draw(data: Data) -> Figure:
     models = data["models"]
     for name, look in LOOKS.items():
         shares = [100 * model["share"][name] for model in models.values()]
-        axes.plot(list(models), shares, **look, linewidth=1.4, markersize=5)
+        axes.plot(range(len(models)), shares, **look, linewidth=1.4, markersize=5)
     axes.axhline(50, color="#808080", linestyle="--", linewidth=1.0)
+    axes.set_xticks(range(len(models)), [f"{name}\n{m['params'] / 1e6:,.0f} M" for name, m in models.items()])
     axes.set_ylim(bottom=45)
     axes.set_ylabel("memory of half the blocks\n(% of the full model's)")
-    axes.set_xlabel("model")
+    axes.set_xlabel("model and its parameters")
     return figure
 
 

@@ -55,7 +55,7 @@ def tables(data: Data) -> dict[str, Cells]:
         for name in LOOKS
     ]
     text = f"Test loss of random tickets in nats per token, setting {data['setting']}"
-    header = ["blocks", "run", "median", "mean", "standard deviation", "least", "most"]
+    header = ["blocks", "run", "median", "mean", "standard deviation", "lowest", "highest"]
     return {caption(text, data): [header, *lines]}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,12 +12,12 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from twist_fl.blueprint import Setting
-from twist_fl.compare import perplexity_text
+from twist_fl.compare import MISSING, perplexity_text
 from twist_fl.experiments.drawing import figure_of
 from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
 from twist_fl.experiments.runs import twist
-from twist_fl.experiments.shared import PAPER, about, caption, label, seeds, ticket_rows, tickets
+from twist_fl.experiments.shared import PAPER, SE_6, about, caption, label, seeds, ticket_rows, tickets
 from twist_fl.plots import log_ticks
 
 SIZES = (4, 6, 8, 10)
@@ -38,18 +39,41 @@ def collect(setting: Setting, lab: Lab) -> Data:
         "about": about(lab),
         "setting": setting,
         "mean": mean,
-        "paper": PAPER.get(f"robustness_{setting}", {}),
+        "paper": _paper_cells(setting),
+        "paper_range": PAPER.get(f"robustness_{setting}", {}).get("train 4/12", {}).get("eval range", []),
     }
 
 
+def _paper_cells(setting: Setting) -> dict[str, dict[str, float]]:
+    """The cells that the paper prints, `[trained][evaluated]`: those that are in its Table 1, and two in its text."""
+    table = PAPER["table1_perplexity"]
+    matched, mid = (dict(zip(table["kappa"], table["rows"][setting][row], strict=True)) for row in ("TwIST SE", SE_6))
+    cells: dict[str, dict[str, float]] = {size: {size: matched[size]} for size in LABELS if size in matched}
+    cells[label(6)] |= {size: mid[size] for size in LABELS if size in mid}
+    said = PAPER.get(f"robustness_{setting}", {}).get("train 10/12", {})
+    return cells | {label(10): {text.removeprefix("eval "): value for text, value in said.items()}}
+
+
 def tables(data: Data) -> dict[str, Cells]:
-    mean = data["mean"]
-    header = ["evaluated at", *(f"trained at {trained}" for trained in LABELS)]
+    what = f"test perplexity of tickets, setting {data['setting']}, by size in training and in evaluation"
+    return {
+        caption(f"Mean {what}", data): _cells(data["mean"]),
+        f"The paper's {what}, where it is printed": _cells(data["paper"]),
+    }
+
+
+def _cells(mean: Mapping[str, Mapping[str, float]]) -> Cells:
     lines = [
-        [evaluated, *(perplexity_text(mean[trained][evaluated]) for trained in LABELS)] for evaluated in LABELS[::-1]
+        [
+            evaluated,
+            *(
+                perplexity_text(mean[trained][evaluated]) if evaluated in mean[trained] else MISSING
+                for trained in LABELS
+            ),
+        ]
+        for evaluated in LABELS[::-1]
     ]
-    text = f"Mean test perplexity of random tickets, setting {data['setting']}, by size in training and in evaluation"
-    return {caption(text, data): [header, *lines]}
+    return [["evaluated at", *(f"trained at {trained}" for trained in LABELS)], *lines]
 
 
 def notes(data: Data) -> list[str]:
@@ -57,34 +81,20 @@ def notes(data: Data) -> list[str]:
     best = min(worst, key=lambda trained: worst[trained])
     found = [
         seeds(data),
-        f"Worst perplexity over the sizes is least when trained at {best}: {perplexity_text(worst[best])}.",
+        f"The worst size's perplexity is lowest when trained at {best}: {perplexity_text(worst[best])}. "
+        "The paper finds training at 6/12 the most even.",
     ]
-    known = [
-        f"{_said(trained)} {_said(evaluated)}: {_numbers(value)} ({_ours(data, trained, evaluated)})"
-        for trained, row in data["paper"].items()
-        for evaluated, value in row.items()
-    ]
-    if not known:
-        return [*found, "The paper prints no numbers of this figure."]
-    return [*found, f"The paper's text: {'; '.join(known)}."]
+    if data["paper_range"]:
+        row = data["mean"][label(4)].values()
+        found.append(
+            f"Trained at {label(4)}, over all sizes: {_range(data['paper_range'])} in the paper's text, "
+            f"ours {_range(row)}."
+        )
+    return found
 
 
-def _said(words: str) -> str:
-    """ "train 10/12" and "eval 4/12" as a reader says it."""
-    verb, _, what = words.partition(" ")
-    if what == "range":
-        return "evaluated at all sizes"
-    return f"{'trained' if verb == 'train' else 'evaluated'} at {what}"
-
-
-def _numbers(value: float | list[float]) -> str:
-    return " to ".join(map(perplexity_text, value)) if isinstance(value, list) else perplexity_text(value)
-
-
-def _ours(data: Data, trained: str, evaluated: str) -> str:
-    row = data["mean"][trained.removeprefix("train ")]
-    size = evaluated.removeprefix("eval ")
-    return f"ours {_numbers([min(row.values()), max(row.values())] if size == 'range' else row[size])}"
+def _range(values: Collection[float]) -> str:
+    return f"{perplexity_text(min(values))} to {perplexity_text(max(values))}"
 
 
 def draw(data: Data) -> Figure:

@@ -31,14 +31,9 @@ SE_DDP, SE = "SE (DDP)", "TwIST SE"
 EXTRACTED = (SE_DDP, SE, SE_6)
 METHODS = (*PRUNERS, *EXTRACTED)
 CALIBRATION_WINDOWS = 128
-_COLORS = (*COLORS, "#808080")
 LOOKS: dict[str, dict[str, Any]] = {
-    method: {
-        "color": _COLORS[(i + 3) % len(_COLORS)],
-        "marker": MARKERS[i],
-        "linestyle": "-" if method in (SE, SE_6) else "--",
-    }
-    for i, method in enumerate(METHODS)
+    method: {"color": color, "marker": marker, "linestyle": "-" if method in (SE, SE_6) else "--"}
+    for method, color, marker in zip((SE_6, SE_DDP, SE, *PRUNERS), (*COLORS, "#808080"), MARKERS, strict=True)
 }
 
 
@@ -111,7 +106,7 @@ def tables(data: Data) -> dict[str, Cells]:
         for setting in SETTINGS
     }
     return perplexities | {
-        caption(f"Least and most perplexity of {drawn} random tickets", data): [
+        caption(f"Lowest and highest perplexity of {drawn} random tickets", data): [
             ["setting", "method", *LABELS],
             *(
                 [setting, method, *(_range_text(data["settings"][setting]["rows"][method][size]) for size in LABELS)]
@@ -192,10 +187,11 @@ def draw(data: Data) -> Figure:
     panels = figure.subplots(len(SETTINGS), 2, sharex=True)
     for (left, right), setting in zip(panels, SETTINGS, strict=True):
         ours: dict[str, dict[str, Any]] = data["settings"][setting]["rows"]
-        _panel(left, f"{setting}, ours", {method: [row[s]["mean"] for s in LABELS] for method, row in ours.items()})
-        for method in EXTRACTED:
+        for i, method in enumerate(EXTRACTED):
+            places = [kappa(size) + 0.006 * (i - 1) for size in LABELS]  # so that lines do not cover each other
             least, most = ([ours[method][size][key] for size in LABELS] for key in ("min", "max"))
-            left.vlines(list(map(kappa, LABELS)), least, most, color=LOOKS[method]["color"], linewidth=0.8)
+            left.vlines(places, least, most, color=LOOKS[method]["color"], linewidth=0.8)
+        _panel(left, f"{setting}, ours", {method: [row[s]["mean"] for s in LABELS] for method, row in ours.items()})
         _panel(right, f"{setting}, paper", data["paper"][setting])
         left.set_ylabel("test perplexity")
     for axes in panels[-1]:
