@@ -185,7 +185,7 @@ def _cells(row: Row, sizes: Sequence[str]) -> Iterator[str]:
     yield row.label
     yield perplexity_text(row.full)
     for size in sizes:
-        yield _spread_text(*row.tickets[size]) if size in row.tickets else MISSING
+        yield spread_text(*row.tickets[size]) if size in row.tickets else MISSING
     yield human_bytes(row.weight_bytes)
     yield human_bytes(row.predicted_weight_bytes)
     yield human_bytes(row.moment_bytes) if row.moment_bytes else MISSING
@@ -198,7 +198,8 @@ def perplexity_text(value: float) -> str:
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
-def _spread_text(mean: float, std: float) -> str:
+def spread_text(mean: float, std: float) -> str:
+    """As `perplexity_text`, both numbers with the mean's decimals."""
     decimals = 2 if mean < 1000 else 0
     return f"{mean:,.{decimals}f} ± {std:,.{decimals}f}"
 

@@ -9,6 +9,7 @@ from typing import Any
 from twist_fl import evaluate
 from twist_fl.blueprint import Setting
 from twist_fl.checkpoint import RunFolder
+from twist_fl.experiments.latency import latency
 from twist_fl.look import load_final
 from twist_fl.pruning import methods
 
@@ -50,4 +51,4 @@ def prune(folder: RunFolder, *, method: str, setting: Setting, size: int, calibr
     }
 
 
-MEASURES: dict[str, Callable[..., dict[str, Any]]] = {"tickets": tickets, "prune": prune}
+MEASURES: dict[str, Callable[..., dict[str, Any]]] = {"tickets": tickets, "prune": prune, "latency": latency}

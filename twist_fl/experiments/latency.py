@@ -1,0 +1,65 @@
+"""The time of a training step of a subnet's shape, measured side by side."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from twist_fl.blueprint import Blueprint, Setting, draw_ticket, full_blueprint
+from twist_fl.checkpoint import RunFolder
+from twist_fl.evaluate import ticket_sizes
+from twist_fl.job import Job
+from twist_fl.results import provenance
+from twist_fl.train import train_interval
+
+
+def latency(folder: RunFolder, *, settings: list[Setting], size: int, turns: int) -> dict[str, Any]:
+    """Milliseconds per batch of the run's model, whole and with `size` blocks a divided layer in each setting.
+
+    One process trains an interval of each shape in turn, `turns` times after one that does not count; the median is
+    what other work on the machine disturbs least. Only the run's job is needed, not its weights.
+    """
+    job = folder.job()
+    config, state, models = job.config, job.initial_state(), job.models(compile=job.config.train.compile)
+    batches = _batches(job)
+    shapes = {"full": full_blueprint(job.layout)} | {str(setting): _subnet(job, setting, size) for setting in settings}
+    seconds: dict[str, list[float]] = {name: [] for name in shapes}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.train.threads or 1)
+    try:
+        for _ in range(turns + 1):
+            for name, blueprint in shapes.items():
+                model = models.load_sliced(blueprint, state)
+                started = perf_counter()
+                train_interval(model, batches, config.train, config.seed)
+                seconds[name].append((perf_counter() - started) / len(batches))
+    finally:
+        torch.set_num_threads(threads)
+    return {
+        "ms": {name: 1000 * median(found[1:]) for name, found in seconds.items()},
+        "turns": turns,
+        "batches": len(batches),
+        "tokens": batches[0].numel(),
+        "device": job.device(),
+        "threads": config.train.threads or 1,
+        "num_params": job.layout.num_params(),
+        "hardware": provenance()["hardware"],
+    }
+
+
+def _batches(job: Job) -> list[torch.Tensor]:
+    """Worker 0's first interval, on the device."""
+    shard, windows = job.shard(0), job.corpus.train
+    return [
+        torch.tensor(windows[shard.batch(cursor)], dtype=torch.int64, device=job.device())  # (B, T)
+        for cursor in range(job.config.train.interval)
+    ]
+
+
+def _subnet(job: Job, setting: Setting, size: int) -> Blueprint:
+    division = replace(job.division, setting=setting, ticket_policy="random")
+    return draw_ticket(job.layout, division, ticket_sizes(job.layout, division, size), job.config.seed, 0)

@@ -1,0 +1,59 @@
+"""What the paper's experiments share: the paper's numbers, one measurement of a run's tickets, and words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
+
+from twist_fl.blueprint import Setting
+from twist_fl.compare import size_label
+from twist_fl.config import ConfigError
+from twist_fl.experiments.lab import Lab, Task, measure
+
+PAPER: Mapping[str, Any] = json.loads(files("twist_fl.experiments").joinpath("paper.json").read_text())
+"""Numbers printed in arXiv 2511.03983."""
+BLOCKS = 12
+"""Heads, and FFN blocks, of a layer: what the paper's sizes are counted of."""
+TICKET_SIZES = (10, 8, 6, 4, 3)
+"""Every size that some table or figure evaluates: a run's tickets are measured once for all."""
+SE_6 = "TwIST SE_6/12"
+
+
+def label(size: int) -> str:
+    return f"{size}/{BLOCKS}"
+
+
+def about(lab: Lab) -> dict[str, Any]:
+    """What the captions and notes say of the lab."""
+    return {"scale": lab.scale.name, "seed": lab.base.seed, "tickets": lab.scale.tickets}
+
+
+def caption(text: str, data: Mapping[str, Any]) -> str:
+    """`text`, with the scale's name if the numbers are not of the paper's."""
+    scale = data["about"]["scale"]
+    return text if scale == "paper" else f"{text} (scale {scale})"
+
+
+def seeds(data: Mapping[str, Any]) -> str:
+    about = data["about"]
+    return (
+        f"One training run each, with seed {about['seed']}; {about['tickets']} random tickets a size, drawn with the "
+        "same seed: every run is asked for the same blocks."
+    )
+
+
+def tickets(lab: Lab, run: Task, setting: Setting) -> Task:
+    return measure("tickets", run, setting=setting, sizes=list(TICKET_SIZES), draws=lab.scale.tickets)
+
+
+def ticket_rows(lab: Lab, run: Task, setting: Setting) -> dict[str, dict[str, Any]]:
+    """`evaluate.Tickets.summary` by size, "4/12". Raises ConfigError if a layer of the run has not 12 blocks."""
+    rows = lab.result(tickets(lab, run, setting))["tickets"]
+    if wrong := {row["of"] for row in rows} - {BLOCKS}:
+        raise ConfigError(
+            f"the paper's sizes are of {BLOCKS} blocks a layer, {run.name} has {wrong.pop()}: train with 12 heads "
+            "(model.n_head) and as many FFN blocks"
+        )
+    return {size_label(row): row for row in rows}

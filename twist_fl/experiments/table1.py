@@ -1,0 +1,212 @@
+"""Table 1: perplexity of subnets and of pruned models, by setting, size and method, and what each method costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from twist_fl.blueprint import Setting
+from twist_fl.compare import MISSING, kappa, perplexity_text, spread_text
+from twist_fl.experiments.drawing import figure_of
+from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.experiments.lab import Lab, Task, measure
+from twist_fl.experiments.runs import DDP, SETTINGS, twist
+from twist_fl.experiments.shared import PAPER, SE_6, about, caption, label, seeds, ticket_rows, tickets
+from twist_fl.plots import COLORS, MARKERS, scale_perplexity
+
+SIZES = (8, 6, 4, 3)
+LABELS = tuple(map(label, SIZES))
+PRUNERS = {
+    "SparseGPT": "sparsegpt",
+    "Wanda": "wanda",
+    "Z-Pruner": "zpruner",
+    "Block Prune": "block",
+    "Magnitude": "magnitude",
+}
+SE_DDP, SE = "SE (DDP)", "TwIST SE"
+EXTRACTED = (SE_DDP, SE, SE_6)
+METHODS = (*PRUNERS, *EXTRACTED)
+CALIBRATION_WINDOWS = 128
+LOOKS: dict[str, dict[str, Any]] = {
+    method: {"color": color, "marker": marker, "linestyle": "-" if method in (SE, SE_6) else "--"}
+    for method, color, marker in zip((SE_6, SE_DDP, SE, *PRUNERS), (*COLORS, "#808080"), MARKERS, strict=True)
+}
+
+
+def _run(method: str, setting: Setting, size: int) -> Task:
+    """The run whose random tickets are the row's."""
+    return {SE_DDP: DDP, SE: twist(setting, size), SE_6: twist(setting, 6)}[method]
+
+
+def _prune(method: str, setting: Setting, size: int) -> Task:
+    settings = {"method": PRUNERS[method], "setting": setting, "size": size, "calibration": CALIBRATION_WINDOWS}
+    return measure("prune", DDP, **settings)
+
+
+def tasks(lab: Lab) -> list[Task]:
+    runs = [DDP, *(twist(setting, size) for setting in SETTINGS for size in SIZES)]
+    measured = [
+        *(_prune(method, setting, size) for setting in SETTINGS for method in PRUNERS for size in SIZES),
+        *(tickets(lab, DDP, setting) for setting in SETTINGS),
+        *(tickets(lab, twist(setting, size), setting) for setting in SETTINGS for size in SIZES),
+    ]
+    return [*runs, *measured]
+
+
+def collect(lab: Lab) -> Data:
+    return {
+        "about": about(lab),
+        "settings": {setting: _setting(lab, setting) for setting in SETTINGS},
+        "cost": {
+            method: {key: found[key] for key in ("seconds", "peak_bytes", "calibration_tokens")}
+            for method in PRUNERS
+            for found in [lab.result(_prune(method, "both", 6))]
+        },
+        "paper": PAPER["table1_perplexity"]["rows"],
+    }
+
+
+def _setting(lab: Lab, setting: Setting) -> dict[str, Any]:
+    pruned = {method: {label(size): lab.result(_prune(method, setting, size)) for size in SIZES} for method in PRUNERS}
+    extracted = {
+        method: {
+            label(size): {
+                key: ticket_rows(lab, _run(method, setting, size), setting)[label(size)][key]
+                for key in ("mean", "std", "min", "max")
+            }
+            for size in SIZES
+        }
+        for method in EXTRACTED
+    }
+    return {
+        "rows": {
+            method: {size: {"mean": found["perplexity"]} for size, found in row.items()}
+            for method, row in pruned.items()
+        }
+        | extracted,
+        "full": {"DDP": lab.result(DDP)["full"]}
+        | {label(size): lab.result(twist(setting, size))["full"] for size in SIZES},
+        "remarks": {
+            f"{method} {size}": len(found["notes"])
+            for method, row in pruned.items()
+            for size, found in row.items()
+            if found["notes"]
+        },
+    }
+
+
+def tables(data: Data) -> dict[str, Cells]:
+    drawn = data["about"]["tickets"]
+    perplexities = {
+        caption(f"Test perplexity, setting {setting}, by blocks kept per layer", data): _perplexities(data, setting)
+        for setting in SETTINGS
+    }
+    return perplexities | {
+        caption(f"Lowest and highest perplexity of {drawn} random tickets", data): [
+            ["setting", "method", *LABELS],
+            *(
+                [setting, method, *(_range_text(data["settings"][setting]["rows"][method][size]) for size in LABELS)]
+                for setting in SETTINGS
+                for method in EXTRACTED
+            ),
+        ],
+        caption("Test perplexity of the full models, by the size that their workers held", data): [
+            ["setting", "DDP", *LABELS],
+            *([setting, *map(perplexity_text, data["settings"][setting]["full"].values())] for setting in SETTINGS),
+        ],
+        caption(f"What a method costs after training, setting both, {label(6)}", data): _costs(data),
+    }
+
+
+def _perplexities(data: Data, setting: str) -> Cells:
+    header = ["method", *(f"{size} {whose}" for whose in ("ours", "paper") for size in LABELS)]
+    return [header, *([method, *_ours(data, setting, method), *_paper(data, setting, method)] for method in METHODS)]
+
+
+def _ours(data: Data, setting: str, method: str) -> list[str]:
+    found = data["settings"][setting]["rows"][method]
+    return [
+        spread_text(found[size]["mean"], found[size]["std"])
+        if "std" in found[size]
+        else perplexity_text(found[size]["mean"])
+        for size in LABELS
+    ]
+
+
+def _paper(data: Data, setting: str, method: str) -> list[str]:
+    values = data["paper"][setting].get(method)
+    return [perplexity_text(value) for value in values] if values else [MISSING] * len(LABELS)
+
+
+def _range_text(found: Mapping[str, float]) -> str:
+    return f"{perplexity_text(found['min'])} to {perplexity_text(found['max'])}"
+
+
+def _costs(data: Data) -> Cells:
+    """A random ticket is drawn and sliced: nothing is measured, calibrated or solved."""
+    free = {"seconds": 0.0, "peak_bytes": 0, "calibration_tokens": 0}
+    return [
+        ["method", "seconds", "peak memory MB", "calibration tokens"],
+        *(
+            [
+                method,
+                f"{found['seconds']:.2f}" if found["seconds"] else "0",
+                f"{found['peak_bytes'] / 1e6:,.0f}",
+                f"{found['calibration_tokens']:,}",
+            ]
+            for method, found in (data["cost"] | dict.fromkeys(EXTRACTED, free)).items()
+        ),
+    ]
+
+
+def notes(data: Data) -> list[str]:
+    size, paper = label(4), PAPER["table1_perplexity"]
+    column = paper["kappa"].index(size)
+    found = [f"SE rows are mean ± standard deviation. {seeds(data)} The paper does not say how many it drew."]
+    for setting in SETTINGS:
+        rows, theirs = data["settings"][setting]["rows"], data["paper"][setting]
+        pairs = [
+            f"{method} {perplexity_text(rows[method][size]['mean'])} (paper {perplexity_text(theirs[method][column])})"
+            for method in (SE, SE_6, "SparseGPT", SE_DDP)
+        ]
+        found.append(f"{setting} {size}: {', '.join(pairs)}.")
+    remarks = {f"{s} {key}": n for s in SETTINGS for key, n in data["settings"][s]["remarks"].items()}
+    if remarks:
+        listed = "; ".join(f"{key} ({number})" for key, number in remarks.items())
+        found.append(f"Matrices that a pruner remarked on, mostly for more damping: {listed}.")
+    return found
+
+
+def draw(data: Data) -> Figure:
+    """Against kappa: a row per setting, ours left and the paper's right; thin lines reach to tickets' extremes."""
+    figure = figure_of(7.5, 9.0, LOOKS, columns=4)
+    panels = figure.subplots(len(SETTINGS), 2, sharex=True)
+    for (left, right), setting in zip(panels, SETTINGS, strict=True):
+        ours: dict[str, dict[str, Any]] = data["settings"][setting]["rows"]
+        for i, method in enumerate(EXTRACTED):
+            places = [kappa(size) + 0.006 * (i - 1) for size in LABELS]  # so that lines do not cover each other
+            least, most = ([ours[method][size][key] for size in LABELS] for key in ("min", "max"))
+            left.vlines(places, least, most, color=LOOKS[method]["color"], linewidth=0.8)
+        _panel(left, f"{setting}, ours", {method: [row[s]["mean"] for s in LABELS] for method, row in ours.items()})
+        _panel(right, f"{setting}, paper", data["paper"][setting])
+        left.set_ylabel("test perplexity")
+    for axes in panels[-1]:
+        axes.set_xlabel("κ: blocks kept / blocks in the layer")
+        axes.set_xticks(list(map(kappa, LABELS)), LABELS)
+    return figure
+
+
+def _panel(axes: Axes, heading: str, lines: Mapping[str, Sequence[float]]) -> None:
+    axes.set_title(heading, fontsize=10)
+    for method, values in lines.items():
+        axes.plot(list(map(kappa, LABELS)), values, **LOOKS[method], linewidth=1.4, markersize=5)
+    scale_perplexity(axes, [value for values in lines.values() for value in values if isfinite(value)])
+
+
+TABLE1 = Experiment(
+    "table1", "Table 1: perplexity of subnets and pruned models", tasks, collect, tables, {"table1": draw}, notes
+)

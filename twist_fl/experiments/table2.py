@@ -1,0 +1,100 @@
+"""Table 2: memory, communication and wall clock of a worker, by setting and subnet size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GPT2Config
+
+from twist_fl.blocks import make_layout
+from twist_fl.blueprint import Division, Setting
+from twist_fl.cost import PAPER_EXCHANGES, run_cost
+from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.experiments.lab import Lab, Task
+from twist_fl.experiments.runs import DDP, SETTINGS, twist
+from twist_fl.experiments.shared import BLOCKS, PAPER, about, label
+
+SIZES = (10, 8, 6, 4)
+WORKERS = 4
+
+
+def tasks(lab: Lab) -> list[Task]:
+    return [DDP, *(twist(setting, size) for setting in SETTINGS for size in SIZES)]
+
+
+def collect(lab: Lab) -> Data:
+    whole = training_seconds(lab, DDP)
+    rows = [
+        _row(setting, size, training_seconds(lab, twist(setting, size)) / whole)
+        for setting in SETTINGS
+        for size in SIZES
+    ]
+    paper = PAPER["table2"]["rows"]
+    whole_paper = _seconds(paper["DDP"][label(BLOCKS)][2])
+    for row in (*rows, ddp := _row(None, BLOCKS, 1.0)):
+        gigabytes, terabytes, clock = paper[row["setting"]][row["size"]]
+        row["paper"] = {"memory": gigabytes, "terabytes": terabytes, "wall_clock": _seconds(clock) / whole_paper}
+    return {"about": about(lab), "ddp_seconds": whole, "rows": [*rows, ddp]}
+
+
+def training_seconds(lab: Lab, run: Task) -> float:
+    """Of all rounds; of a round, its slowest worker's."""
+    return sum(float(each["training_seconds"]) for each in lab.run(run.name).events("round"))
+
+
+def _row(setting: Setting | None, size: int, wall_clock: float) -> dict[str, Any]:
+    """GPT-2 124M with the first and last two layers whole; `wall_clock` is relative to DDP. `setting` None is DDP."""
+    layout = make_layout(GPT2Config().to_dict())
+    division = Division(setting, ((size, size),) * WORKERS) if setting else None
+    run = run_cost(layout, division, rounds=0, steps=PAPER_EXCHANGES)
+    return {
+        "setting": setting or "DDP",
+        "size": label(size),
+        "memory": run.memory_gib,
+        "terabytes": run.tb_per_step,
+        "wall_clock": wall_clock,
+    }
+
+
+def _seconds(clock: str) -> int:
+    hours, minutes, seconds = map(int, clock.split(":"))
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def tables(data: Data) -> dict[str, Cells]:
+    scale = data["about"]["scale"]
+    kinds = (("memory", 2), ("terabytes", 2), ("wall_clock", 3))
+    header = [
+        *("setting", "κ", "memory GiB", "paper GB", "communication TB", "paper TB"),
+        *("wall clock / DDP's", "paper's"),
+    ]
+    lines = [
+        [
+            row["setting"],
+            row["size"],
+            *(f"{values[key]:.{decimals}f}" for key, decimals in kinds for values in (row, row["paper"])),
+        ]
+        for row in data["rows"]
+    ]
+    text = f"Memory and communication of a worker of GPT-2 124M, computed; wall clock at scale {scale}, measured"
+    return {text: [header, *lines]}
+
+
+def notes(data: Data) -> list[str]:
+    rows = data["rows"]
+    memory = max(abs(row["memory"] - row["paper"]["memory"]) for row in rows)
+    traffic = max(abs(row["terabytes"] - row["paper"]["terabytes"]) for row in rows)
+    fastest = min(rows, key=lambda row: row["wall_clock"])
+    return [
+        f"Memory is weight, gradient and two moments in float32, plus 0.06 GiB; communication is {PAPER_EXCHANGES:,} "
+        "exchanges of weights, as the paper counts, one per optimiser step. Largest distances from the paper: "
+        f"{memory:.3f} and {traffic:.3f} TB.",
+        "Our wall clock is the time that training takes, of each round the slowest worker's, without transfer, "
+        f"aggregation and evaluation; the paper's contains them. DDP: {data['ddp_seconds']:.1f} s in all. "
+        f"Seed {data['about']['seed']}.",
+        f"Shortest: {fastest['setting']} {fastest['size']} with {fastest['wall_clock']:.3f} of DDP's time "
+        f"(paper: {fastest['paper']['wall_clock']:.3f}).",
+    ]
+
+
+TABLE2 = Experiment("table2", "Table 2: memory, communication and wall clock", tasks, collect, tables, {}, notes)
