@@ -13,7 +13,6 @@ import torch
 from matplotlib.figure import Figure
 from transformers import GPT2Config
 
-from twist_fl import rounds
 from twist_fl.blocks import make_layout
 from twist_fl.blueprint import Division, draw_round
 from twist_fl.checkpoint import RunFolder
@@ -22,10 +21,9 @@ from twist_fl.experiments import fig2, fig5, fig6, shared, table1, table2
 from twist_fl.experiments.catalog import EXPERIMENTS
 from twist_fl.experiments.lab import TRAIN, Lab, Scale, Task
 from twist_fl.experiments.measures import MEASURES
+from twist_fl.experiments.runner import execute
 from twist_fl.experiments.runs import DDP, SETTINGS, twist
 from twist_fl.files import write_text
-from twist_fl.job import make_job
-from twist_fl.results import final_results
 
 MICRO = Scale(
     "micro",
@@ -40,21 +38,6 @@ MICRO = Scale(
     "seconds",
 )
 NAMES = list(EXPERIMENTS)
-
-
-def execute(lab: Lab, task: Task) -> None:
-    """Do one task, whose runs are done."""
-    if task.kind != TRAIN:
-        (run,) = task.runs
-        result = MEASURES[task.kind](lab.run(run), **task.arguments)
-        write_text(json.dumps({"of": {run: lab.run_id(run)}, "result": result}), lab.file(task))
-        return
-    job, folder = make_job(lab.config(task)), lab.run(task.name)
-    folder.create(job)
-    state = rounds.run(job, rounds.start(job), folder.path)
-    folder.save(state)
-    final_results(job, state, folder)
-    folder.log("done")
 
 
 # -- results that no training gave: known numbers in the right form

@@ -60,7 +60,7 @@ class Tickets:
 
     def summary(self) -> dict[str, object]:
         values = self.perplexities
-        spread = stdev(values) if len(values) > 1 else 0.0
+        spread = (stdev(values) if max(values) < inf else inf) if len(values) > 1 else 0.0
         return asdict(self) | {"mean": fmean(values), "std": spread, "min": min(values), "max": max(values)}
 
 

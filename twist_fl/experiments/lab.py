@@ -83,7 +83,7 @@ def train(name: str, *overrides: str) -> Task:
 
 def measure(kind: str, run: Task, **arguments: Any) -> Task:
     """One measurement of one run: `measures.MEASURES[kind](folder, **arguments)`."""
-    words = "-".join(str(value).replace("/", "_") for value in arguments.values())
+    words = "-".join("+".join(map(str, v)) if isinstance(v, (list, tuple)) else str(v) for v in arguments.values())
     return Task(f"{run.name}/{kind}-{words}" if words else f"{run.name}/{kind}", kind, (run.name,), arguments)
 
 

@@ -1,0 +1,127 @@
+"""`twist-fl reproduce`: what it plans, that nothing is done twice, and what it says when something fails."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from twist_fl import local, rounds
+from twist_fl.checkpoint import RunFolder
+from twist_fl.checks import ConfigError, LaunchError
+from twist_fl.config import load_config
+from twist_fl.experiments.catalog import EXPERIMENTS
+from twist_fl.experiments.lab import SCALES, Lab, measure, train
+from twist_fl.experiments.reproduce import reproduce
+from twist_fl.experiments.runner import Pool, execute
+from twist_fl.experiments.runs import DDP
+from twist_fl.job import make_job
+
+MICRO = [
+    *("model.n_layer=3", "model.n_embd=24", "model.n_positions=16", "data.window=16", "data.vocab_size=300"),
+    *("blueprint.undivided_first=1", "train.rounds=2", "train.interval=2", "train.batch_size=2"),
+    *("eval.tickets=2", "eval.sizes=[6]", "eval.max_windows=8"),
+]
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def files(folder: Path) -> dict[Path, float]:
+    return {path: path.stat().st_mtime for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_local_run_is_rounds_run_and_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    config = load_config("demo", [*MICRO, "train.rounds=4", "checkpoint_every=2", "train.threads=1"])
+    job = make_job(config)
+    folder = RunFolder(tmp_path / "run")
+    folder.create(job)
+    job = folder.job()
+    expected = rounds.run(job, rounds.start(job), tmp_path)
+    folder.save(rounds.run(job, rounds.start(job), tmp_path, 2))
+    local.train_local(folder)
+    found = folder.load()
+    assert found is not None
+    assert all(bool((found.params[name] == value).all()) for name, value in expected.params.items())
+    assert [event["round"] for event in folder.events("round")] == [3, 4]
+    assert all(event["training_seconds"] > 0 for event in folder.events("round"))
+    assert folder.events("done")
+
+
+def test_an_experiment_is_done_once_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def go(dry_run: bool = False) -> None:
+        console = Console(width=100)
+        lab = tmp_path / "lab"
+        reproduce(console, ["fig6"], "tiny", MICRO, folder=lab, out=tmp_path / "out", jobs=2, dry_run=dry_run)
+
+    go(dry_run=True)
+    assert "1 training runs of 2 intervals, 1 measurements; 2 tasks to do" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "lab").exists()
+    go()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"fig6.json", "fig6.md", "fig6.png", "report.html"}
+    data = json.loads((tmp_path / "out" / "fig6.json").read_text())
+    assert data["provenance"]["scale"] == "tiny"
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("<svg") == 1
+    assert "http" not in page.replace("http://www.w3.org", "")
+    done = files(tmp_path / "lab")
+    go()
+    assert files(tmp_path / "lab") == done
+    with pytest.raises(ConfigError, match=r"train\.lr=0\.001, asked was 0\.5"):
+        reproduce(
+            quiet(), ["fig6"], "tiny", [*MICRO, "train.lr=0.5"], folder=tmp_path / "lab", out=None, jobs=1, dry_run=True
+        )
+
+
+def test_a_run_that_was_made_anew_is_measured_anew(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, SCALES["tiny"], tuple(MICRO))
+    run = train("one", "algorithm=ddp")
+    tickets = measure("tickets", run, setting="both", sizes=[6], draws=1)
+    execute(lab, run)
+    execute(lab, tickets)
+    assert lab.is_done(tickets)
+    (lab.run("one").path / "job.json").unlink()
+    lab.run("one").create(make_job(lab.config(run)))
+    assert not lab.is_done(tickets)
+
+
+def test_failed_tasks_are_named_and_what_needs_them_is_left(tmp_path: Path) -> None:
+    lab = Lab(tmp_path, SCALES["tiny"], (*MICRO, "data.source=files", f"data.path={tmp_path / 'nothing'}"))
+    with pytest.raises(LaunchError, match=r"1 of 2 tasks failed; 1 others need them\. Their logs: .*ddp\.log"):
+        Pool(quiet(), lab, [DDP, measure("latency", DDP, settings=["both"], size=4, turns=1)], 2).run()
+
+
+def test_what_does_not_exist_is_refused_with_what_does(tmp_path: Path) -> None:
+    for names, scale, message in ((["table3"], "tiny", "no experiment 'table3'"), (["fig2"], "huge", "choose one of")):
+        with pytest.raises(ConfigError, match=message):
+            reproduce(quiet(), names, scale, [], folder=tmp_path, out=None, jobs=1, dry_run=True)
+
+
+@pytest.mark.parametrize("scale", list(SCALES))
+def test_everything_can_be_planned_at_every_scale(scale: str, tmp_path: Path) -> None:
+    given = [f"data.path={tmp_path}"] if scale == "small" else []
+    reproduce(quiet(), ["all"], scale, given, folder=tmp_path, out=None, jobs=1, dry_run=True)
+    assert len({experiment.title for experiment in EXPERIMENTS.values()}) == len(EXPERIMENTS)
+
+
+def test_ctrl_c_leaves_no_process_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "twist_fl.cli", "reproduce", "fig6", *MICRO, "train.rounds=20000"]
+    process = subprocess.Popen([*words, "--dir", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    events = tmp_path / "runs" / "ddp" / "events.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (events.is_file() and '"round"' in events.read_text()):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert b"The same command goes on" in output
+    size = events.stat().st_size
+    time.sleep(0.5)
+    assert events.stat().st_size == size
