@@ -155,10 +155,11 @@ def draw(data: Data) -> Figure:
             places = [row["size"] / row["of"] + 0.008 * (i - (len(labels) - 1) / 2) for row in rows]
             means, stds = [row["mean"] for row in rows], [row["std"] for row in rows]
             panel.errorbar(places, means, yerr=stds, **look, linestyle="none", markersize=4.5, capsize=2)
-        ticks = {row["size"] / row["of"]: f"{row['size']}/{row['of']}" for row in _of_kind(data["models"][0], kind)}
-        panel.set_xticks(list(ticks), list(ticks.values()))
-        panel.set_xlabel("κ: blocks held / blocks in the layer")
-    axes[0].set_ylabel("norm of the block sum / that of all blocks")
+        ticks = {row["size"] / row["of"]: str(row["size"]) for row in _of_kind(data["models"][0], kind)}
+        of = data["models"][0]["rows"][0]["of"]
+        panel.set_xticks([*ticks, 1.0], [*ticks.values(), str(of)])
+        panel.set_xlabel(f"blocks held, of {of} (κ = held / {of})")
+    axes[0].set_ylabel("norm of the block sum,\nover that of all blocks")
     return figure
 
 
@@ -166,14 +167,16 @@ def notes(data: Data) -> list[str]:
     first = data["models"][0]
     found = [
         f"The norm is the mean over {first['tokens']:,} test tokens of the output projection's, without bias and "
-        f"scale; mean and deviation are over {first['draws']} random subnets (seed {first['seed']}) and the divided layers."
+        f"scale; mean and deviation are over {first['draws']} random subnets (seed {first['seed']}) and "
+        "the divided layers."
     ]
     for model in data["models"]:
         far = max(model["rows"], key=lambda row: abs(row["mean"] / sqrt(row["size"] / row["of"]) - 1))
         kappa, label = far["size"] / far["of"], model["label"]
+        laws = f"where the theorem has {sqrt(kappa):.3f} and the linear law {kappa:.3f}"
         found.append(
             f"{label[0].upper()}{label[1:]}, the ratio is furthest from √κ in {far['kind']} at "
-            f"{far['size']}/{far['of']}: {far['mean']:.3f}, where the theorem has {sqrt(kappa):.3f} and the linear law {kappa:.3f}."
+            f"{far['size']}/{far['of']}: {far['mean']:.3f}, {laws}."
         )
     return found
 
