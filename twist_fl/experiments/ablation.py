@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
 from twist_fl.blueprint import draw_ticket
 from twist_fl.checkpoint import RunFolder
 from twist_fl.compare import MISSING, perplexity_text, size_label
@@ -13,11 +16,15 @@ from twist_fl.evaluate import blocks_per_layer, perplexity, ticket_sizes
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
+from twist_fl.experiments.panels import looks, panels
 from twist_fl.job import Job
 from twist_fl.look import load_final
+from twist_fl.plots import LOG_FROM, log_ticks
 from twist_fl.progress import human_bytes
 
 MIXED = "blueprint.num_sub=[12,6,4,3]"
+DRAWN = (6, 3)
+"""Ticket sizes in the figure."""
 STATES = ("server", "reset", "client")
 ORDERED = (
     runs.variation("ordered", "blueprint.policy=ordered"),
@@ -121,6 +128,29 @@ def _ticket(ticket: Data) -> str:
     return f"{mean} ± {perplexity_text(ticket['std'])}" if "std" in ticket else mean
 
 
+def draw(data: Data) -> Figure:
+    """A line for each change: the full model and the mean of random tickets; the base's values go through all."""
+    rows = data["rows"]
+    shown = {"full model": [row["full"] for row in rows]}
+    for i, ticket in enumerate(rows[0]["tickets"]):
+        if ticket["size"] in DRAWN:
+            shown[f"{size_label(ticket)} tickets"] = [row["tickets"][i]["mean"] for row in rows]
+    figure, (axes,) = panels(list(shown), [""], share_y=False, height=0.6 + 0.25 * len(rows))
+    for values, look in zip(shown.values(), looks(len(shown)), strict=True):
+        axes.plot(values, range(len(rows)), **look, linestyle="none", markersize=5)
+        axes.axvline(values[0], color=look["color"], linewidth=0.8, linestyle="--", alpha=0.7)
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    axes.invert_yaxis()
+    every = [value for values in shown.values() for value in values]
+    if max(every) > LOG_FROM * min(every):
+        axes.set_xscale("log")
+        ticks = log_ticks(*axes.get_xlim())
+        axes.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("test perplexity")
+    return figure
+
+
 def notes(data: Data) -> list[str]:
     base = data["rows"][0]
     best = min(data["rows"], key=lambda row: float(row["full"]))
@@ -142,4 +172,4 @@ def notes(data: Data) -> list[str]:
     return found
 
 
-ABLATION = Experiment("ablation", "What each choice changes", tasks, collect, tables, notes=notes)
+ABLATION = Experiment("ablation", "What each choice changes", tasks, collect, tables, {"ablation": draw}, notes)

@@ -135,7 +135,7 @@ def draw(data: Data) -> Figure:
     return figure
 
 
-_PANELS = {"scaled": "scaled by √(nodes / nodes left)", "unscaled": "not scaled"}
+_PANELS = {"scaled": "with the scale factor", "unscaled": "without it"}
 
 
 def notes(data: Data) -> list[str]:
