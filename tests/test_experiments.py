@@ -18,7 +18,7 @@ from twist_fl.blueprint import Division, draw_round
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError
 from twist_fl.experiments import fig2, fig5, fig6, shared, table1, table2
-from twist_fl.experiments.catalog import EXPERIMENTS
+from twist_fl.experiments.catalog import PAPER
 from twist_fl.experiments.lab import TRAIN, Lab, Scale, Task
 from twist_fl.experiments.measures import MEASURES
 from twist_fl.experiments.runner import execute
@@ -37,6 +37,7 @@ MICRO = Scale(
     "local",
     "seconds",
 )
+EXPERIMENTS = {experiment.name: experiment for experiment in PAPER}
 NAMES = list(EXPERIMENTS)
 
 

@@ -108,6 +108,9 @@ def test_what_does_not_exist_is_refused_with_what_does(tmp_path: Path) -> None:
 def test_everything_can_be_planned_at_every_scale(scale: str, tmp_path: Path) -> None:
     given = [f"data.path={tmp_path}"] if scale == "small" else []
     reproduce(quiet(), ["all"], scale, given, folder=tmp_path, out=None, jobs=1, dry_run=True)
+    lab = Lab(tmp_path, SCALES[scale], tuple(given))
+    tasks = [task for experiment in EXPERIMENTS.values() for task in experiment.tasks(lab)]
+    assert len({task.name for task in tasks}) == len({repr(task) for task in tasks})
     assert len({experiment.title for experiment in EXPERIMENTS.values()}) == len(EXPERIMENTS)
 
 

@@ -9,7 +9,11 @@ from typing import Any
 from twist_fl import evaluate
 from twist_fl.blueprint import Setting
 from twist_fl.checkpoint import RunFolder
+from twist_fl.experiments.ablation import ordered_tickets
+from twist_fl.experiments.failure import failure
 from twist_fl.experiments.latency import latency
+from twist_fl.experiments.real_cost import real_cost
+from twist_fl.experiments.theorem import norms
 from twist_fl.look import load_final
 from twist_fl.pruning import methods
 
@@ -51,4 +55,12 @@ def prune(folder: RunFolder, *, method: str, setting: Setting, size: int, calibr
     }
 
 
-MEASURES: dict[str, Callable[..., dict[str, Any]]] = {"tickets": tickets, "prune": prune, "latency": latency}
+MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
+    "tickets": tickets,
+    "prune": prune,
+    "latency": latency,
+    "failure": failure,
+    "norms": norms,
+    "real_cost": real_cost,
+    "ordered_tickets": ordered_tickets,
+}

@@ -1,0 +1,175 @@
+"""What each choice changes at `both` 6/12: one key at a time, all at the same budget of batches."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from twist_fl.blueprint import draw_ticket
+from twist_fl.checkpoint import RunFolder
+from twist_fl.compare import MISSING, perplexity_text, size_label
+from twist_fl.cost import state_bytes
+from twist_fl.evaluate import blocks_per_layer, perplexity, ticket_sizes
+from twist_fl.experiments import runs
+from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.experiments.lab import Lab, Task, measure
+from twist_fl.experiments.panels import looks, panels
+from twist_fl.job import Job
+from twist_fl.look import load_final
+from twist_fl.plots import LOG_FROM, log_ticks
+from twist_fl.progress import human_bytes
+
+MIXED = "blueprint.num_sub=[12,6,4,3]"
+DRAWN = (6, 3)
+"""Ticket sizes in the figure."""
+STATES = ("server", "reset", "client")
+ORDERED = (
+    runs.variation("ordered", "blueprint.policy=ordered"),
+    runs.variation("ordered-mixed", "blueprint.policy=ordered", MIXED),
+)
+
+
+def varied(lab: Lab) -> dict[str, Task]:
+    """The runs by what is different in them from the base, which is first."""
+    base = lab.base.train.optimizer_state
+    states = [state for state in STATES if state != base]
+    return {
+        f"base: random, sqrt, moments {base}": runs.twist("both", 6),
+        **{f"moments {s}": runs.variation(f"moments-{s}", f"train.optimizer_state={s}") for s in states},
+        **{f"scale {s}": runs.variation(f"scale-{s}", f"blueprint.scale={s}") for s in ("linear", "none")},
+        "sizes 12, 6, 4, 3": runs.variation("mixed", MIXED),
+        "sizes 12, 6, 4, 3 shuffled": runs.variation("mixed-shuffled", MIXED, "blueprint.assign=shuffled"),
+        "sizes 12, 6, 4, 3 drawn": runs.variation("mixed-drawn", MIXED, "blueprint.assign=drawn"),
+        "rolling": runs.variation("rolling", "blueprint.policy=rolling"),
+        "static": runs.variation("static", "blueprint.policy=static"),
+        "importance, |C| = 2": runs.variation(
+            "importance", "blueprint.policy=importance", "blueprint.num_common=2", "blueprint.score_every=20"
+        ),
+        "ordered": ORDERED[0],
+        "ordered, sizes 12, 6, 4, 3": ORDERED[1],
+        "FedAvg": runs.FEDAVG,
+        "DDP": runs.DDP,
+    }
+
+
+def interval_bytes(job: Job) -> dict[str, float]:
+    """Weights and moments that an interval moves, both ways, all workers (Appendix C); of drawn sizes the run's mean.
+
+    Of DDP, the gradients are counted with the weights, once a batch.
+    """
+    plain = replace(job.division, policy="random", ticket_policy="random", common=(), num_common=0)
+    bytes_of: dict[tuple[int, int], int] = {}
+
+    def subnet(size: tuple[int, int]) -> int:
+        if size not in bytes_of:
+            bytes_of[size] = state_bytes(job.layout, draw_ticket(job.layout, plain, size, 0, 0))
+        return bytes_of[size]
+
+    workers, seed = job.config.train.workers, job.config.seed
+    if job.config.algorithm == "twist":
+        rounds = [job.division.sizes(job.layout, seed, round_) for round_ in range(1, job.num_rounds + 1)]
+        weights = 2 * sum(subnet(size) for sizes in rounds for size in sizes) / len(rounds)
+    else:
+        weights = 2.0 * workers * state_bytes(job.layout) * job.rounds_per_interval
+    return {"weights": weights, "moments": 2 * weights if job.moments_travel else 0.0}
+
+
+def ordered_tickets(folder: RunFolder, *, sizes: list[int]) -> dict[str, Any]:
+    """Perplexity of the tickets that hold each layer's first blocks, which nested subnets are trained for."""
+    _, job, state = load_final(folder.path)
+    division = replace(job.division, ticket_policy="ordered")
+    windows, config, models = job.corpus.test[: job.config.eval.max_windows], job.config, job.models()
+    rows = []
+    for size in sizes:
+        ticket = draw_ticket(job.layout, division, ticket_sizes(job.layout, division, size), config.seed, 0)
+        value = perplexity(models.load_sliced(ticket, state.params), windows, config.eval.batch_size)
+        rows.append({"size": size, "of": blocks_per_layer(job.layout, division), "mean": value})
+    return {"tickets": rows}
+
+
+def _ordered(lab: Lab) -> dict[str, Task]:
+    return {run.name: measure("ordered_tickets", run, sizes=lab.base.eval.sizes) for run in ORDERED}
+
+
+def tasks(lab: Lab) -> list[Task]:
+    return [*varied(lab).values(), *_ordered(lab).values()]
+
+
+def collect(lab: Lab) -> Data:
+    rows: list[Data] = []
+    for label, task in varied(lab).items():
+        results = lab.result(task)
+        row = {"label": label, "full": results["full"], "tickets": results["tickets"]}
+        row |= {"interval_bytes": interval_bytes(lab.run(task.name).job())}
+        rows.append(row | {"draws": results["config"]["eval"]["tickets"], "seed": results["config"]["seed"]})
+        if task.name in _ordered(lab):
+            tickets = lab.result(_ordered(lab)[task.name])["tickets"]
+            rows.append(row | {"label": f"{label}; ordered tickets", "tickets": tickets})
+    return {"rows": rows}
+
+
+def tables(data: Data) -> dict[str, Cells]:
+    sizes = [size_label(ticket) for ticket in data["rows"][0]["tickets"]]
+    header = ["TwIST, both 6/12, with", "full model", *sizes, "weights per interval", "moments per interval"]
+    return {"Perplexity by what is changed": [header, *map(_cells, data["rows"])]}
+
+
+def _cells(row: Data) -> list[str]:
+    moved = row["interval_bytes"]
+    sent = [human_bytes(round(moved[key])) if moved[key] else MISSING for key in ("weights", "moments")]
+    return [row["label"], perplexity_text(row["full"]), *map(_ticket, row["tickets"]), *sent]
+
+
+def _ticket(ticket: Data) -> str:
+    mean = perplexity_text(ticket["mean"])
+    return f"{mean} ± {perplexity_text(ticket['std'])}" if "std" in ticket else mean
+
+
+def draw(data: Data) -> Figure:
+    """A line for each change: the full model and the mean of random tickets; the base's values go through all."""
+    rows = data["rows"]
+    shown = {"full model": [row["full"] for row in rows]}
+    for i, ticket in enumerate(rows[0]["tickets"]):
+        if ticket["size"] in DRAWN:
+            shown[f"{size_label(ticket)} tickets"] = [row["tickets"][i]["mean"] for row in rows]
+    figure, (axes,) = panels(list(shown), [""], share_y=False, height=0.6 + 0.25 * len(rows))
+    for values, look in zip(shown.values(), looks(len(shown)), strict=True):
+        axes.plot(values, range(len(rows)), **look, linestyle="none", markersize=5)
+        axes.axvline(values[0], color=look["color"], linewidth=0.8, linestyle="--", alpha=0.7)
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    axes.invert_yaxis()
+    every = [value for values in shown.values() for value in values]
+    if max(every) > LOG_FROM * min(every):
+        axes.set_xscale("log")
+        ticks = log_ticks(*axes.get_xlim())
+        axes.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("test perplexity")
+    return figure
+
+
+def notes(data: Data) -> list[str]:
+    base = data["rows"][0]
+    best = min(data["rows"], key=lambda row: float(row["full"]))
+    found = [
+        f"Tickets are {base['draws']} random ones a size (mean ± deviation) with the run's own scale and common "
+        "blocks; 'ordered tickets' hold each layer's first blocks and there is one a size. "
+        f"Seed {base['seed']}, one run a line.",
+        "Bytes are by the cost model, both ways, all workers; of DDP they are its gradients and the weights back, once "
+        "a batch.",
+        f"The full model is best with '{best['label']}': {perplexity_text(best['full'])}; "
+        f"the base has {perplexity_text(base['full'])}.",
+    ]
+    for i, ticket in enumerate(base["tickets"]):
+        ahead = min(data["rows"], key=lambda row: float(row["tickets"][i]["mean"]))
+        found.append(
+            f"Tickets of {size_label(ticket)} are best with '{ahead['label']}': "
+            f"{perplexity_text(ahead['tickets'][i]['mean'])}; the base has {perplexity_text(ticket['mean'])}."
+        )
+    return found
+
+
+ABLATION = Experiment("ablation", "What each choice changes", tasks, collect, tables, {"ablation": draw}, notes)

@@ -1,0 +1,11 @@
+"""More than the paper shows."""
+
+from __future__ import annotations
+
+from twist_fl.experiments.ablation import ABLATION
+from twist_fl.experiments.failure import FAILURE
+from twist_fl.experiments.real_cost import REAL_COST
+from twist_fl.experiments.sweep import SWEEP
+from twist_fl.experiments.theorem import THEOREM
+
+EXTRAS = (FAILURE, THEOREM, REAL_COST, SWEEP, ABLATION)

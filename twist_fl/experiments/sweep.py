@@ -1,0 +1,152 @@
+"""Exploration and exploitation: how often subnets are drawn, how many blocks are common, how large a subnet is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from twist_fl.compare import MISSING, perplexity_text, size_label
+from twist_fl.experiments import runs
+from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.experiments.lab import Lab, Task
+from twist_fl.experiments.panels import looks, panels
+from twist_fl.plots import scale_perplexity
+
+INTERVALS = (5, 15, 50)
+"""Batches between two draws; of the tiny scale's 1,500 batches all are divisors, 45 is not."""
+COMMON = (0, 1, 2, 4)
+"""At 6 of 12 blocks with four workers, 4 is the most that still covers all blocks."""
+SIZES = (8, 6, 4, 3)
+NAMES = {"interval": "batches between two draws", "common": "common blocks |C|, of 6", "size": "blocks a worker holds"}
+DRAWN = (6, 3)
+"""Ticket sizes in the figure."""
+
+
+def swept(lab: Lab) -> dict[str, dict[int, Task]]:
+    """By what is swept, and its value."""
+    base = runs.twist("both", 6)
+    return {
+        "interval": {interval: _interval(lab, interval) for interval in INTERVALS},
+        "common": {
+            count: runs.variation(f"common-{count}", f"blueprint.common={list(range(count))}") if count else base
+            for count in COMMON
+        },
+        "size": {size: runs.twist("both", size) for size in SIZES},
+    }
+
+
+def _interval(lab: Lab, interval: int) -> Task:
+    """The scale's budget in intervals of another length, to the nearest whole number; epochs stay as they are."""
+    train = lab.base.train
+    if interval == train.interval:
+        return runs.twist("both", 6)
+    overrides = [f"train.interval={interval}"]
+    if train.rounds:
+        overrides.append(f"train.rounds={max(1, round(train.rounds * train.interval / interval))}")
+    return runs.variation(f"interval-{interval}", *overrides)
+
+
+def tasks(lab: Lab) -> list[Task]:
+    found = {task.name: task for values in swept(lab).values() for task in values.values()}
+    return list(found.values())
+
+
+def collect(lab: Lab) -> Data:
+    return {"swept": {name: [_row(lab, value, task) for value, task in tasks.items()]
+                      for name, tasks in swept(lab).items()}}  # fmt: skip
+
+
+def _row(lab: Lab, value: int, task: Task) -> Data:
+    results = lab.result(task)
+    train = results["config"]["train"]
+    keep = ("size", "of", "mean", "std", "min", "max")
+    return {
+        "value": value,
+        "batches": results["rounds"] * train["interval"] if train["rounds"] else None,
+        "epochs": None if train["rounds"] else train["epochs"],
+        "rounds": results["rounds"],
+        "full": results["full"],
+        "tickets": [{key: ticket[key] for key in keep} for ticket in results["tickets"]],
+        "draws": results["config"]["eval"]["tickets"],
+        "seed": results["config"]["seed"],
+    }
+
+
+def tables(data: Data) -> dict[str, Cells]:
+    """One table a swept value."""
+    found = {}
+    for name, rows in data["swept"].items():
+        sizes = [size_label(ticket) for ticket in rows[0]["tickets"]]
+        header = [NAMES[name], "rounds", "full model", *sizes]
+        cells = [
+            [str(row["value"]), f"{row['rounds']:,}", perplexity_text(row["full"]), *_tickets(row)] for row in rows
+        ]
+        found[f"Perplexity by {NAMES[name]}"] = [header, *cells]
+    return found
+
+
+def _tickets(row: Data) -> list[str]:
+    return [f"{perplexity_text(ticket['mean'])} ± {perplexity_text(ticket['std'])}" for ticket in row["tickets"]]
+
+
+def _mean(row: Data, size: int) -> float | None:
+    return next((float(ticket["mean"]) for ticket in row["tickets"] if ticket["size"] == size), None)
+
+
+def _lines(rows: list[Data]) -> dict[str, list[tuple[int, float]]]:
+    """(swept value, perplexity) of the full model and of the tickets in the figure."""
+    of = rows[0]["tickets"][0]["of"]
+    found = {"full model": [(row["value"], row["full"]) for row in rows]}
+    for size in DRAWN:
+        found[f"{size}/{of} tickets"] = [(row["value"], mean) for row in rows if (mean := _mean(row, size)) is not None]
+    return found
+
+
+def draw(data: Data) -> Figure:
+    """A panel for each swept value: the full model and the mean of random tickets, on one perplexity axis."""
+    labels = list(_lines(data["swept"]["interval"]))
+    figure, axes = panels(labels, [""] * len(data["swept"]), share_y=True, height=3.0)
+    every: list[float] = []
+    for panel, (name, rows) in zip(axes, data["swept"].items(), strict=True):
+        for line, look in zip(_lines(rows).values(), looks(len(labels)), strict=True):
+            panel.plot(*zip(*line, strict=True), **look, linewidth=1.4, markersize=5)
+            every += [perplexity for _, perplexity in line]
+        if name == "interval":
+            panel.set_xscale("log")
+            panel.xaxis.set_minor_locator(NullLocator())
+        panel.set_xticks([row["value"] for row in rows], [str(row["value"]) for row in rows])
+        panel.set_xlabel(NAMES[name])
+    axes[0].set_ylabel("test perplexity")
+    scale_perplexity(axes[0], every)
+    return figure
+
+
+def notes(data: Data) -> list[str]:
+    intervals = data["swept"]["interval"]
+    first, values = intervals[0], ", ".join(str(row["value"]) for row in intervals)
+    budget = ", ".join(f"{row['batches']:,}" for row in intervals) + " batches a worker"
+    found = [
+        f"Each ticket's figure is a mean over {first['draws']} random ones with their deviation; runs and tickets have "
+        f"seed {first['seed']}. All are `both` 6/12 but for the swept value.",
+        "Common blocks are ids 0 to |C| - 1, and a ticket holds them too (one smaller than |C| holds only of them).",
+        f"The budget at intervals of {values} is {budget if first['batches'] else str(first['epochs']) + ' epochs'}.",
+    ]
+    for name, rows in data["swept"].items():
+        best: dict[str, Any] = min(rows, key=lambda row: row["full"])
+        text = f"By {NAMES[name]}, the full model is best at {best['value']} ({perplexity_text(best['full'])})"
+        for size in DRAWN:
+            there = [row for row in rows if _mean(row, size) is not None]
+            if there:
+                best = min(there, key=lambda row, size=size: _mean(row, size) or 0.0)  # type: ignore[misc]
+                text += f", {size}-block tickets at {best['value']} ({_text(_mean(best, size))})"
+        found.append(text + ".")
+    return found
+
+
+def _text(value: float | None) -> str:
+    return MISSING if value is None else perplexity_text(value)
+
+
+SWEEP = Experiment("sweep", "Interval, common blocks and subnet size", tasks, collect, tables, {"sweep": draw}, notes)
