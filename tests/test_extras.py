@@ -331,7 +331,7 @@ def test_ablation_has_a_line_for_ordered_tickets(lab: Lab) -> None:
     data = ablation.collect(lab)
     labels = [row["label"] for row in data["rows"]]
     assert labels[labels.index("ordered") + 1] == "ordered; ordered tickets"
-    assert "'ordered; ordered tickets': 90.00; the base has" in ablation.notes(data)[-1]
+    assert "3/12 are best of TwIST's with 'ordered; ordered tickets': 90.00; the base has" in ablation.notes(data)[-1]
 
 
 @pytest.mark.parametrize("name", SCALES)
