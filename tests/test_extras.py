@@ -331,7 +331,7 @@ def test_ablation_has_a_line_for_ordered_tickets(lab: Lab) -> None:
     data = ablation.collect(lab)
     labels = [row["label"] for row in data["rows"]]
     assert labels[labels.index("ordered") + 1] == "ordered; ordered tickets"
-    assert "'ordered; ordered tickets': 90.00; the base has" in ablation.notes(data)[-1]
+    assert "3/12 are best of TwIST's with 'ordered; ordered tickets': 90.00; the base has" in ablation.notes(data)[-1]
 
 
 @pytest.mark.parametrize("name", SCALES)
@@ -353,3 +353,9 @@ def test_intervals_share_one_budget(tmp_path: Path) -> None:
     assert {config.train.interval * (config.train.rounds or 0) for config in configs} == {1500}
     epochs = Lab(tmp_path, SCALES["small"], ("data.path=.",))
     assert {epochs.config(task).train.rounds for task in sweep.swept(epochs)["interval"].values()} == {None}
+
+
+def test_the_sweep_names_the_best_value(lab: Lab) -> None:
+    """Made-up perplexities grow with the run's name: 'twist-both-6' is the best of each."""
+    note = sweep.notes(sweep.collect(lab))[-2]
+    assert note.endswith("best are: full model at 0 (112.00), 6/12 tickets at 0 (118.00), 3/12 tickets at 0 (121.00).")

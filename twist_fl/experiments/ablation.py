@@ -32,6 +32,9 @@ ORDERED = (
 )
 
 
+WHOLE = {"FedAvg": runs.FEDAVG, "DDP": runs.DDP}
+
+
 def varied(lab: Lab) -> dict[str, Task]:
     """The runs by what is different in them from the base, which is first."""
     base = lab.base.train.optimizer_state
@@ -50,8 +53,7 @@ def varied(lab: Lab) -> dict[str, Task]:
         ),
         "ordered": ORDERED[0],
         "ordered, sizes 12, 6, 4, 3": ORDERED[1],
-        "FedAvg": runs.FEDAVG,
-        "DDP": runs.DDP,
+        **WHOLE,
     }
 
 
@@ -152,24 +154,27 @@ def draw(data: Data) -> Figure:
 
 
 def notes(data: Data) -> list[str]:
-    base = data["rows"][0]
-    best = min(data["rows"], key=lambda row: float(row["full"]))
+    base, *_ = data["rows"]
     found = [
         f"Tickets are {base['draws']} random ones a size (mean ± deviation) with the run's own scale and common "
         "blocks; 'ordered tickets' hold each layer's first blocks and there is one a size. "
         f"Seed {base['seed']}, one run a line.",
         "Bytes are by the cost model, both ways, all workers; of DDP they are its gradients and the weights back, once "
         "a batch.",
-        f"The full model is best with '{best['label']}': {perplexity_text(best['full'])}; "
-        f"the base has {perplexity_text(base['full'])}.",
     ]
+    found.append(_best("The full model is", [(row["label"], row["full"]) for row in data["rows"]]))
     for i, ticket in enumerate(base["tickets"]):
-        ahead = min(data["rows"], key=lambda row: float(row["tickets"][i]["mean"]))
-        found.append(
-            f"Tickets of {size_label(ticket)} are best with '{ahead['label']}': "
-            f"{perplexity_text(ahead['tickets'][i]['mean'])}; the base has {perplexity_text(ticket['mean'])}."
-        )
+        means = [(row["label"], row["tickets"][i]["mean"]) for row in data["rows"]]
+        found.append(_best(f"Tickets of {size_label(ticket)} are", means))
     return found
+
+
+def _best(what: str, values: list[tuple[str, float]]) -> str:
+    """Of (label, perplexity), the base first."""
+    label, best = min((pair for pair in values if pair[0] not in WHOLE), key=lambda pair: pair[1])
+    whole = ", ".join(f"{label} {perplexity_text(value)}" for label, value in values if label in WHOLE)
+    base = perplexity_text(values[0][1])
+    return f"{what} best of TwIST's with '{label}': {perplexity_text(best)}; the base has {base}, {whole}."
 
 
 ABLATION = Experiment("ablation", "What each choice changes", tasks, collect, tables, {"ablation": draw}, notes)

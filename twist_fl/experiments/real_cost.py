@@ -13,6 +13,7 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import nn
 
@@ -24,8 +25,10 @@ from twist_fl.edge import decode
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
+from twist_fl.experiments.panels import looks, panels
 from twist_fl.job import Job
 from twist_fl.look import load_final
+from twist_fl.plots import scale_perplexity
 from twist_fl.pruning.methods import Pruned, prune, pruned_perplexities, save_pruned
 from twist_fl.subnet import fold_scale
 
@@ -36,6 +39,7 @@ DDP_METHODS = ["sparsegpt", "wanda", "magnitude", "block", "se"]
 TURNS = 31
 NEW_TOKENS = 16
 FULL = "full"
+_WINDOW, _TOKEN = "ms_per_window", "ms_per_token"
 _LABELS = {
     FULL: "full model",
     "sparsegpt": "SparseGPT",
@@ -118,7 +122,7 @@ def speeds(
                 if turn:
                     forward[name].append(1e3 * seconds)
                     token[name].append(1e3 * median(steps))
-    return {name: {"ms_per_window": median(forward[name]), "ms_per_token": median(token[name])} for name in models}
+    return {name: {_WINDOW: median(forward[name]), _TOKEN: median(token[name])} for name in models}
 
 
 def real_cost(
@@ -185,10 +189,10 @@ def tables(data: Data) -> dict[str, Cells]:
                     f"{row['nonzero']:,}",
                     f"{row['file_bytes'] / 1e6:,.2f}",
                     f"{row['gzip_bytes'] / 1e6:,.2f}",
-                    f"{row['ms_per_window']:.2f}",
-                    f"{_speed(full, row, 'ms_per_window'):.2f}x",
-                    f"{row['ms_per_token']:.2f}",
-                    f"{_speed(full, row, 'ms_per_token'):.2f}x",
+                    f"{row[_WINDOW]:.2f}",
+                    f"{_speed(full, row, _WINDOW):.2f}x",
+                    f"{row[_TOKEN]:.2f}",
+                    f"{_speed(full, row, _TOKEN):.2f}x",
                 ]
             )
     first = data["runs"][0]
@@ -204,6 +208,22 @@ def _label(run: Data, row: Data) -> str:
 def _speed(full: Data, row: Data, key: str) -> float:
     """How many times as fast as the full model of the same process."""
     return float(full[key] / row[key])
+
+
+def draw(data: Data) -> Figure:
+    """Perplexity against the file's size, and against the speed, both relative to the run's full model."""
+    rows = [(run["rows"][0], row, _label(run, row)) for run in data["runs"] for row in run["rows"]]
+    figure, axes = panels([label for *_, label in rows], ["", ""], share_y=True, height=3.2)
+    for (full, row, _), look in zip(rows, looks(len(rows)), strict=True):
+        for panel, place in zip(
+            axes, (row["file_bytes"] / full["file_bytes"], _speed(full, row, _WINDOW)), strict=True
+        ):
+            panel.plot([place], [row["perplexity"]], **look, linestyle="none", markersize=6.5)
+    axes[0].set_xlabel("file size / the full model's")
+    axes[1].set_xlabel("windows per second / the full model's")
+    axes[0].set_ylabel("test perplexity")
+    scale_perplexity(axes[0], [row["perplexity"] for _, row, _ in rows])
+    return figure
 
 
 def notes(data: Data) -> list[str]:
@@ -235,7 +255,7 @@ def _names(rows: list[Data]) -> str:
 
 def _fast(rows: list[Data], full: Data) -> str:
     """Of the full model's windows per second."""
-    return _range([_speed(full, row, "ms_per_window") for row in rows])
+    return _range([_speed(full, row, _WINDOW) for row in rows])
 
 
 def _best_text(row: Data) -> str:
@@ -252,4 +272,6 @@ def _range(values: list[float]) -> str:
     return f"{least} %" if least == most else f"{least} to {most} %"
 
 
-REAL_COST = Experiment("realcost", "Size and CPU speed of pruned models", tasks, collect, tables, notes=notes)
+REAL_COST = Experiment(
+    "realcost", "Size and CPU speed of pruned models", tasks, collect, tables, {"realcost": draw}, notes
+)

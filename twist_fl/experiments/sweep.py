@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from twist_fl.compare import MISSING, perplexity_text, size_label
+from twist_fl.compare import perplexity_text, size_label
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
@@ -91,16 +89,12 @@ def _tickets(row: Data) -> list[str]:
     return [f"{perplexity_text(ticket['mean'])} ± {perplexity_text(ticket['std'])}" for ticket in row["tickets"]]
 
 
-def _mean(row: Data, size: int) -> float | None:
-    return next((float(ticket["mean"]) for ticket in row["tickets"] if ticket["size"] == size), None)
-
-
 def _lines(rows: list[Data]) -> dict[str, list[tuple[int, float]]]:
     """(swept value, perplexity) of the full model and of the tickets in the figure."""
-    of = rows[0]["tickets"][0]["of"]
     found = {"full model": [(row["value"], row["full"]) for row in rows]}
-    for size in DRAWN:
-        found[f"{size}/{of} tickets"] = [(row["value"], mean) for row in rows if (mean := _mean(row, size)) is not None]
+    for i, ticket in enumerate(rows[0]["tickets"]):
+        if ticket["size"] in DRAWN:
+            found[f"{size_label(ticket)} tickets"] = [(row["value"], row["tickets"][i]["mean"]) for row in rows]
     return found
 
 
@@ -134,19 +128,13 @@ def notes(data: Data) -> list[str]:
         f"The budget at intervals of {values} is {budget if first['batches'] else str(first['epochs']) + ' epochs'}.",
     ]
     for name, rows in data["swept"].items():
-        best: dict[str, Any] = min(rows, key=lambda row: row["full"])
-        text = f"By {NAMES[name]}, the full model is best at {best['value']} ({perplexity_text(best['full'])})"
-        for size in DRAWN:
-            there = [row for row in rows if _mean(row, size) is not None]
-            if there:
-                best = min(there, key=lambda row, size=size: _mean(row, size) or 0.0)  # type: ignore[misc]
-                text += f", {size}-block tickets at {best['value']} ({_text(_mean(best, size))})"
-        found.append(text + ".")
+        best = [
+            f"{line} at {value} ({perplexity_text(perplexity)})"
+            for line, points in _lines(rows).items()
+            for value, perplexity in [min(points, key=lambda point: point[1])]
+        ]
+        found.append(f"By {NAMES[name]}, best are: {', '.join(best)}.")
     return found
-
-
-def _text(value: float | None) -> str:
-    return MISSING if value is None else perplexity_text(value)
 
 
 SWEEP = Experiment("sweep", "Interval, common blocks and subnet size", tasks, collect, tables, {"sweep": draw}, notes)
