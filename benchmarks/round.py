@@ -76,14 +76,16 @@ class Round:
     def turn(self) -> None:
         job, clock = self.job, Clock()
         mean = round_mean(job, self.state, self.tasks)
-        for task in self.tasks:
-            blueprint = task.blueprint
-            packing = Packing.of(job, blueprint)
-            segment = self.segments.take(task.worker, packing.total_bytes)
+        sent = []
+        for task in self.tasks:  # all before the first reply, which takes the place of the state
+            segment = self.segments.take(task.worker, Packing.of(job, task.blueprint).total_bytes)
             with clock("send"):
                 content = wire.task_to_records(job, "", task, self.state.params, None, segment)
             with clock("checksum"):  # again, alone: sending is slicing into the segment, and this
                 transport.checksum(segment.memory)
+            sent.append((task, segment, content))
+        for task, segment, content in sent:
+            blueprint = task.blueprint
             with clock("receive"):
                 parcel = wire.task_from_records(job, content)
             with clock("load"):

@@ -27,8 +27,8 @@ Memory = dict[str, Array]
 """Half of the float64 sums of each parameter: 4 bytes an element, as the float32 parameter itself."""
 
 
-SUMMED = 2**16
-"""Elements summed at once: 0.5 MB in float64, so that what is made of them stays in a core's cache. Even."""
+SUMMED = 2**18
+"""Elements summed at once: enough for several threads not to wait for each other in Python. Even."""
 
 
 class ReplyError(ValueError):
