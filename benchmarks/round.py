@@ -93,10 +93,10 @@ class Round:
             tokens = task.num_batches * job.shard(task.worker).batch_length(0) * (job.config.data.window - 1)
             reply = Reply(blueprint.digest, get_state(model), 1.0, tokens, task.num_batches)
             with clock("return"):
-                content = wire.reply_to_records(job, blueprint, reply, parcel.segment)
-            assert handle_of(content), "the tensors did not go by shared memory"
+                answer = wire.reply_to_records(job, blueprint, reply, parcel.segment)
+            assert handle_of(answer), "the tensors did not go by shared memory"
             with clock("aggregate"):
-                mean.add(task, wire.reply_from_records(job, blueprint, content, segment))
+                mean.add(task, wire.reply_from_records(job, blueprint, answer, segment))
         assert not mean.report.dropped, mean.report.dropped
         with clock("aggregate"):
             self.state = mean.finish()

@@ -18,7 +18,7 @@ from twist_fl.checks import ConfigError, LaunchError
 from twist_fl.config import load_config
 from twist_fl.experiments.catalog import EXPERIMENTS
 from twist_fl.experiments.lab import SCALES, Lab, measure, train
-from twist_fl.experiments.reproduce import reproduce
+from twist_fl.experiments.reproduce import fill_page, reproduce
 from twist_fl.experiments.runner import Pool, execute
 from twist_fl.experiments.runs import DDP
 from twist_fl.job import make_job
@@ -128,3 +128,15 @@ def test_ctrl_c_leaves_no_process_and_the_same_command_goes_on(tmp_path: Path) -
     size = events.stat().st_size
     time.sleep(0.5)
     assert events.stat().st_size == size
+
+
+def test_the_page_of_results_is_the_published_one(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parent.parent
+    page = root / "docs" / "results.md"
+    made = root / "docs" / ".results.md"
+    made.write_text(page.read_text())
+    try:
+        fill_page(made, root / "results" / "tiny")
+        assert made.read_text() == page.read_text()
+    finally:
+        made.unlink()

@@ -192,6 +192,9 @@ def reproduce(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Where tables and figures go. Default: the lab.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Tasks at a time. Default: one a core.")] = None,
+    doc: Annotated[
+        Path | None, typer.Option(help="A Markdown page whose <!-- table: NAME --> places are filled, too.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
 ) -> None:
     """Make the paper's tables and figures, and ours, with the paper's numbers beside: table1, table2, fig2, fig4 ...
@@ -202,7 +205,7 @@ def reproduce(
 
     wanted = [name for name in names if "=" not in name]
     overrides = [name for name in names if "=" in name]
-    run(console, wanted, scale, overrides, folder=directory, out=out, jobs=jobs, dry_run=dry_run)
+    run(console, wanted, scale, overrides, folder=directory, out=out, jobs=jobs, dry_run=dry_run, doc=doc)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,7 @@ from twist_fl.experiments.pages import write_page
 from twist_fl.experiments.runner import Pool, check
 from twist_fl.files import write_text
 from twist_fl.machine import usable_cores
+from twist_fl.performance import fill, origin
 from twist_fl.results import provenance
 
 EVERY = "all"
@@ -32,10 +34,11 @@ def reproduce(
     scale: str,
     overrides: Sequence[str],
     *,
-    folder: Path | None,
-    out: Path | None,
-    jobs: int | None,
-    dry_run: bool,
+    folder: Path | None = None,
+    out: Path | None = None,
+    jobs: int | None = None,
+    dry_run: bool = False,
+    doc: Path | None = None,
 ) -> None:
     """Do the experiments `names` at `scale`; tables, figures, JSON and report.html go to `out` (default: the lab).
 
@@ -57,6 +60,8 @@ def reproduce(
     for experiment in chosen:
         _show(console, lab, experiment, target)
     page = write_page(target)
+    if doc is not None:
+        fill_page(doc, target)
     console.print(f"tables, figures and JSON in {target}; all of it in {page}", soft_wrap=True)
 
 
@@ -130,10 +135,22 @@ def _upright(caption: str, cells: Cells) -> Any:
     return table
 
 
-def render(data: Data) -> str:
-    """An experiment's tables, figures and notes as Markdown."""
+def render(data: Data, images: str = "") -> str:
+    """An experiment's tables, figures (in the folder `images`), notes and origin as Markdown."""
     experiment = EXPERIMENTS[data["experiment"]]
     parts = [f"**{caption}**\n\n{markdown(cells)}" for caption, cells in experiment.tables(data).items()]
-    parts += [f"![{experiment.title}]({name}.png)\n" for name in experiment.figures]
-    parts += [f"- {note}\n" for note in experiment.notes(data)]
+    parts += [f"![{experiment.title}]({images}{name}.png)\n" for name in experiment.figures]
+    parts.append("".join(f"- {note}\n" for note in experiment.notes(data)))
+    parts.append(f"{origin(data['provenance'])}\n")
     return "\n".join(parts)
+
+
+def fill_page(page: Path, results: Path) -> None:
+    """Bring every `<!-- table: NAME -->` of a Markdown page up to NAME.json in `results`.
+
+    Raises KeyError for a result that has no place in the page.
+    """
+    images = f"{Path(os.path.relpath(results.resolve(), page.resolve().parent)).as_posix()}/"
+    found = {name: json.loads((results / f"{name}.json").read_text()) for name in EXPERIMENTS
+             if (results / f"{name}.json").is_file()}  # fmt: skip
+    write_text(fill(page.read_text(), {name: render(data, images) for name, data in found.items()}), page)
