@@ -39,6 +39,7 @@ COMMANDS = {
     "keys": (),
     "bench": ("name", "--results"),
     "node": ("--superlink", "--insecure", "--root-certificates", "--auth-supernode-private-key", "--node-config"),
+    "reproduce": ("names", "--scale", "--dir", "--out", "--jobs", "--doc", "--dry-run"),
 }
 
 
