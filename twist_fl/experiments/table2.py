@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 from transformers import GPT2Config
@@ -38,8 +39,9 @@ def collect(lab: Lab) -> Data:
 
 
 def training_seconds(lab: Lab, run: Task) -> float:
-    """Of all rounds; of a round, its slowest worker's."""
-    return sum(float(each["training_seconds"]) for each in lab.run(run.name).events("round"))
+    """Rounds times the median round, whose time is its slowest worker's: a machine that slept does not count."""
+    seconds = [float(each["training_seconds"]) for each in lab.run(run.name).events("round")]
+    return median(seconds) * len(seconds)
 
 
 def _row(setting: Setting | None, size: int, wall_clock: float) -> dict[str, Any]:
@@ -90,7 +92,8 @@ def notes(data: Data) -> list[str]:
         "exchanges of weights, as the paper counts, one per optimiser step. Largest distances from the paper: "
         f"{memory:.3f} and {traffic:.3f} TB.",
         "Our wall clock is the time that training takes, of each round the slowest worker's, without transfer, "
-        f"aggregation and evaluation; the paper's contains them. DDP: {data['ddp_seconds']:.1f} s in all. "
+        "aggregation and evaluation; the paper's contains them. Runs that trained side by side on shared cores do not "
+        f"compare exactly: Figure 6 and docs/performance.md do. DDP: {data['ddp_seconds']:.1f} s in all. "
         f"Seed {data['about']['seed']}.",
         f"Shortest: {fastest['setting']} {fastest['size']} with {fastest['wall_clock']:.3f} of DDP's time "
         f"(paper: {fastest['paper']['wall_clock']:.3f}).",
