@@ -18,7 +18,6 @@ from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
 from twist_fl.experiments.runs import twist
 from twist_fl.experiments.shared import PAPER, SE_6, about, caption, label, seeds, ticket_rows, tickets
-from twist_fl.plots import log_ticks
 
 SIZES = (4, 6, 8, 10)
 LABELS = tuple(map(label, SIZES))
@@ -116,8 +115,7 @@ def draw(data: Data) -> Figure:
     axes.set_yticks(range(len(LABELS)), LABELS)
     axes.set_xlabel(f"blocks in training ({data['setting']})")
     axes.set_ylabel("blocks in evaluation")
-    ticks = log_ticks(low, high)
-    bar = figure.colorbar(image, ax=axes, ticks=ticks, format="%g")
+    bar = figure.colorbar(image, ax=axes, ticks=np.geomspace(low, high, 5), format="%.3g")
     bar.set_label("mean test perplexity")
     bar.ax.minorticks_off()
     return figure
