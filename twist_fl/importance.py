@@ -78,5 +78,7 @@ def _threads(number: int) -> Iterator[None]:
     """As many as a worker has, wherever this is called: the order of a sum depends on it."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
-    yield
-    torch.set_num_threads(before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

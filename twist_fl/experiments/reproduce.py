@@ -111,7 +111,8 @@ def _show(console: Console, lab: Lab, experiment: Experiment, target: Path) -> N
     for name, draw in experiment.figures.items():
         plots.save_png(partial(draw, data), target / f"{name}.png")
     for caption, cells in experiment.tables(data).items():
-        console.print(terminal_table(caption, cells) if len(cells) <= 4 else _upright(caption, cells))
+        turned = [list(column) for column in zip(*cells, strict=True)]
+        console.print(terminal_table(caption, cells if len(cells) <= 4 else turned))
     for note in experiment.notes(data):
         console.print(note, highlight=False)
 
@@ -123,16 +124,6 @@ def _commit_of(lab: Lab, task: Task) -> str | None:
     else:
         commit = json.loads(lab.file(task).read_text()).get("commit")
     return str(commit) if commit else None
-
-
-def _upright(caption: str, cells: Cells) -> Any:
-    from rich.table import Column, Table
-
-    header, *lines = cells
-    table = Table(header[0], *(Column(name, justify="right") for name in header[1:]), title=caption)
-    for line in lines:
-        table.add_row(*line)
-    return table
 
 
 def render(data: Data, images: str = "") -> str:
