@@ -86,6 +86,39 @@ def test_against_the_naive_mean(num: int, weights: list[int], random_state: Rand
     assert same(aggregate(old, replies, weights[:num]), naive(old, replies, weights[:num]))
 
 
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 30720), st.booleans()), unique_by=lambda each: each[0]))
+def test_replies_that_wait_are_the_same_mean(
+    random_state: RandomState, arrivals: list[tuple[int, int, bool]]
+) -> None:
+    """In any order, beside any that do not wait."""
+    old, replies, weights = random_state(LAYOUT, 99), replies_of(random_state, 5), [1] * 5
+    mean = StreamingMean(LAYOUT, copied(old))
+    for i, weight, lasts in arrivals:
+        weights[i] = weight
+        mean.add(*replies[i], weight, lasts=lasts)
+    here = sorted(i for i, _, _ in arrivals)
+    assert same(mean.finish(), aggregate(old, [replies[i] for i in here], [weights[i] for i in here]))
+    assert mean.memory or sum(not lasts for _, _, lasts in arrivals) < 2
+
+
+def test_replies_that_wait_need_no_sums(random_state: RandomState) -> None:
+    mean, replies = StreamingMean(LAYOUT, random_state(LAYOUT, 99)), replies_of(random_state, 5)
+    for blueprint, state in replies:
+        mean.add(blueprint, state, lasts=True)
+    assert same(mean.finish(), aggregate(random_state(LAYOUT, 99), replies))
+    assert not mean.memory
+
+
+def test_of_a_state_that_holds_more_only_the_blueprints_blocks_count(random_state: RandomState) -> None:
+    old, drawn = random_state(LAYOUT, 99), draw_round(LAYOUT, DIVISION, 0, 1)
+    whole = [random_state(LAYOUT, seed) for seed in range(3)]
+    mean = StreamingMean(LAYOUT, copied(old))
+    for blueprint, state in zip(drawn, whole, strict=True):
+        mean.add(blueprint, state, given=full_blueprint(LAYOUT))
+    sliced = [slice_state(LAYOUT, state, blueprint) for blueprint, state in zip(drawn, whole, strict=True)]
+    assert same(mean.finish(), aggregate(old, list(zip(drawn, sliced, strict=True))))
+
+
 @given(st.integers(0, 10**6), st.lists(st.integers(1, 10**5), min_size=3, max_size=3))
 def test_identical_replies_are_a_fixed_point(random_state: RandomState, seed: int, weights: list[int]) -> None:
     state = random_state(LAYOUT, seed)
@@ -191,7 +224,8 @@ def test_state_and_sums_are_two_copies_however_many_reply(width: int) -> None:
         assert tracemalloc.get_traced_memory()[1] < 1.05 * num_bytes + 8 * PIECE + 100_000
     finally:
         tracemalloc.stop()
-    assert kept[0] == kept[1] == kept[2] <= 1.02 * num_bytes
+    assert kept[0] == 0  # one reply is its own mean
+    assert kept[1] == kept[2] <= 1.02 * num_bytes
     assert {name: tensor.data_ptr() for name, tensor in state.items()} == places
     assert all(bool((tensor == 1.5).all()) for tensor in state.values())
 

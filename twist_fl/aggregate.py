@@ -10,6 +10,7 @@ float32's 24), which weights of one model do. Memory does not grow with the numb
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -26,9 +27,8 @@ Array = npt.NDArray[Any]
 Memory = dict[str, Array]
 """Half of the float64 sums of each parameter: 4 bytes an element, as the float32 parameter itself."""
 
-
-SUMMED = 2**18
-"""Elements summed at once: enough for several threads not to wait for each other in Python. Even."""
+SUMMED = 2**17
+"""Elements summed at once, so that their float64 sums stay in a core's cache. Even."""
 
 
 class ReplyError(ValueError):
@@ -38,109 +38,147 @@ class ReplyError(ValueError):
 class StreamingMean:
     """The mean of each block over its replies, in the place of the value that it replaces.
 
-    With one reply a block holds that reply's value, its mean. From the second on, its place in `state` holds half of
-    its sums, and `memory`, which may come from another round, the other half: all together take two copies of the
-    state, whatever the number of replies. NumPy does the arithmetic, because it converts between float32 and float64
-    in the processor's cache; torch writes a float64 copy first.
+    A reply goes into the sums at once, or waits for `finish` if its own memory lasts until then: one pass over all
+    that wait moves a third of the bytes and keeps no sums. From the second reply on that does not wait, a block's
+    place in `state` holds half of its sums, and `memory`, which may come from another round, the other half: all
+    together take two copies of the state, whatever the number of replies.
     """
 
     def __init__(self, layout: Layout, state: State, memory: Memory | None = None) -> None:
         self.memory: Memory = {} if memory is None else memory
         self._layout, self._state = layout, state
+        self._waiting: list[_Reply] = []
         self._weights = {param.name: np.zeros(param.num_blocks, np.int64) for param in layout.params}
         self._nums = {param.name: np.zeros(param.num_blocks, np.int64) for param in layout.params}
 
-    def add(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor], weight: int = 1) -> None:
-        """Add one subnet's state. `state` must have passed `check_state`."""
-        work = []
-        for param in self._layout.params:
-            weights, nums = self._weights[param.name], self._nums[param.name]
-            held = self._layout.held(param, blueprint) or range(param.num_blocks)
-            values = _blocked(param, state[param.name].contiguous(), len(held))
-            holds = np.where(nums > 1, SUMS, weights).tolist()
-            for blocks, positions in runs(held, holds):
-                value = values[:, :, positions]
-                work += [(sums, holds[blocks.start], value[at], weight) for at, sums in self._sums(param, blocks)]
-                weights[blocks] += weight
-                nums[blocks] += 1
-        for_each(_accumulate, work)
+    def add(
+        self,
+        blueprint: Blueprint,
+        state: Mapping[str, torch.Tensor],
+        weight: int = 1,
+        given: Blueprint | None = None,
+        lasts: bool = False,
+    ) -> None:
+        """Count in the blocks of `blueprint`. `state` must have passed `check_state`.
+
+        `given` is what `state` holds, if that is more. With `lasts`, nobody changes `state` before `finish`.
+        """
+        self._waiting.append(_Reply(blueprint, given or blueprint, state, weight))
+        if not lasts:
+            self._sum_up(last=False)
 
     def finish(self) -> State:
         """The new state, where the old one was: means of what somebody held, the old values elsewhere."""
-        work = []
-        for param in self._layout.params:
-            divisors = np.where(self._nums[param.name] > 1, self._weights[param.name], 1).tolist()
-            for blocks, _ in runs(range(param.num_blocks), divisors):
-                if divisors[blocks.start] > 1:
-                    work += [(sums, divisors[blocks.start]) for _, sums in self._sums(param, blocks)]
-        for_each(_divide, work)
+        self._sum_up(last=True)
         return self._state
 
-    def _sums(self, param: Param, blocks: slice) -> Iterator[tuple[tuple[slice, ...], _Sums]]:
-        """The blocks' sums in pieces, each with its place in an array of (outer, sections, blocks, inner)."""
+    def _sum_up(self, last: bool) -> None:
+        """Bring the replies that wait into the sums; with `last`, write the means."""
+        for_each(_Work.do, [work for param in self._layout.params for work in self._work(param, last)])
+        self._waiting = []
+
+    def _work(self, param: Param, last: bool) -> Iterator[_Work]:
+        """For each run of blocks that are in the like sums and in the same replies that wait."""
+        weights, nums, every = self._weights[param.name], self._nums[param.name], range(param.num_blocks)
+        waiting = [(reply.weight, *reply.of(self._layout, param)) for reply in self._waiting]
+        tags = [(int(weights[b]), int(nums[b]), *(shifts.get(b) for *_, shifts in waiting)) for b in every]
+        for blocks, _ in runs(every, tags):
+            weight, num, *found = tags[blocks.start]
+            parts = [
+                (values[:, :, blocks.start + shift : blocks.stop + shift], part_weight)
+                for (part_weight, values, _), shift in zip(waiting, found, strict=True)
+                if shift is not None
+            ]
+            nums[blocks] += len(parts)
+            weights[blocks] += sum(part_weight for _, part_weight in parts)
+            summed, divisor = num > 1, int(weights[blocks.start]) if last else None
+            if parts or (last and summed):
+                for at, place, sums in self._places(param, blocks, summed or (not last and num + len(parts) > 1)):
+                    yield _Work(place, sums, SUMS if summed else weight, [(v[at], w) for v, w in parts], divisor)
+
+    def _places(
+        self, param: Param, blocks: slice, with_sums: bool
+    ) -> Iterator[tuple[tuple[slice, ...], Array, list[tuple[Array, slice]]]]:
+        """The blocks in pieces: where in an array of (outer, sections, blocks, inner), their values, their sums."""
         places = _blocked(param, self._state[param.name], param.num_blocks)
         *outer, inner = places.shape
-        if param.name not in self.memory:
+        if with_sums and param.name not in self.memory:
             self.memory[param.name] = np.empty((*outer, inner - inner // 2))
-        places, seconds = places[:, :, blocks], self.memory[param.name][:, :, blocks]
-        for at in pieces(places.shape, SUMMED):
+        for at in pieces(places[:, :, blocks].shape, SUMMED):
             # A piece's inner run starts at the same element whatever the blocks, and at an even one.
-            place, start = places[at], at[-1].start // 2
-            half = place.shape[-1] // 2
-            second = seconds[(*at[:-1], slice(start, start + place.shape[-1] - half))]
-            yield at, _Sums(place, place[..., : 2 * half].view(np.float64), second)
+            place, start, sums = places[:, :, blocks][at], at[-1].start // 2, []
+            if with_sums:
+                half = place.shape[-1] // 2
+                second = self.memory[param.name][:, :, blocks][*at[:-1], start : start + place.shape[-1] - half]
+                sums = [(place[..., : 2 * half].view(np.float64), slice(half)), (second, slice(half, None))]
+            yield at, place, sums
 
 
-class _Sums(NamedTuple):
-    """Float64 sums of a piece: the first half in the memory of the float32 `place`, the second elsewhere."""
+@dataclass(frozen=True)
+class _Reply:
+    blueprint: Blueprint
+    given: Blueprint
+    state: Mapping[str, torch.Tensor]
+    weight: int
 
-    place: Array
-    first: Array
-    second: Array
-
-    def halves(self, of: Array) -> Iterator[tuple[Array, Array]]:
-        """Both with the elements of `of` that they belong to."""
-        half = self.first.shape[-1]
-        yield self.first, of[..., :half]
-        yield self.second, of[..., half:]
-
-
-def _blocked(param: Param, tensor: torch.Tensor, num_held: int) -> Array:
-    """The tensor's own memory as (outer, sections, num_held, inner)."""
-    array: Array = tensor.view(param.blocked(num_held)).numpy()
-    return array
+    def of(self, layout: Layout, param: Param) -> tuple[Array, dict[int, int]]:
+        """The parameter by blocks, and how far each that counts lies from its place in the full model."""
+        every = range(param.num_blocks)
+        given, counts = layout.held(param, self.given) or every, layout.held(param, self.blueprint) or every
+        values = _blocked(param, self.state[param.name].contiguous(), len(given))
+        return values, {block: position - block for position, block in enumerate(given) if block in counts}
 
 
 SUMS = -1
 """What a block holds from its second reply on."""
 
 
-def _accumulate(work: tuple[_Sums, int, Array, int]) -> None:
-    """Add weight * value in float64 to what is there.
+class _Work(NamedTuple):
+    """A piece of some blocks, and the pieces of replies that go into it."""
 
-    `holds` says what that is: SUMS, the value of one reply of that weight, or with 0 nothing that counts.
-    """
-    sums, holds, value, weight = work
-    if holds == 0:
-        sums.place[...] = value
-        return
-    if weight > 1:
-        value = np.multiply(value, weight, dtype=np.float64)
-    if holds == SUMS:
-        for half, part in sums.halves(value):
-            np.add(half, part, out=half)
-    else:
-        for half, part in sums.halves(np.multiply(sums.place, holds, dtype=np.float64) + value):
-            half[...] = part
+    place: Array
+    sums: list[tuple[Array, slice]]
+    """Float64 sums, each of a part of the last axis: of its first half in the memory of `place`, of the second elsewhere."""
+    holds: int
+    """SUMS; or `place` has the value of one reply of this weight, or with 0 nothing that counts."""
+    parts: list[tuple[Array, int]]
+    divisor: int | None
+    """The weight of all, if it is the mean that is wanted, and not sums."""
+
+    def do(self) -> None:
+        if not self.holds and len(self.parts) == 1:
+            self.place[...] = self.parts[0][0]  # its mean
+            return
+        if self.holds == SUMS:
+            totals = self.sums
+            for half, at in totals:
+                for value, weight in self.parts:
+                    np.add(half, _weighted(value[..., at], weight), out=half)
+        else:
+            values = [(self.place, self.holds)] * bool(self.holds) + self.parts
+            (one, other), rest = (_weighted(*value) for value in values[:2]), values[2:]
+            total = np.add(one, other, dtype=np.float64)
+            for value in rest:
+                np.add(total, _weighted(*value), out=total)
+            totals = [(total, slice(None))]
+            if self.divisor is None:
+                for half, at in self.sums:
+                    half[...] = total[..., at]
+        if self.divisor is not None:
+            for half, at in totals:
+                # A factor costs less than a division, and changes at most float64's last bits.
+                np.multiply(half, 1 / self.divisor, out=self.place[..., at], casting="same_kind")
 
 
-def _divide(work: tuple[_Sums, int]) -> None:
-    """The mean, in place of the sums. A factor costs less than a division and changes at most float64's last bits."""
-    sums, weight = work
-    half = sums.first.shape[-1]
-    first, second = sums.first * (1 / weight), sums.second * (1 / weight)
-    sums.place[..., :half] = first
-    sums.place[..., half:] = second
+def _weighted(value: Array, weight: int) -> Array:
+    """Exact, in float64 if that is needed."""
+    return value if weight == 1 else np.multiply(value, weight, dtype=np.float64)
+
+
+def _blocked(param: Param, tensor: torch.Tensor, num_held: int) -> Array:
+    """The tensor's own memory as (outer, sections, num_held, inner)."""
+    array: Array = tensor.view(param.blocked(num_held)).numpy()
+    return array
 
 
 def check_state(layout: Layout, blueprint: Blueprint, state: Mapping[str, torch.Tensor]) -> None:

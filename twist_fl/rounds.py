@@ -215,9 +215,10 @@ class RoundMean:
         own = values if in_place else {name: tensor.clone() for name, tensor in values.items()}
         return StreamingMean(self.job.layout, own, memory)
 
-    def add(self, task: Task, reply: Reply) -> None:
+    def add(self, task: Task, reply: Reply, lasts: bool = False) -> None:
         """Count the reply in; a bad one is named in the report and dropped.
 
+        With `lasts`, nobody changes the reply's tensors before `finish`, which then reads them where they lie.
         Raises ReplyError if that is the server's own: it has trained the server's parameters in place.
         """
         try:
@@ -230,10 +231,11 @@ class RoundMean:
             self.report.dropped[task.worker] = str(error)
             return
         weight = reply.num_tokens if self.job.config.train.weighting == "tokens" else 1
-        self._params.add(task.blueprint, self._held(task, reply.params), weight)
+        given = self.job.given(task.worker, task.blueprint)  # of a worker that masks, the other blocks do not count
+        self._params.add(task.blueprint, reply.params, weight, given, lasts)
         if reply.moments is not None:
             for name in MOMENTS:
-                self._moments[name].add(task.blueprint, self._held(task, reply.moments.values[name]), weight)
+                self._moments[name].add(task.blueprint, reply.moments.values[name], weight, given, lasts)
         self._loss_sum += reply.loss * reply.num_tokens
         self._cursors[task.worker] += reply.num_batches
         self.report.num_tokens += reply.num_tokens
@@ -241,10 +243,6 @@ class RoundMean:
         self.report.answered.append(task.worker)
         if reply.note:
             self.report.notes[task.worker] = reply.note
-
-    def _held(self, task: Task, state: State) -> State:
-        """What the blueprint names: of a worker that masks, the other blocks do not count."""
-        return slice_state(self.job.layout, state, task.blueprint) if self.job.masks(task.worker) else state
 
     def _check(self, task: Task, reply: Reply) -> None:
         layout, blueprint = self.job.layout, task.blueprint

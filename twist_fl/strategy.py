@@ -130,7 +130,7 @@ class TwistStrategy(Strategy):
                 blueprint, segment = tasks[worker].blueprint, self._segments.get(worker)
                 with threads(self._idle_cores()):
                     reply = wire.reply_from_records(self.job, blueprint, message.content, segment)
-                    mean.add(tasks[worker], reply)
+                    mean.add(tasks[worker], reply, lasts=segment is not None)
             except ReplyError as error:
                 mean.report.dropped[worker] = str(error)
         with threads(usable_cores()):
