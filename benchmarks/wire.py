@@ -2,8 +2,8 @@
 
 Tasks and replies go through the app's own records, in one process and without Flower's network. Twice: from random
 weights at the preset's learning rate, and from what float32 came to by then at a tenth of it, as in fine-tuning, where
-what an interval changes is small beside what rounding does. "differences" is no setting of twist_fl but an experiment:
-replies carry what training has changed, in bfloat16, and the server adds it to the float32 weights that it has kept.
+what an interval changes is small beside what rounding does. The app's replies carry what training has changed, which
+the server adds to the float32 weights that it has kept; the rival, "bfloat16, weights", sends the weights themselves.
 
     python benchmarks/wire.py --data FOLDER_OF_WIKITEXT_2 [--rounds 20] [--out FILE]
 """
@@ -27,34 +27,29 @@ from twist_fl.blueprint import full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import load_config
 from twist_fl.job import Job, make_job
-from twist_fl.rounds import Reply, RoundMean, RunState, Worker, dispatch, plan, start
+from twist_fl.rounds import RoundMean, RunState, Worker, plan, start
 from twist_fl.shelf import MomentShelf
-from twist_fl.subnet import State
 
-DIFFERENCES = "bfloat16, differences"
-WIRES = ("float32", "bfloat16", "float16", DIFFERENCES)
+RIVAL = "bfloat16, weights"
+WIRES = ("float32", "bfloat16", "float16", RIVAL)
 TICKET, TICKETS = 6, 5
 
 
-def round_by_wire(job: Job, state: RunState, worker: Worker, differences: bool = False) -> RunState:
-    """`rounds.twist_round`, every tensor through the records that the app sends."""
+def round_by_wire(job: Job, state: RunState, worker: Worker, rival: bool = False) -> RunState:
+    """`rounds.twist_round`, every tensor through the records that the app sends; the rival's weights as they are."""
     tasks = plan(job, state)
     mean = RoundMean(job, state, tasks)
     for task in tasks:
         parcel = wire.task_from_records(job, wire.task_to_records(job, "", task, state.params, state.moments))
         reply = worker.train(parcel.task, parcel.params, parcel.moments)
-        if differences:
-            mean.add(task, replace(reply, params=by_differences(dispatch(job, state, task)[0], parcel.params, reply)))
+        if rival:
+            rounded = {name: tensor.bfloat16().float() for name, tensor in reply.params.items()}
+            mean.add(task, replace(reply, params=rounded))
             continue
-        content = wire.reply_to_records(job, task.blueprint, reply)
-        mean.add(task, wire.reply_from_records(job, task.blueprint, content))
+        content = wire.reply_to_records(job, task.blueprint, reply, sent=parcel.params)
+        mean.add(task, wire.reply_from_records(job, task.blueprint, content, kept=state.params))
     assert not mean.report.dropped, mean.report.dropped
     return mean.finish()
-
-
-def by_differences(kept: State, sent: State, reply: Reply) -> State:
-    """What the server kept, with what the worker changed of what it was sent, in bfloat16."""
-    return {name: kept[name] + (reply.params[name] - sent[name]).bfloat16().float() for name in kept}
 
 
 def perplexities(job: Job, state: RunState) -> dict[str, float]:
@@ -84,7 +79,7 @@ def one(args: argparse.Namespace, scratch: Path) -> None:
     state = RunFolder(args.base).load() if args.base else start(job)
     assert state is not None
     for _ in range(args.rounds):
-        state = round_by_wire(job, state, worker, args.only == DIFFERENCES)
+        state = round_by_wire(job, state, worker, args.only == RIVAL)
     RunFolder(args.to).save(state)
     save(perplexities(job, state), args.out)
 

@@ -87,9 +87,7 @@ def test_against_the_naive_mean(num: int, weights: list[int], random_state: Rand
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 30720), st.booleans()), unique_by=lambda each: each[0]))
-def test_replies_that_wait_are_the_same_mean(
-    random_state: RandomState, arrivals: list[tuple[int, int, bool]]
-) -> None:
+def test_replies_that_wait_are_the_same_mean(random_state: RandomState, arrivals: list[tuple[int, int, bool]]) -> None:
     """In any order, beside any that do not wait."""
     old, replies, weights = random_state(LAYOUT, 99), replies_of(random_state, 5), [1] * 5
     mean = StreamingMean(LAYOUT, copied(old))

@@ -269,11 +269,17 @@ def test_a_worker_that_is_late_does_not_write_into_the_next_round(
 
 @pytest.mark.parametrize("by", ["shm", "inline"])
 def test_sixteen_bits_on_the_way_halve_the_bytes_of_weights(
-    by: str, make_strategy: Callable[..., TwistStrategy]
+    by: str, make_strategy: Callable[..., TwistStrategy], tmp_path: Path
 ) -> None:
-    strategy = make_strategy("flower.wire_dtype=bfloat16", "train.optimizer_state=server", f"flower.transport={by}")
-    ours = strategy.run(LocalGrid())
-    assert all(tensor.dtype == torch.float32 for tensor in ours.params.values())
+    settings = ("flower.wire_dtype=bfloat16", "train.optimizer_state=server", "train.lr=1e-6")
+    strategy = make_strategy(*settings, f"flower.transport={by}")
+    begun = {name: tensor.clone() for name, tensor in strategy.state.params.items()}
+    ours, plain = strategy.run(LocalGrid()), oracle(strategy.job, tmp_path / "oracle")
+    for name, tensor in ours.params.items():
+        assert tensor.dtype == torch.float32
+        # What training changes is far below the steps of bfloat16: kept all the same.
+        off, moved = ((tensor - other[name]).abs().sum() for other in (plain.params, begun))
+        assert off < 0.1 * moved
     (start_,) = events(strategy, "start")
     for event in events(strategy, "round"):
         assert event["answered"] == [0, 1, 2]
@@ -529,7 +535,7 @@ def test_cores_that_no_worker_here_trains_on_are_the_servers(
     strategy = make_strategy("train.rounds=1", f"flower.transport={by}", "train.threads=2")
     monkeypatch.setattr("twist_fl.strategy.usable_cores", lambda: 6)
     seen: list[int] = []
-    monkeypatch.setattr(RoundMean, "add", lambda mean, task, reply: seen.append(strategy._idle_cores()))
+    monkeypatch.setattr(RoundMean, "add", lambda *_, lasts: seen.append(strategy._idle_cores()))
     with pytest.raises(NoWorkersError):  # nobody is counted
         strategy.run(LocalGrid(far=far, one_at_a_time=True))
     assert seen == idle

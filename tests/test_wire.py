@@ -192,16 +192,35 @@ def test_weights_are_rounded_to_nearest_and_moments_are_not(
         segment = stack.enter_context(new_segment(job, task.blueprint)) if by == "shm" else None
         content = task_records(job, state, task, segment)
         parcel = wire.task_from_records(job, content)
-        assert same(parcel.params, rounded)
+        sent = {name: tensor.clone() for name, tensor in parcel.params.items()}
+        assert same({name: tensor.float() for name, tensor in sent.items()}, rounded)
         assert_same_moments(parcel.moments, moments)
         half = state_bytes(job.layout, task.blueprint) // 2
         assert tensors.num_bytes(content) | {"other": 0} == {"weights": half, "moments": 4 * half, "other": 0}
-        reply = Reply(task.blueprint.digest, params, 1.25, 60, 2, 0.5, moments)
-        content = wire.reply_to_records(job, task.blueprint, reply, segment)
-        arrived = wire.reply_from_records(job, task.blueprint, content, segment)
-        assert same(arrived.params, rounded)
-        assert_same_moments(arrived.moments, moments)
-        assert tensors.num_bytes(content)["weights"] == half
+        trained = {name: tensor + 1e-3 * torch.randn(tensor.shape) for name, tensor in rounded.items()}
+        for after in (rounded, trained):
+            reply = Reply(task.blueprint.digest, after, 1.25, 60, 2, 0.5, moments)
+            content = wire.reply_to_records(job, task.blueprint, reply, segment, sent)
+            arrived = wire.reply_from_records(job, task.blueprint, content, segment, state.params)
+            # What the worker was not sent, the server has kept; only the change is rounded.
+            for name, tensor in params.items():
+                change = (after[name] - rounded[name]).to(getattr(torch, wire_dtype)).float()
+                assert torch.equal(arrived.params[name], tensor + change)
+            assert_same_moments(arrived.moments, moments)
+            assert tensors.num_bytes(content)["weights"] == half
+        assert not same(arrived.params, params)
+
+
+@pytest.mark.parametrize("wire_dtype", ["bfloat16", "float16"])
+def test_gradients_of_ddp_travel_as_they_are(wire_dtype: str, tiny_job: MakeJob, random_state: RandomState) -> None:
+    job = tiny_job("algorithm=ddp", f"flower.wire_dtype={wire_dtype}")
+    state = random_run(job, random_state)
+    task = plan(job, state)[0]
+    reply = Reply(task.blueprint.digest, random_state(job.layout, 7), 1.25, 30, 1)
+    content = wire.reply_to_records(job, task.blueprint, reply)
+    arrived = wire.reply_from_records(job, task.blueprint, content)
+    rounded = {name: tensor.to(getattr(torch, wire_dtype)).float() for name, tensor in reply.params.items()}
+    assert same(arrived.params, rounded)
 
 
 # Bytes

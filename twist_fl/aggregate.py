@@ -138,7 +138,7 @@ class _Work(NamedTuple):
 
     place: Array
     sums: list[tuple[Array, slice]]
-    """Float64 sums, each of a part of the last axis: of its first half in the memory of `place`, of the second elsewhere."""
+    """In float64, with the part of the last axis that each is of: the first half in the memory of `place`."""
     holds: int
     """SUMS; or `place` has the value of one reply of this weight, or with 0 nothing that counts."""
     parts: list[tuple[Array, int]]
@@ -158,8 +158,8 @@ class _Work(NamedTuple):
             values = [(self.place, self.holds)] * bool(self.holds) + self.parts
             (one, other), rest = (_weighted(*value) for value in values[:2]), values[2:]
             total = np.add(one, other, dtype=np.float64)
-            for value in rest:
-                np.add(total, _weighted(*value), out=total)
+            for more in rest:
+                np.add(total, _weighted(*more), out=total)
             totals = [(total, slice(None))]
             if self.divisor is None:
                 for half, at in self.sums:

@@ -168,7 +168,8 @@ class FlowerConfig:
     """How tensors travel. shm: memory that server and worker share (Linux); inline: in Flower's messages; auto: shm
     for every node that shares the server's machine, else inline."""
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Weights on the way, rounded to nearest; server and workers keep float32. float16 ends at 65504."""
+    """Weights on the way out, and what training has changed on the way back, rounded to nearest; server and workers
+    keep float32, and the server what rounding takes away. float16 ends at 65504."""
     cpus_per_worker: int | None = None
     """Simulation: CPU cores reserved per worker; null: cores / workers, at least 1."""
     gpus_per_worker: float = 0.0

@@ -1,7 +1,8 @@
 """Where each tensor of a message lies: a function of the block table, the blueprint and the job, never sent along.
 
-A buffer holds tensors one behind another, in the table's order. Weights may travel in 16 bits, rounded to nearest;
-on both sides they are float32, and optimiser moments always are.
+A buffer holds tensors one behind another, in the table's order. Weights may travel in 16 bits, rounded to nearest:
+out to the worker as they are, back as what training has changed, which the server adds to the float32 weights that it
+kept. So what rounding takes away is not lost, but goes out again in the next round. Moments are always float32.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ class Packing:
     blueprint: Blueprint
     with_moments: bool = False
     wire_dtype: str = "float32"
+    differences: bool = False
+    """Whether replies carry what training has changed. (DDP's are gradients, rounded as they are.)"""
 
     @classmethod
     def of(cls, job: Job, blueprint: Blueprint) -> Packing:
         """Of the messages to and from a client that trains `blueprint`."""
-        given = job.given(job.clients[0], blueprint)
-        return cls(job.layout, given, job.moments_travel, job.config.flower.wire_dtype)
+        given, dtype = job.given(job.clients[0], blueprint), job.config.flower.wire_dtype
+        return cls(job.layout, given, job.moments_travel, dtype, dtype != "float32" and job.config.algorithm != "ddp")
 
     @property
     def records(self) -> tuple[str, ...]:

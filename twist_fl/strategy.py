@@ -26,6 +26,7 @@ from twist_fl.machine import usable_cores
 from twist_fl.packing import Packing
 from twist_fl.rounds import RoundMean, RunState, Task, Worker, dispatch, plan, start
 from twist_fl.shelf import MomentShelf, moment_folder
+from twist_fl.subnet import State
 from twist_fl.tensors import KnownArrays
 from twist_fl.threads import threads
 
@@ -53,6 +54,7 @@ class TwistStrategy(Strategy):
         self._segments = transport.Segments(job.run_id)
         self._planned: list[Task] = []
         self._mean: RoundMean | None = None  # of the round that is going on
+        self._kept: State | None = None  # the round's parameters, where replies say only what has changed
         self._pending: dict[str, Message] = {}  # messages of the round that nobody has answered yet
         self._down: dict[str, int] = {}
         self._via: dict[str, int] = {}
@@ -69,6 +71,8 @@ class TwistStrategy(Strategy):
             self.connect(grid)
         self._planned = plan(self.job, self.state, keep_from=self._keeper.saved_round)
         self._mean = RoundMean(self.job, self.state, self._planned, in_place=True)
+        if Packing.of(self.job, self._planned[0].blueprint).differences:
+            self._kept = {name: tensor.clone() for name, tensor in self.state.params.items()}
         self._down = dict.fromkeys(BYTE_KINDS, 0)
         self._via = dict.fromkeys(TRANSPORTS, 0)
         return self._messages()
@@ -129,8 +133,9 @@ class TwistStrategy(Strategy):
             try:
                 blueprint, segment = tasks[worker].blueprint, self._segments.get(worker)
                 with threads(self._idle_cores()):
-                    reply = wire.reply_from_records(self.job, blueprint, message.content, segment)
-                    mean.add(tasks[worker], reply, lasts=segment is not None)
+                    reply = wire.reply_from_records(self.job, blueprint, message.content, segment, self._kept)
+                    # What lies in a segment stays there until the next task is written.
+                    mean.add(tasks[worker], reply, lasts=segment is not None and self._kept is None)
             except ReplyError as error:
                 mean.report.dropped[worker] = str(error)
         with threads(usable_cores()):

@@ -117,6 +117,7 @@ def _pack(packing: Packing, record: str, state: State, take: Take, known: KnownA
 def get_tensors(
     content: RecordDict, packing: Packing, step: int | None, segment: Segment | None
 ) -> tuple[State, Moments | None]:
+    """Weights in the dtype of the wire, and moments, where they lie: nobody may write into them."""
     if (step is not None) != packing.with_moments:
         raise TypeError(f"moment_step={step}, where the job's messages hold {', '.join(packing.records)}")
     handle = handle_of(content)
@@ -124,8 +125,7 @@ def get_tensors(
         states = {record: _unpack(packing, record, content.array_records[record]) for record in packing.records}
     else:
         states = packing.views_of_all(_checked(segment, handle, packing))
-    params = {name: tensor.float() for name, tensor in states["params"].items()}
-    return params, None if step is None else Moments(step, {name: states[name] for name in MOMENTS})
+    return states["params"], None if step is None else Moments(step, {name: states[name] for name in MOMENTS})
 
 
 def _checked(segment: Segment | None, handle: Handle, packing: Packing) -> torch.Tensor:

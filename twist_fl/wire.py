@@ -18,7 +18,7 @@ from twist_fl.blueprint import Blueprint
 from twist_fl.job import Job
 from twist_fl.packing import Packing
 from twist_fl.rounds import Reply, Task
-from twist_fl.subnet import State, take_slice
+from twist_fl.subnet import State, slice_state, take_slice
 from twist_fl.tensors import KnownArrays, get_tensors, handle_of, put_tensors, take_whole
 from twist_fl.train import Moments
 from twist_fl.transport import Segment, SegmentError
@@ -87,7 +87,10 @@ def token_of(content: RecordDict) -> str:
 
 @dataclass(frozen=True)
 class Parcel:
-    """A task with its tensors, which are read where they lie: until `reply_to_records` writes into `segment`."""
+    """A task with its tensors, weights in the dtype of the wire.
+
+    They are read where they lie: until `reply_to_records` writes into `segment`.
+    """
 
     task: Task
     params: State
@@ -126,7 +129,10 @@ def task_from_records(job: Job, content: RecordDict) -> Parcel:
 # Replies
 
 
-def reply_to_records(job: Job, blueprint: Blueprint, reply: Reply, segment: Segment | None = None) -> RecordDict:
+def reply_to_records(
+    job: Job, blueprint: Blueprint, reply: Reply, segment: Segment | None = None, sent: State | None = None
+) -> RecordDict:
+    """`sent`: the parcel's weights, which the reply's are told from where the packing says so."""
     fields = {
         "digest": reply.digest,
         "loss": reply.loss,
@@ -136,14 +142,20 @@ def reply_to_records(job: Job, blueprint: Blueprint, reply: Reply, segment: Segm
         "note": reply.note,
         "moment_step": reply.moments and reply.moments.step,
     }
-    content = RecordDict({"reply": _to_record(fields)})
-    put_tensors(content, Packing.of(job, blueprint), reply.params, reply.moments, take_whole, segment, {})
+    content, packing, params = RecordDict({"reply": _to_record(fields)}), Packing.of(job, blueprint), reply.params
+    if packing.differences:
+        assert sent is not None
+        params = {name: tensor - sent[name] for name, tensor in params.items()}
+    put_tensors(content, packing, params, reply.moments, take_whole, segment, {})
     return content
 
 
-def reply_from_records(job: Job, blueprint: Blueprint, content: RecordDict, segment: Segment | None = None) -> Reply:
+def reply_from_records(
+    job: Job, blueprint: Blueprint, content: RecordDict, segment: Segment | None = None, kept: State | None = None
+) -> Reply:
     """The reply to a task with `blueprint` that was sent in `segment`, if in any.
 
+    `kept`: the server's whole state of when it sent the task, which differences are added to.
     Raises ReplyError if the records are not those of a reply.
     """
     try:
@@ -153,6 +165,11 @@ def reply_from_records(job: Job, blueprint: Blueprint, content: RecordDict, segm
                 raise TypeError(f"{name}={fields[name]!r} is no {'positive ' * (kind is int)}{kind.__name__}")
         packing = Packing.of(job, blueprint)
         params, moments = get_tensors(content, packing, fields.pop("moment_step"), segment)
+        params = {name: tensor.float() for name, tensor in params.items()}
+        if packing.differences:
+            assert kept is not None
+            before = slice_state(job.layout, kept, packing.blueprint)
+            params = {name: before[name] + change for name, change in params.items()}
         return Reply(params=params, moments=moments, **fields)
     except (KeyError, TypeError, ValueError) as error:
         raise ReplyError(f"malformed reply: {error!r}") from error
