@@ -59,6 +59,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
         *("model.n_layer=12", "model.n_head=12", f"model.n_embd={args.d_model}", f"model.n_positions={args.window}"),
         *(f"data.vocab_size={args.vocab}", f"data.window={args.window}", f"train.batch_size={args.batch}"),
         *(f"train.workers={args.workers}", f"train.interval={args.interval}", f"train.rounds={args.rounds}"),
+        "train.optimizer_state=reset",  # DDP's moments do not travel either
         *(
             "model.dropout=0",
             "train.threads=1",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import isfinite
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ Array = npt.NDArray[Any]
 Memory = dict[str, Array]
 """Half of the float64 sums of each parameter: 4 bytes an element, as the float32 parameter itself."""
 
-SUMMED = 2**17
+SUMMED = 2**16
 """Elements summed at once, so that their float64 sums stay in a core's cache. Even."""
 
 
@@ -126,7 +127,12 @@ class _Reply:
         every = range(param.num_blocks)
         given, counts = layout.held(param, self.given) or every, layout.held(param, self.blueprint) or every
         values = _blocked(param, self.state[param.name].contiguous(), len(given))
-        return values, {block: position - block for position, block in enumerate(given) if block in counts}
+        return values, _shifts(tuple(given), tuple(counts))
+
+
+@lru_cache(maxsize=4096)  # the parameters of a layer have the same
+def _shifts(given: tuple[int, ...], counts: tuple[int, ...]) -> dict[int, int]:
+    return {block: position - block for position, block in enumerate(given) if block in counts}
 
 
 SUMS = -1

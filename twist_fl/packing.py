@@ -59,11 +59,12 @@ class Packing:
         """The dtype on the wire, by name."""
         return self.wire_dtype if record == "params" else "float32"
 
-    def shape(self, param: Param) -> tuple[int, ...]:
-        return self.layout.shape(param, self.blueprint)
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {param.name: self.layout.shape(param, self.blueprint) for param in self.layout.params}
 
     def num_elements(self, params: Sequence[Param]) -> int:
-        return sum(prod(self.shape(param)) for param in params)
+        return sum(prod(self.shapes[param.name]) for param in params)
 
     def num_bytes(self, record: str) -> int:
         return DTYPES[self.dtype(record)].itemsize * self.num_elements(self.layout.params)
@@ -74,9 +75,8 @@ class Packing:
 
     def views(self, params: Sequence[Param], buffer: torch.Tensor) -> State:
         """`params` as consecutive parts of `buffer`, a vector of as many elements as they have."""
-        sizes = [prod(self.shape(param)) for param in params]
-        parts = torch.split(buffer, sizes)
-        return {param.name: part.view(self.shape(param)) for param, part in zip(params, parts, strict=True)}
+        parts = torch.split(buffer, [prod(self.shapes[param.name]) for param in params])
+        return {param.name: part.view(self.shapes[param.name]) for param, part in zip(params, parts, strict=True)}
 
     def views_of_all(self, memory: torch.Tensor) -> dict[str, State]:
         """Every tensor of every record, in a segment's memory (uint8)."""

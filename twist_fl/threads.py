@@ -6,10 +6,11 @@ torch operation with threads of its own waits for its slowest thread, each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import TypeVar
@@ -60,13 +61,14 @@ def _helpers() -> ThreadPoolExecutor:
     return _pool[0]
 
 
-def pieces(shape: Sequence[int], size: int | None = None) -> Iterator[tuple[slice, ...]]:
-    """Indices that cut an array of `shape` into pieces of at most `size` elements (PIECE), the last axis last.
+@lru_cache(maxsize=4096)  # a model has few shapes, and each round asks for them many times
+def pieces(shape: tuple[int, ...], size: int = PIECE) -> tuple[tuple[slice, ...], ...]:
+    """Indices that cut an array of `shape` into pieces of at most `size` elements, the last axis last.
 
     That axis is cut at multiples of `size`, whatever the other axes are.
     """
     steps: list[int] = []
     for length in reversed(shape):
-        steps.insert(0, max(1, min(length, (size or PIECE) // prod(steps))))
+        steps.insert(0, max(1, min(length, size // prod(steps))))
     axes = zip(shape, steps, strict=True)
-    return product(*([slice(i, min(i + step, length)) for i in range(0, length, step)] for length, step in axes))
+    return tuple(product(*([slice(i, min(i + step, length)) for i in range(0, length, step)] for length, step in axes)))

@@ -15,7 +15,6 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from twist_fl.threads import for_each, pieces
@@ -71,12 +70,11 @@ def checksum(memory: torch.Tensor) -> int:
 
     Any one changed word shows, and any piece that is old, zero or elsewhere; words exchanged within a piece do not.
     """
-    data = memory.numpy()
-    end = len(data) // _PIECE * _PIECE
-    words = data[:end].view(np.uint64).reshape(-1, _PIECE // 8)
-    sums = np.empty(len(words), np.uint64)
-    for_each(lambda at: np.sum(words[at], axis=1, out=sums[at[0]]), pieces(words.shape))
-    return zlib.crc32(data[end:].data, zlib.crc32(sums.data))
+    end = len(memory) // _PIECE * _PIECE
+    words = memory[:end].view(torch.int64).view(-1, _PIECE // 8)
+    sums = words.new_empty(len(words))
+    for_each(lambda at: torch.sum(words[at], 1, out=sums[at[0]]), pieces(tuple(words.shape)))  # modulo 2^64
+    return zlib.crc32(memory[end:].numpy().data, zlib.crc32(sums.numpy().data))
 
 
 def create(run_id: str, num_bytes: int) -> Segment:
