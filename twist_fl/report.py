@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 
 from twist_fl import plots
@@ -36,14 +37,21 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
        padding: 0 1rem 3rem; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 h3 { font-size: 1rem; font-weight: 600; margin: 1.2rem 0 .3rem; }
-figure { margin: .5rem 0; } svg { width: 100%; max-width: 36rem; height: auto; } ul { padding-left: 1.2rem; }
+figure { margin: .5rem 0; } svg { width: 100%; max-width: 32rem; height: auto; } ul { padding-left: 1.2rem; }
 figcaption, .note { font-size: .875rem; color: #444; }
-.scroll { overflow-x: auto; }
+/* Shadows where more is to the side: two that scroll with the table cover two that do not. */
+.scroll { overflow-x: auto; background:
+  linear-gradient(to right, #fff 1.5rem, #fff0) left / 3rem 100% no-repeat local,
+  linear-gradient(to left, #fff 1.5rem, #fff0) right / 3rem 100% no-repeat local,
+  linear-gradient(to right, #0003, #0000) left / .8rem 100% no-repeat scroll,
+  linear-gradient(to left, #0003, #0000) right / .8rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th { vertical-align: bottom; white-space: normal; }
 th:first-child { position: sticky; left: 0; background: #fff; text-align: left; padding-left: 0; max-width: 9rem; }
 .words td, .words th { text-align: left; white-space: normal; vertical-align: top; }
+.words td { min-width: 5rem; overflow-wrap: anywhere; }
+nav ul { columns: 18rem; column-gap: 2rem; font-size: .875rem; } nav li { padding: .2rem 0; }
 pre { overflow-x: auto; background: #f5f5f5; padding: .75rem; font-size: .8125rem; }
 summary { cursor: pointer; padding: .4rem 0; }
 """
@@ -143,6 +151,8 @@ def _comparison(runs: Sequence[FinishedRun], rows: Sequence[Row]) -> Iterator[st
         f"({_each([_draws(run) for run in runs])} per size) of k of the n blocks in every divided layer. "
         "Bytes are both directions of all rounds and workers. Wall clock is without evaluation."
     )
+    if not any(row.weight_bytes for row in rows):
+        yield note("Nothing was sent: the runs trained in one process. Predicted is what they would have sent.")
     lost = [sum(len(each["dropped"]) for each in run.rounds) for run in runs]
     if any(lost):
         yield note(f"Replies that did not count: {_each([str(number) for number in lost])}.")
@@ -164,11 +174,13 @@ def _figures(runs: Sequence[FinishedRun]) -> Iterator[str]:
     draws = f"{_each([_draws(run) for run in runs])} draws per size. {seeds}"
     captions = {
         "training": f"Training loss of every round (thin) and its mean over {plots.smoothing_rounds(runs)} "
-        f"intervals (bold); perplexity of the full model on the test split. {seeds}",
+        f"intervals (bold); perplexity of the full model on the test split's first {plots.watched(runs)} windows. "
+        f"{seeds}",
         "perplexity_vs_kappa": "Perplexity of random tickets without fine-tuning against their size; rightmost, the "
         f"full model. Bars: one standard deviation; thin lines: lowest to highest draw. {draws}",
         "tickets": "Perplexity of every random ticket: a dot per draw; boxes from the first to the third quartile with "
-        f"the median, whiskers to the extremes. Each panel has its own scale. {draws}",
+        "the median, whiskers to the extremes. Runs stand in the legend's order; each panel has its own scale. "
+        f"{draws}",
     }
     titles = {
         "training": "Training",
@@ -177,8 +189,7 @@ def _figures(runs: Sequence[FinishedRun]) -> Iterator[str]:
     }
     for name, draw in plots.drawings(runs).items():
         yield f"<h2>{titles[name]}</h2>"
-        image = plots.svg(partial(draw, runs), name).replace("<svg", f'<svg role="img" aria-label="{titles[name]}"', 1)
-        yield f"<figure>{image}<figcaption>{escape(captions[name])}</figcaption></figure>"
+        yield figure(partial(draw, runs), name, titles[name], captions[name])
 
 
 def _draws(run: FinishedRun) -> str:
@@ -235,8 +246,9 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _provenance(runs: Sequence[FinishedRun]) -> Iterator[str]:
     yield "<h2>Provenance</h2>"
     facts = [_facts(run) for run in runs]
-    lines = [[name, *(each[name] for each in facts)] for name in facts[0]]
-    yield table([["", *(run.label for run in runs)], *lines], words=True)
+    yield table(
+        [["", "of the runs"], *([name, _each([each[name] for each in facts])] for name in facts[0])], words=True
+    )
     if any(each["commit"].endswith("+") for each in facts):
         yield note("A plus after the commit: the tree had uncommitted changes.")
 
@@ -268,12 +280,23 @@ def table(lines: Sequence[Sequence[str]], words: bool = False) -> str:
     """A table that scrolls sideways; the first line and the first column are headers."""
     header = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in lines[0])
     body = "\n".join(
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
+        f'<tr><th scope="row">{_breakable(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
         for first, *rest in lines[1:]
     )
     kind = ' class="words"' if words else ""
     table = f"<table{kind}><thead><tr>{header}</tr></thead>\n<tbody>{body}</tbody></table>"
     return f'<div class="scroll" tabindex="0">{table}</div>'
+
+
+def figure(draw: Callable[[], Figure], name: str, title: str, caption: str) -> str:
+    """A drawing inline, which a screen reader announces by `title`; ids in it start with `name`."""
+    image = plots.svg(draw, name).replace("<svg", f'<svg role="img" aria-label="{escape(title)}"', 1)
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+
+
+def _breakable(key: str) -> str:
+    """`section.key` may go on in a second line after the full stop."""
+    return escape(key).replace(".", ".<wbr>")
 
 
 def _details(summary: str, content: str) -> str:
