@@ -269,7 +269,7 @@ def test_runs_without_flower_say_that_nothing_was_sent(make_run: MakeRun, tmp_pa
 def test_a_long_key_breaks_after_its_full_stop(make_run: MakeRun, tmp_path: Path) -> None:
     write_report([make_run("a"), make_run("b", "blueprint.num_sub=4")], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
-    assert '<th scope="row">blueprint.<wbr>num_sub</th>' in text
+    assert '<th scope="row"><span>blueprint.<wbr>num_sub</span></th>' in text
     assert "blueprint.num_sub" in Page(text).words
 
 

@@ -48,7 +48,8 @@ figcaption, .note { font-size: .875rem; color: #444; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
 th { vertical-align: bottom; white-space: normal; }
-th:first-child { position: sticky; left: 0; background: #fff; text-align: left; padding-left: 0; max-width: 9rem; }
+th:first-child { position: sticky; left: 0; background: #fff; text-align: left; padding-left: 0; }
+tbody span { display: inline-block; width: max-content; max-width: min(12rem, 34vw); }
 .words td, .words th { text-align: left; white-space: normal; vertical-align: top; }
 .words td { min-width: 5rem; overflow-wrap: anywhere; }
 nav ul { columns: 18rem; column-gap: 2rem; font-size: .875rem; } nav li { padding: .2rem 0; }
@@ -280,7 +281,7 @@ def table(lines: Sequence[Sequence[str]], words: bool = False) -> str:
     """A table that scrolls sideways; the first line and the first column are headers."""
     header = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in lines[0])
     body = "\n".join(
-        f'<tr><th scope="row">{_breakable(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
+        f'<tr><th scope="row">{_label(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
         for first, *rest in lines[1:]
     )
     kind = ' class="words"' if words else ""
@@ -294,9 +295,9 @@ def figure(draw: Callable[[], Figure], name: str, title: str, caption: str) -> s
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _breakable(key: str) -> str:
-    """`section.key` may go on in a second line after the full stop."""
-    return escape(key).replace(".", ".<wbr>")
+def _label(text: str) -> str:
+    """A row's name, as wide as the style allows; `section.key` may go on in a second line after the full stop."""
+    return f"<span>{escape(text).replace('.', '.<wbr>')}</span>"
 
 
 def _details(summary: str, content: str) -> str:
