@@ -12,7 +12,7 @@ from twist_fl.experiments.catalog import EXPERIMENTS
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.files import write_text
 from twist_fl.performance import short_commit
-from twist_fl.report import figure, note, page, table
+from twist_fl.webpage import figure, note, page, table
 
 TITLE = "TwIST on Flower: the paper's experiments"
 
