@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from common import copy_bandwidth, flops_per_second
 from ddp import PAPER, paper_ratios
 from growth import server_share
+from legible import assert_legible
 from rich.console import Console
 from steps import ddp_steps, random_model
 from torch import distributed
@@ -24,6 +26,7 @@ from twist_fl.checks import ConfigError, LaunchError
 from twist_fl.cost import state_bytes
 from twist_fl.job import Job
 from twist_fl.packing import Packing
+from twist_fl.plots import styled
 from twist_fl.rounds import Worker, start, twist_round
 from twist_fl.shelf import MomentShelf
 from twist_fl.subnet import get_state
@@ -62,8 +65,14 @@ def test_figures_of_the_published_results(tmp_path: Path) -> None:
     found = performance.read(ROOT / "results" / "performance")
     performance_plots.draw(found, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {"ddp.png", "growth.png"}
+    for draw in (
+        partial(performance_plots.draw_ddp, found["ddp"]),
+        partial(performance_plots.draw_growth, found["growth"]),
+    ):
+        with styled():
+            assert_legible(draw())
     labels = [axes.get_ylabel() for axes in performance_plots.draw_growth(found["growth"]).axes]
-    assert labels == ["seconds a round", "memory (GB)", "seconds or GB"]
+    assert labels == ["seconds a round", "memory (GB)"] * 2
 
 
 @pytest.mark.parametrize(

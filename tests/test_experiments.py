@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from legible import assert_legible
 from matplotlib.figure import Figure
 from transformers import GPT2Config
 
@@ -24,6 +25,8 @@ from twist_fl.experiments.measures import MEASURES
 from twist_fl.experiments.runner import execute
 from twist_fl.experiments.runs import DDP, SETTINGS, twist
 from twist_fl.files import write_text
+from twist_fl.job import make_job
+from twist_fl.plots import styled
 
 MICRO = Scale(
     "micro",
@@ -47,7 +50,10 @@ NAMES = list(EXPERIMENTS)
 def fake(lab: Lab, task: Task) -> None:
     if task.kind == TRAIN:
         folder = lab.run(task.name)
-        write_text(json.dumps({"run_id": task.name}), folder.job_file)
+        if task == DDP:  # the FLOPs of Figure 6 are those of its job
+            folder.create(make_job(lab.config(task)))
+        else:
+            write_text(json.dumps({"run_id": task.name}), folder.job_file)
         write_text(json.dumps({"full": full_of(task.name)}), folder.results_file)
         for round_ in range(4):
             folder.log("round", round=round_ + 1, training_seconds=seconds_of(task.name))
@@ -186,15 +192,16 @@ def test_notes_name_the_seed(name: str, collected: dict[str, dict[str, Any]]) ->
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if EXPERIMENTS[name].figures])
-def test_figures_fit_a_page_and_name_their_units(name: str, collected: dict[str, dict[str, Any]]) -> None:
+def test_figures_are_legible_and_say_seed_and_draws(name: str, collected: dict[str, dict[str, Any]]) -> None:
     (draw,) = EXPERIMENTS[name].figures.values()
-    figure: Figure = draw(collected[name])
-    width, height = figure.get_size_inches()
-    assert width <= 7.5 and height <= 9
+    with styled():
+        figure: Figure = draw(collected[name])
+        assert_legible(figure)
+    assert figure.get_figheight() <= 9
     assert figure.get_suptitle() == ""
-    assert any(axes.get_ylabel() for axes in figure.axes) and any(axes.get_xlabel() for axes in figure.axes)
-    assert all(axes.get_legend() is None for axes in figure.axes)  # legends stand above the data
-    figure.draw_without_rendering()
+    said = EXPERIMENTS[name].reading(collected[name])
+    assert "seed" in said.lower() and said.endswith(".")
+    assert ("3 random tickets a size; seed 0." in said) == (name not in ("fig2", "fig6"))
 
 
 def test_a_scale_is_named_unless_it_is_the_papers() -> None:
@@ -344,8 +351,31 @@ def test_heatmap_has_the_cells_that_the_paper_prints(collected: dict[str, dict[s
 
 def test_latency_ratios(collected: dict[str, dict[str, Any]]) -> None:
     lines = only_table("fig6", collected["fig6"])
-    assert lines["both 4/12"] == ["both 4/12", "30.00", "263", "0.750", "0.683"]
-    assert lines["DDP 12/12"] == ["DDP 12/12", "40.00", "385", "1.000", "1.000"]
+    assert lines["both 4/12"][1:3] == ["30.00", "0.750"] and lines["both 4/12"][4:6] == ["263", "0.683"]
+    assert lines["DDP 12/12"][1:] == ["40.00", "1.000", "1.000", "385", "1.000", "1.000"]
+
+
+def flops_share(layers: int, divided: int, width: int, vocab: int, window: int, attn: float, ffn: float) -> float:
+    """Of GPT-2's matrix products: 4 d^2 and two products of attention, 8 d^2, and the head."""
+
+    def step(attn: float, ffn: float) -> float:
+        part = (layers - divided) * np.array([1.0, 1.0]) + divided * np.array([attn, ffn])
+        weights = 4 * width**2 * part[0] + 8 * width**2 * part[1] + vocab * width
+        return float(6 * weights + 12 * window * width * part[0])
+
+    return step(attn, ffn) / step(1.0, 1.0)
+
+
+def test_flops_stand_beside_the_times(collected: dict[str, dict[str, Any]]) -> None:
+    data, third = collected["fig6"], 4 / 12
+    for name, attn, ffn in (("ffn 4/12", 1.0, third), ("attn 4/12", third, 1.0), ("both 4/12", third, third)):
+        assert data["paper_flops"][name] == pytest.approx(flops_share(12, 8, 768, 50257, 1024, attn, ffn))
+        assert data["flops"][name] == pytest.approx(flops_share(3, 1, 24, 300, 16, attn, ffn))
+        assert only_table("fig6", data)[name][3] == f"{data['flops'][name]:.3f}"
+    left, right = fig6.draw(data).axes
+    for axes, ms, flops in ((left, data["ms"], data["flops"]), (right, data["paper"], data["paper_flops"])):
+        (marks,) = axes.lines
+        assert np.asarray(marks.get_ydata()).tolist() == [ms[fig6.FULL] * flops[name] for name in fig6.SHAPES]
 
 
 # -- for real
@@ -370,7 +400,8 @@ def test_figure_4_from_training_to_page(trained: Lab) -> None:
     (cells,) = experiment.tables(data).values()
     assert len(cells) == 9
     (draw,) = experiment.figures.values()
-    draw(data).draw_without_rendering()
+    with styled():
+        assert_legible(draw(data))
 
 
 def test_latency_measures_each_shape(trained: Lab) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from legible import assert_legible
 
 from twist_fl import rounds
 from twist_fl.blocks import KINDS, make_layout
@@ -32,6 +34,7 @@ from twist_fl.experiments.measures import MEASURES
 from twist_fl.files import write_text
 from twist_fl.job import Job, make_job
 from twist_fl.masked import MaskedModel
+from twist_fl.plots import styled
 from twist_fl.pruning.methods import prune
 from twist_fl.results import portable_config
 from twist_fl.subnet import State
@@ -288,7 +291,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Lab:
 
 
 @pytest.mark.parametrize("experiment", EXTRAS, ids=lambda experiment: experiment.name)
-def test_results_are_collected_and_shown(lab: Lab, experiment: Experiment, tmp_path: Path) -> None:
+def test_results_are_collected_and_shown(lab: Lab, experiment: Experiment) -> None:
     data = json.loads(json.dumps(experiment.collect(lab)))
     tables = experiment.tables(data)
     assert tables
@@ -296,10 +299,13 @@ def test_results_are_collected_and_shown(lab: Lab, experiment: Experiment, tmp_p
         assert lines
         assert all(len(line) == len(header) and all(line) for line in lines)
     assert all(note.endswith(".") for note in experiment.notes(data))
-    for name, draw in experiment.figures.items():
-        figure = draw(data)
-        assert max(figure.get_size_inches()) <= 7.5
-        figure.savefig(tmp_path / f"{name}.png")
+    said = experiment.reading(data)
+    assert "seed 0" in said.lower() and re.search(r"over (up to )?\d+ (choices|draws|random)", said)
+    for draw in experiment.figures.values():
+        with styled():
+            figure = draw(data)
+            assert_legible(figure)
+        assert figure.get_figheight() <= 8
 
 
 def test_failure_names_the_best_run(lab: Lab) -> None:

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from html_page import Page, assert_one_file_for_a_phone
+from legible import assert_legible
 from rich.console import Console
 
 from twist_fl import local, rounds
@@ -18,10 +20,12 @@ from twist_fl.checks import ConfigError, LaunchError
 from twist_fl.config import load_config
 from twist_fl.experiments.catalog import EXPERIMENTS
 from twist_fl.experiments.lab import SCALES, Lab, measure, train
+from twist_fl.experiments.pages import write_page
 from twist_fl.experiments.reproduce import fill_page, reproduce
 from twist_fl.experiments.runner import Pool, execute
 from twist_fl.experiments.runs import DDP
 from twist_fl.job import make_job
+from twist_fl.plots import styled
 
 MICRO = [
     *("model.n_layer=3", "model.n_embd=24", "model.n_positions=16", "data.window=16", "data.vocab_size=300"),
@@ -68,9 +72,7 @@ def test_an_experiment_is_done_once_and_shown(tmp_path: Path, capsys: pytest.Cap
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"fig6.json", "fig6.md", "fig6.png", "report.html"}
     data = json.loads((tmp_path / "out" / "fig6.json").read_text())
     assert data["provenance"]["scale"] == "tiny"
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("<svg") == 1
-    assert "http" not in page.replace("http://www.w3.org", "")
+    assert_one_file_for_a_phone(Page((tmp_path / "out" / "report.html").read_text()))
     done = files(tmp_path / "lab")
     go()
     assert files(tmp_path / "lab") == done
@@ -140,3 +142,26 @@ def test_the_page_of_results_is_the_published_one(tmp_path: Path) -> None:
         assert made.read_text() == page.read_text()
     finally:
         made.unlink()
+
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "tiny"
+PUBLISHED = [name for name in EXPERIMENTS if (RESULTS / f"{name}.json").is_file()]
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if EXPERIMENTS[name].figures])
+def test_published_figures_are_legible(name: str) -> None:
+    data = json.loads((RESULTS / f"{name}.json").read_text())
+    for draw in EXPERIMENTS[name].figures.values():
+        with styled():
+            assert_legible(draw(data))
+
+
+def test_the_published_page_is_one_file_for_a_phone(tmp_path: Path) -> None:
+    """Its contents lead to every experiment."""
+    for name in PUBLISHED:
+        (tmp_path / f"{name}.json").write_text((RESULTS / f"{name}.json").read_text())
+    page = Page(write_page(tmp_path).read_text())
+    assert_one_file_for_a_phone(page)
+    assert (
+        page.values("a", "href") == [f"#{name}" for name in PUBLISHED] == [f"#{id_}" for id_ in page.values("h2", "id")]
+    )

@@ -186,10 +186,8 @@ def _cells(row: Row, sizes: Sequence[str]) -> Iterator[str]:
     yield perplexity_text(row.full)
     for size in sizes:
         yield spread_text(*row.tickets[size]) if size in row.tickets else MISSING
-    yield human_bytes(row.weight_bytes)
-    yield human_bytes(row.predicted_weight_bytes)
-    yield human_bytes(row.moment_bytes) if row.moment_bytes else MISSING
-    yield human_bytes(row.other_bytes)
+    for sent in (row.weight_bytes, row.predicted_weight_bytes, row.moment_bytes, row.other_bytes):
+        yield human_bytes(sent) if sent else MISSING
     yield duration_text(row.seconds)
 
 

@@ -43,10 +43,14 @@ def tables(found: Found) -> dict[str, str]:
 
 def origin(found: Mapping[str, Any]) -> str:
     machine = found["hardware"]
-    commit = (found["commit"] or "no commit")[:7] + ("+" if str(found["commit"]).endswith("+") else "")
     load = f", load {found['load_before']:.1f} before" if "load_before" in found else ""
     where = f"{machine['gpu'] or machine['processor']}, {machine['cores']} cores"
-    return f"*{commit}, {where}, torch {found['torch']}{load}*"
+    return f"*{short_commit(found['commit'])}, {where}, torch {found['torch']}{load}*"
+
+
+def short_commit(commit: str | None) -> str:
+    """Seven digits, and the plus of a changed tree."""
+    return commit[:7] + "+" * commit.endswith("+") if commit else "no commit"
 
 
 def number(value: float) -> str:

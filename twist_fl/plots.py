@@ -1,4 +1,4 @@
-"""Figures of finished runs. Every function draws one matplotlib Figure, five inches wide so that a phone shows it."""
+"""Figures of finished runs, and what all figures share: their width, which a phone shows, their looks, their legend."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from twist_fl.compare import FinishedRun, kappa, size_label
 
 # Okabe and Ito's palette without yellow, told apart with any common colour blindness; markers for those without colour.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#808080")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
-WIDTH = 5.0
-"""Inches; text of 10 points is then readable on a phone."""
+LINES = ("-", "--", ":", "-.")
+WIDTH = 4.5
+"""Inches; text of 10 points is then 11 pixels high on a phone of 390."""
 DPI = 200
 LOG_FROM = 3.0
 """A perplexity axis is logarithmic if its values span more than this factor."""
@@ -41,6 +42,9 @@ _STYLE = {
 _TICKS = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8))
 
 Draw = Callable[[Sequence[FinishedRun]], Figure]
+Looks = Mapping[str, Mapping[str, Any]]
+"""By label, what `Axes.plot` is given."""
+NO_LINE = {"linestyle": "none"}
 
 
 def drawings(runs: Sequence[FinishedRun]) -> dict[str, Draw]:
@@ -75,25 +79,59 @@ def styled() -> Iterator[None]:
         yield
 
 
+def looks_of(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """A colour, a marker and a line for each label; without colour, marker and line still tell 32 of them apart."""
+    return {
+        label: {
+            "color": COLORS[i % len(COLORS)],
+            "marker": MARKERS[i % len(MARKERS)],
+            "linestyle": LINES[i // len(MARKERS) % len(LINES)],
+        }
+        for i, label in enumerate(labels)
+    }
+
+
+def figure_of(height: float, looks: Looks | None = None) -> Figure:
+    """An empty figure with `height` inches for the axes and, above them where it covers no data, the legend."""
+    looks = looks or {}
+    widest = max((len(line) for label in looks for line in label.splitlines()), default=0)
+    columns = max(1, min(len(looks), int(WIDTH / (0.6 + 0.075 * widest))))  # inches: a handle with its gaps, a letter
+    lines = sum(label.count("\n") + 1 for label in looks)
+    figure = Figure(figsize=(WIDTH, height + 0.2 * ceil(lines / columns)), layout="constrained")
+    if looks:
+        handles = [Line2D([], [], **({"linewidth": 1.6, "markersize": 5} | dict(look))) for look in looks.values()]
+        figure.legend(handles, list(looks), loc="outside upper left", ncols=columns, frameon=False)
+    return figure
+
+
 def draw_training(runs: Sequence[FinishedRun]) -> Figure:
     """Training loss per round, as logged and smoothed; below it the full model's perplexity on the test split."""
-    figure = _figure(runs, 5.4)
+    looks = _run_looks(runs)
+    figure = figure_of(5.2, looks)
     loss, perplexity = figure.subplots(2, 1, sharex=True)
     width = smoothing_rounds(runs)
-    for run, look in zip(runs, _looks(len(runs)), strict=True):
+    for i, (run, look) in enumerate(zip(runs, looks.values(), strict=True)):
         rounds = run.intervals
         losses = [_number(each["loss"]) for each in run.rounds]
+        smooth = smoothed(losses, width * run.rounds_per_interval)
         loss.plot(rounds, losses, color=look["color"], linewidth=0.8, alpha=0.35)
-        loss.plot(rounds, smoothed(losses, width * run.rounds_per_interval), color=look["color"], linewidth=1.6)
+        # Markers at a fifth of the diagonal from each other, those of different runs side by side.
+        loss.plot(rounds, smooth, **look, linewidth=1.6, markersize=4, markevery=(0.2 * (i + 0.5) / len(runs), 0.2))
         evaluations = sorted(run.full_by_interval.items())
-        marker = look["marker"] if len(evaluations) <= 25 else None
-        perplexity.plot(*_columns(evaluations), color=look["color"], marker=marker, markersize=4, linewidth=1.4)
+        every = max(1, len(evaluations) // 12)
+        perplexity.plot(*_columns(evaluations), **look, markersize=4, linewidth=1.4, markevery=every)
     loss.set_ylabel("training loss\n(nats per token)")
-    perplexity.set_ylabel("test perplexity\nof the full model")
+    perplexity.set_ylabel(f"full model's perplexity\n({watched(runs)} test windows)")
     perplexity.set_xlabel(_rounds_label(runs))
-    perplexity.xaxis.set_major_locator(MaxNLocator(integer=True))
+    perplexity.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     scale_perplexity(perplexity, [value for run in runs for value in run.full_by_interval.values()])
     return figure
+
+
+def watched(runs: Sequence[FinishedRun]) -> str:
+    """How many windows of the test split perplexity is measured on while training: '64', or '64 to 128'."""
+    counts = sorted({run.config["eval"]["watch_windows"] for run in runs})
+    return " to ".join(str(count) for count in dict.fromkeys([counts[0], counts[-1]]))
 
 
 def _rounds_label(runs: Sequence[FinishedRun]) -> str:
@@ -103,15 +141,16 @@ def _rounds_label(runs: Sequence[FinishedRun]) -> str:
 
 def draw_perplexity_vs_kappa(runs: Sequence[FinishedRun]) -> Figure:
     """Mean perplexity of random tickets with standard deviation (bars) and extremes (thin lines), to the full model."""
-    figure = _figure(runs, 3.6)
+    looks = _run_looks(runs)
+    figure = figure_of(3.5, looks)
     axes = figure.subplots()
     values = [run.full for run in runs]
-    for i, (run, look) in enumerate(zip(runs, _looks(len(runs)), strict=True)):
-        shift = 0.008 * (i - (len(runs) - 1) / 2)  # so that bars do not cover each other
+    for i, (run, look) in enumerate(zip(runs, looks.values(), strict=True)):
+        shift = min(0.008, 0.03 / len(runs)) * (i - (len(runs) - 1) / 2)  # so that bars do not cover each other
         tickets = sorted(_partial(run), key=lambda ticket: kappa(size_label(ticket)))
         places = [kappa(size_label(ticket)) + shift for ticket in tickets]
         means, stds, least, most = ([ticket[key] for ticket in tickets] for key in ("mean", "std", "min", "max"))
-        axes.plot([*places, 1 + shift], [*means, run.full], **look, linewidth=1.4, markersize=5)
+        axes.plot([*places, 1], [*means, run.full], **look, linewidth=1.4, markersize=5)
         axes.errorbar(places, means, yerr=stds, fmt="none", color=look["color"], capsize=3, elinewidth=2)
         axes.vlines(places, least, most, color=look["color"], linewidth=0.8)
         values += least + most
@@ -139,7 +178,7 @@ def draw_tickets(runs: Sequence[FinishedRun]) -> Figure:
     """Perplexity of every drawn ticket: a panel per size, a box and a strip of dots per run."""
     sizes = ticket_sizes(runs)[::-1]
     rows = -(-len(sizes) // 2)
-    figure = _figure(runs, 0.2 + 2.1 * rows)
+    figure = figure_of(0.2 + 2.0 * rows, _run_looks(runs))
     panels = figure.subplots(rows, 2, squeeze=False).flatten()
     for axes, size in zip(panels, sizes, strict=False):
         _draw_size(axes, size, runs)
@@ -152,23 +191,28 @@ def draw_tickets(runs: Sequence[FinishedRun]) -> Figure:
 
 def _draw_size(axes: Axes, size: str, runs: Sequence[FinishedRun]) -> None:
     every: list[float] = []
-    for i, (run, look) in enumerate(zip(runs, _looks(len(runs)), strict=True)):
+    for i, (run, look) in enumerate(zip(runs, _run_looks(runs).values(), strict=True)):
         drawn = [ticket["perplexities"] for ticket in run.tickets if size_label(ticket) == size]
         values = [value for value in drawn[0] if isfinite(value)] if drawn else []
-        if not values:
-            continue
-        line = {"color": look["color"], "linewidth": 1.2}
-        axes.boxplot(
-            values, positions=[i], widths=0.6, whis=(0, 100), showfliers=False, manage_ticks=False,
-            boxprops=line, whiskerprops=line, capprops=line, medianprops=line | {"linewidth": 2.2},
-        )  # fmt: skip
-        spread = [i + 0.4 * (0.618 * draw % 1 - 0.5) for draw in range(len(values))]
-        axes.plot(spread, values, **look, linestyle="none", markersize=3.5, alpha=0.55, markeredgewidth=0)
+        box(axes, values, i, 0.6, look)
         every += values
     axes.set_title(f"{size} blocks", fontsize=10)
     axes.set_xticks([])
     axes.set_xlim(-0.6, len(runs) - 0.4)
     scale_perplexity(axes, every)
+
+
+def box(axes: Axes, values: Sequence[float], place: float, width: float, look: Mapping[str, Any]) -> None:
+    """Quartiles and median, whiskers to the extremes, and a dot per value; `values` are finite."""
+    if not values:
+        return
+    line = {"color": look["color"], "linewidth": 1.2}
+    axes.boxplot(
+        values, positions=[place], widths=width, whis=(0, 100), showfliers=False, manage_ticks=False,
+        boxprops=line, whiskerprops=line, capprops=line, medianprops=line | {"linewidth": 2.2},
+    )  # fmt: skip
+    spread = [place + 0.67 * width * (0.618 * draw % 1 - 0.5) for draw in range(len(values))]
+    axes.plot(spread, values, **{**look, **NO_LINE}, markersize=3.5, alpha=0.55, markeredgewidth=0)
 
 
 def ticket_sizes(runs: Sequence[FinishedRun]) -> list[str]:
@@ -199,7 +243,7 @@ def scale_perplexity(axes: Axes, values: Iterable[float]) -> None:
     finite = [value for value in values if isfinite(value)]
     if not finite or max(finite) <= LOG_FROM * min(finite):
         axes.ticklabel_format(axis="y", style="plain", useOffset=False)
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], min_n_ticks=4))
         return
     axes.set_yscale("log")
     limits = axes.get_ylim()
@@ -219,20 +263,9 @@ def log_ticks(low: float, high: float) -> list[float]:
     return ticks
 
 
-def _looks(count: int) -> list[dict[str, Any]]:
-    return [{"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]} for i in range(count)]
-
-
-def _figure(runs: Sequence[FinishedRun], height: float) -> Figure:
-    """An empty figure with `height` inches for the axes and, above them where it covers no data, the legend."""
-    labels = [fill(run.label, 44).replace("$", r"\$") for run in runs]
-    handles = [Line2D([], [], **look, linewidth=1.6, markersize=5) for look in _looks(len(runs))]
-    narrow = max(len(label) for label in labels) <= 20
-    columns = 2 if narrow else 1
-    lines = sum(label.count("\n") + 1 for label in labels) / columns
-    figure = Figure(figsize=(WIDTH, height + 0.2 * ceil(lines)), layout="constrained")
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False)
-    return figure
+def _run_looks(runs: Sequence[FinishedRun]) -> dict[str, dict[str, Any]]:
+    """By label, in lines that fit the figure, without mathematics."""
+    return looks_of(fill(run.label, 44, break_on_hyphens=False).replace("$", r"\$") for run in runs)
 
 
 def _columns(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -1,4 +1,4 @@
-"""One HTML file that shows finished runs: self-contained, without scripts, readable on a phone."""
+"""One HTML file that shows finished runs."""
 
 from __future__ import annotations
 
@@ -27,26 +27,9 @@ from twist_fl.compare import (
     table_cells,
 )
 from twist_fl.files import write_text
+from twist_fl.webpage import details, figure, note, page, table
 
 __all__ = ["Row", "comparison_table", "duration_text", "figures", "table_cells", "write_report"]
-
-_STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 46rem; margin: 0 auto;
-       padding: 0 1rem 3rem; overflow-wrap: break-word; }
-h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
-h3 { font-size: 1rem; font-weight: 600; margin: 1.2rem 0 .3rem; }
-figure { margin: .5rem 0; } svg { width: 100%; max-width: 36rem; height: auto; } ul { padding-left: 1.2rem; }
-figcaption, .note { font-size: .875rem; color: #444; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap; }
-th { vertical-align: bottom; white-space: normal; }
-th:first-child { position: sticky; left: 0; background: #fff; text-align: left; padding-left: 0; max-width: 9rem; }
-.words td, .words th { text-align: left; white-space: normal; vertical-align: top; }
-pre { overflow-x: auto; background: #f5f5f5; padding: .75rem; font-size: .8125rem; }
-summary { cursor: pointer; padding: .4rem 0; }
-"""
 
 _DEVICE_COLUMNS = {
     "name": "device",
@@ -97,24 +80,6 @@ def write_report(
     write_text(page(title, "\n".join(body)), out)
 
 
-def page(title: str, body: str) -> str:
-    """The whole document, in ASCII so that no encoding can spoil it."""
-    page = f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-    return page.encode("ascii", "xmlcharrefreplace").decode("ascii")
-
-
 def _summary(runs: Sequence[FinishedRun]) -> Iterator[str]:
     yield "<ul>"
     for run in runs:
@@ -143,11 +108,13 @@ def _comparison(runs: Sequence[FinishedRun], rows: Sequence[Row]) -> Iterator[st
         f"({_each([_draws(run) for run in runs])} per size) of k of the n blocks in every divided layer. "
         "Bytes are both directions of all rounds and workers. Wall clock is without evaluation."
     )
+    if not any(row.weight_bytes for row in rows):
+        yield note("Nothing was sent: the runs trained in one process. Predicted is what they would have sent.")
     lost = [sum(len(each["dropped"]) for each in run.rounds) for run in runs]
     if any(lost):
         yield note(f"Replies that did not count: {_each([str(number) for number in lost])}.")
     if sizes_of(rows):
-        yield _details("Every ticket size", table(list(_ticket_rows(runs))))
+        yield details("Every ticket size", table(list(_ticket_rows(runs))))
 
 
 def _ticket_rows(runs: Sequence[FinishedRun]) -> Iterator[list[str]]:
@@ -164,11 +131,13 @@ def _figures(runs: Sequence[FinishedRun]) -> Iterator[str]:
     draws = f"{_each([_draws(run) for run in runs])} draws per size. {seeds}"
     captions = {
         "training": f"Training loss of every round (thin) and its mean over {plots.smoothing_rounds(runs)} "
-        f"intervals (bold); perplexity of the full model on the test split. {seeds}",
+        f"intervals (bold); perplexity of the full model on the test split's first {plots.watched(runs)} windows. "
+        f"{seeds}",
         "perplexity_vs_kappa": "Perplexity of random tickets without fine-tuning against their size; rightmost, the "
         f"full model. Bars: one standard deviation; thin lines: lowest to highest draw. {draws}",
         "tickets": "Perplexity of every random ticket: a dot per draw; boxes from the first to the third quartile with "
-        f"the median, whiskers to the extremes. Each panel has its own scale. {draws}",
+        "the median, whiskers to the extremes. Runs stand in the legend's order; each panel has its own scale. "
+        f"{draws}",
     }
     titles = {
         "training": "Training",
@@ -177,8 +146,7 @@ def _figures(runs: Sequence[FinishedRun]) -> Iterator[str]:
     }
     for name, draw in plots.drawings(runs).items():
         yield f"<h2>{titles[name]}</h2>"
-        image = plots.svg(partial(draw, runs), name).replace("<svg", f'<svg role="img" aria-label="{titles[name]}"', 1)
-        yield f"<figure>{image}<figcaption>{escape(captions[name])}</figcaption></figure>"
+        yield figure(partial(draw, runs), name, titles[name], captions[name])
 
 
 def _draws(run: FinishedRun) -> str:
@@ -221,7 +189,7 @@ def _configuration(runs: Sequence[FinishedRun]) -> Iterator[str]:
     elif len(runs) > 1:
         yield note("The runs have the same configuration.")
     for run in runs:
-        yield _details(f"All settings of {run.label}", f"<pre>{escape(OmegaConf.to_yaml(run.config))}</pre>")
+        yield details(f"All settings of {run.label}", f"<pre>{escape(OmegaConf.to_yaml(run.config))}</pre>")
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -235,8 +203,9 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _provenance(runs: Sequence[FinishedRun]) -> Iterator[str]:
     yield "<h2>Provenance</h2>"
     facts = [_facts(run) for run in runs]
-    lines = [[name, *(each[name] for each in facts)] for name in facts[0]]
-    yield table([["", *(run.label for run in runs)], *lines], words=True)
+    yield table(
+        [["", "of the runs"], *([name, _each([each[name] for each in facts])] for name in facts[0])], words=True
+    )
     if any(each["commit"].endswith("+") for each in facts):
         yield note("A plus after the commit: the tree had uncommitted changes.")
 
@@ -262,23 +231,3 @@ def _each(values: Sequence[str]) -> str:
     if len(set(values)) == 1:
         return values[0]
     return f"{' / '.join(values)}, in the order of the table"
-
-
-def table(lines: Sequence[Sequence[str]], words: bool = False) -> str:
-    """A table that scrolls sideways; the first line and the first column are headers."""
-    header = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in lines[0])
-    body = "\n".join(
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
-        for first, *rest in lines[1:]
-    )
-    kind = ' class="words"' if words else ""
-    table = f"<table{kind}><thead><tr>{header}</tr></thead>\n<tbody>{body}</tbody></table>"
-    return f'<div class="scroll" tabindex="0">{table}</div>'
-
-
-def _details(summary: str, content: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>\n{content}</details>"
-
-
-def note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'

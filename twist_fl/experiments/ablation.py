@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from textwrap import fill
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -16,10 +17,9 @@ from twist_fl.evaluate import blocks_per_layer, perplexity, ticket_sizes
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
-from twist_fl.experiments.panels import looks, panels
 from twist_fl.job import Job
 from twist_fl.look import load_final
-from twist_fl.plots import LOG_FROM, log_ticks
+from twist_fl.plots import LOG_FROM, NO_LINE, figure_of, log_ticks, looks_of
 from twist_fl.progress import human_bytes
 
 MIXED = "blueprint.num_sub=[12,6,4,3]"
@@ -137,11 +137,15 @@ def draw(data: Data) -> Figure:
     for i, ticket in enumerate(rows[0]["tickets"]):
         if ticket["size"] in DRAWN:
             shown[f"{size_label(ticket)} tickets"] = [row["tickets"][i]["mean"] for row in rows]
-    figure, (axes,) = panels(list(shown), [""], share_y=False, height=0.6 + 0.25 * len(rows))
-    for values, look in zip(shown.values(), looks(len(shown)), strict=True):
-        axes.plot(values, range(len(rows)), **look, linestyle="none", markersize=5)
+    labels = [fill(row["label"], 26) for row in rows]
+    looks = {label: look | NO_LINE for label, look in looks_of(shown).items()}
+    figure = figure_of(0.6 + 0.15 * sum(label.count("\n") + 2 for label in labels), looks)
+    axes = figure.subplots()
+    for values, look in zip(shown.values(), looks.values(), strict=True):
+        axes.plot(values, range(len(rows)), **look, markersize=5)
         axes.axvline(values[0], color=look["color"], linewidth=0.8, linestyle="--", alpha=0.7)
-    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    axes.set_yticks(range(len(rows)), labels)
+    axes.set_ylabel("what is changed at both 6/12")
     axes.invert_yaxis()
     every = [value for values in shown.values() for value in values]
     if max(every) > LOG_FROM * min(every):
@@ -151,6 +155,14 @@ def draw(data: Data) -> Figure:
         axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("test perplexity")
     return figure
+
+
+def reading(data: Data) -> str:
+    base = data["rows"][0]
+    return (
+        f"A line is one training run; tickets are means over {base['draws']} random ones. Dashed: the base's values. "
+        f"Seed {base['seed']}."
+    )
 
 
 def notes(data: Data) -> list[str]:
@@ -177,4 +189,6 @@ def _best(what: str, values: list[tuple[str, float]]) -> str:
     return f"{what} best of TwIST's with '{label}': {perplexity_text(best)}; the base has {base}, {whole}."
 
 
-ABLATION = Experiment("ablation", "What each choice changes", tasks, collect, tables, {"ablation": draw}, notes)
+ABLATION = Experiment(
+    "ablation", "What each choice changes", tasks, collect, tables, {"ablation": draw}, reading, notes
+)

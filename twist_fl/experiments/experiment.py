@@ -28,5 +28,7 @@ class Experiment:
     """By caption."""
     figures: dict[str, Callable[[Data], Figure]] = field(default_factory=dict)
     """By file name without ending."""
+    reading: Callable[[Data], str] = lambda data: ""
+    """How to read the figure: what its marks are, of how many draws and which seed."""
     notes: Callable[[Data], list[str]] = lambda data: []
     """Sentences below the table, from the numbers."""

@@ -18,9 +18,8 @@ from twist_fl.evaluate import Tickets, blocks_per_layer, perplexity
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
-from twist_fl.experiments.panels import looks, panels
 from twist_fl.look import load_final
-from twist_fl.plots import scale_perplexity
+from twist_fl.plots import figure_of, looks_of, scale_perplexity
 
 LOST = [0, 1, 2, 3, 4, 6, 8, 9]
 """Nodes lost, of as many as a layer has blocks."""
@@ -121,10 +120,12 @@ def _cell(row: Data) -> str:
 def draw(data: Data) -> Figure:
     """Mean perplexity (lines) between the best and the worst choice of lost nodes (bands)."""
     every = [row[key] for run in data["runs"] for scale in _PANELS for row in run[scale] for key in ("min", "max")]
-    labels = [run["label"] for run in data["runs"]]
-    figure, axes = panels(labels, list(_PANELS.values()), share_y=True, height=3.4)
-    for panel, scale in zip(axes, _PANELS, strict=True):
-        for run, look in zip(data["runs"], looks(len(labels)), strict=True):
+    looks = looks_of(run["label"] for run in data["runs"])
+    figure = figure_of(3.2, looks)
+    axes = figure.subplots(1, len(_PANELS), sharey=True)
+    for panel, (scale, title) in zip(axes, _PANELS.items(), strict=True):
+        panel.set_title(title, fontsize=10)
+        for run, look in zip(data["runs"], looks.values(), strict=True):
             lost, mean, least, most = ([row[key] for row in run[scale]] for key in ("lost", "mean", "min", "max"))
             panel.plot(lost, mean, **look, linewidth=1.4, markersize=4.5)
             panel.fill_between(lost, least, most, color=look["color"], alpha=0.13, linewidth=0)
@@ -136,6 +137,15 @@ def draw(data: Data) -> Figure:
 
 
 _PANELS = {"scaled": "with the scale factor", "unscaled": "without it"}
+
+
+def reading(data: Data) -> str:
+    first = data["runs"][0]
+    most = max(len(row["perplexities"]) for row in first["scaled"])
+    return (
+        f"Lines: the mean over up to {most} choices of lost nodes; bands: from the best to the worst choice. Seed "
+        f"{first['seed']}."
+    )
 
 
 def notes(data: Data) -> list[str]:
@@ -164,5 +174,12 @@ def _mean(run: Data, scale: str, lost: int) -> float:
 
 
 FAILURE = Experiment(
-    "failure", "Nodes that fail in a model-parallel deployment", tasks, collect, tables, {"failure": draw}, notes
+    "failure",
+    "Nodes that fail in a model-parallel deployment",
+    tasks,
+    collect,
+    tables,
+    {"failure": draw},
+    reading,
+    notes,
 )

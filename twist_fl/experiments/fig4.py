@@ -5,24 +5,30 @@ from __future__ import annotations
 from functools import partial
 from math import isfinite, log
 from statistics import fmean, median, stdev
-from typing import Any
 
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from twist_fl.blueprint import Setting
-from twist_fl.experiments.drawing import figure_of
 from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
 from twist_fl.experiments.runs import DDP, twist
-from twist_fl.experiments.shared import PAPER, SE_6, about, caption, label, seeds, ticket_rows, tickets
-from twist_fl.plots import COLORS, MARKERS
+from twist_fl.experiments.shared import (
+    PAPER,
+    SE_6,
+    about,
+    caption,
+    draws,
+    label,
+    printed,
+    seeds,
+    ticket_rows,
+    tickets,
+)
+from twist_fl.plots import NO_LINE, box, figure_of, looks_of
 
 SIZES = (4, 6, 8, 10)
 TRAINED = 6
-LOOKS: dict[str, dict[str, Any]] = {
-    name: {"color": COLORS[i], "marker": MARKERS[i]} for i, name in enumerate((SE_6, "DDP"))
-}
+LOOKS = {name: look | NO_LINE for name, look in looks_of((SE_6, "DDP")).items()}
 
 
 def _runs(setting: Setting) -> dict[str, Task]:
@@ -77,11 +83,12 @@ def notes(data: Data) -> list[str]:
 
 def draw(data: Data) -> Figure:
     """At each size, a box with the extremes as whiskers and a dot per ticket, for either run."""
-    figure = figure_of(5.0, 3.8, {name: {**look, "linestyle": "none"} for name, look in LOOKS.items()})
+    figure = figure_of(3.6, {printed(name): look for name, look in LOOKS.items()})
     axes = figure.subplots()
     for i, (name, look) in enumerate(LOOKS.items()):
         for place, size in enumerate(map(label, SIZES)):
-            _box(axes, [v for v in data["losses"][name][size] if isfinite(v)], place + 0.36 * (i - 0.5), look)
+            losses = [loss for loss in data["losses"][name][size] if isfinite(loss)]
+            box(axes, losses, place + 0.36 * (i - 0.5), 0.3, look)
     axes.set_xticks(range(len(SIZES)), list(map(label, SIZES)))
     axes.set_xlim(-0.5, len(SIZES) - 0.5)
     axes.grid(visible=False, axis="x")
@@ -90,22 +97,19 @@ def draw(data: Data) -> Figure:
     return figure
 
 
-def _box(axes: Axes, values: list[float], place: float, look: dict[str, Any]) -> None:
-    if not values:
-        return
-    line = {"color": look["color"], "linewidth": 1.2}
-    axes.boxplot(
-        values, positions=[place], widths=0.3, whis=(0, 100), showfliers=False, manage_ticks=False,
-        boxprops=line, whiskerprops=line, capprops=line, medianprops=line | {"linewidth": 2.2},
-    )  # fmt: skip
-    spread = [place + 0.2 * (0.618 * draw % 1 - 0.5) for draw in range(len(values))]
-    axes.plot(spread, values, **look, linestyle="none", markersize=3.5, alpha=0.55, markeredgewidth=0)
+def reading(data: Data) -> str:
+    return (
+        "A dot is a ticket; boxes reach from the first to the third quartile, with the median, whiskers to the "
+        f"extremes. {draws(data)}"
+    )
 
 
 def _figure(number: int, setting: Setting) -> Experiment:
     name = f"fig{number}"
     title = f"Figure {number}: test loss of random tickets, {setting}"
-    return Experiment(name, title, partial(tasks, setting), partial(collect, setting), tables, {name: draw}, notes)
+    return Experiment(
+        name, title, partial(tasks, setting), partial(collect, setting), tables, {name: draw}, reading, notes
+    )
 
 
 FIG4, FIG7, FIG8 = _figure(4, "attn"), _figure(7, "both"), _figure(8, "ffn")

@@ -10,14 +10,15 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from twist_fl.blueprint import Setting
 from twist_fl.compare import MISSING, perplexity_text
-from twist_fl.experiments.drawing import figure_of
 from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
 from twist_fl.experiments.runs import twist
-from twist_fl.experiments.shared import PAPER, SE_6, about, caption, label, seeds, ticket_rows, tickets
+from twist_fl.experiments.shared import PAPER, SE_6, about, caption, draws, label, seeds, ticket_rows, tickets
+from twist_fl.plots import LOG_FROM, figure_of, log_ticks
 
 SIZES = (4, 6, 8, 10)
 LABELS = tuple(map(label, SIZES))
@@ -98,7 +99,7 @@ def _range(values: Collection[float]) -> str:
 
 def draw(data: Data) -> Figure:
     """Trained at: to the right; evaluated at: upwards. The brighter (yellow), the lower the perplexity."""
-    figure = figure_of(5.0, 4.2)
+    figure = figure_of(3.9)
     axes = figure.subplots()
     mean = data["mean"]
     grid = np.array([[mean[trained][evaluated] for trained in LABELS] for evaluated in LABELS], dtype=float)
@@ -115,21 +116,31 @@ def draw(data: Data) -> Figure:
     axes.set_yticks(range(len(LABELS)), LABELS)
     axes.set_xlabel(f"blocks in training ({data['setting']})")
     axes.set_ylabel("blocks in evaluation")
-    bar = figure.colorbar(image, ax=axes, ticks=np.geomspace(low, high, 5), format="%.3g")
+    ticks = log_ticks(low, high) if high > LOG_FROM * low else MaxNLocator(5).tick_values(low, high)
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    bar = figure.colorbar(image, ax=axes, ticks=ticks)
+    bar.set_ticks(ticks, labels=[f"{tick:,.10g}" for tick in ticks])
     bar.set_label("mean test perplexity")
     bar.ax.minorticks_off()
     return figure
 
 
+def reading(data: Data) -> str:
+    return f"Yellow is best. A cell is the mean over {draws(data)}"
+
+
 def _readable(color: Any) -> str:
-    red, green, blue, _ = color
-    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+    """Black or white, whichever has more contrast by WCAG's relative luminance."""
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in color[:3])
+    return "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "white"
 
 
 def _figure(number: int, setting: Setting) -> Experiment:
     name = f"fig{number}"
     title = f"Figure {number}: tickets of sizes not trained for, {setting}"
-    return Experiment(name, title, partial(tasks, setting), partial(collect, setting), tables, {name: draw}, notes)
+    return Experiment(
+        name, title, partial(tasks, setting), partial(collect, setting), tables, {name: draw}, reading, notes
+    )
 
 
 FIG5, FIG9, FIG10 = _figure(5, "attn"), _figure(9, "both"), _figure(10, "ffn")

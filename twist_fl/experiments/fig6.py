@@ -1,20 +1,31 @@
-"""Figure 6: milliseconds per batch of the full model and of subnets with 4 of 12 blocks."""
+"""Figure 6: milliseconds per batch of the full model and of subnets with 4 of 12 blocks, beside their FLOPs."""
 
 from __future__ import annotations
 
-from matplotlib.figure import Figure
+from typing import Any
 
-from twist_fl.experiments.drawing import figure_of, value_bars
+from matplotlib.figure import Figure
+from transformers import GPT2Config
+
+from twist_fl.blocks import make_layout
+from twist_fl.blueprint import Division, Setting, draw_ticket
+from twist_fl.cost import step_flops
 from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
+from twist_fl.experiments.latency import subnet
 from twist_fl.experiments.runs import DDP
 from twist_fl.experiments.shared import PAPER, about, caption
-from twist_fl.plots import COLORS
+from twist_fl.plots import COLORS, NO_LINE, figure_of
 
 FULL = "DDP 12/12"
 SHAPES = {FULL: "full", "ffn 4/12": "ffn", "attn 4/12": "attn", "both 4/12": "both"}
 """The paper's names of what `latency` measures."""
-MEASURE = measure("latency", DDP, settings=["ffn", "attn", "both"], size=4, turns=9)
+SETTINGS: tuple[Setting, ...] = ("ffn", "attn", "both")
+SIZE = 4
+MEASURE = measure("latency", DDP, settings=list(SETTINGS), size=SIZE, turns=9)
+PAPER_BATCH = (2, 1024)
+"""Windows, and tokens of each."""
+FLOPS: dict[str, Any] = {"marker": "D", "color": "black", "markerfacecolor": "white", **NO_LINE}
 
 
 def tasks(lab: Lab) -> list[Task]:
@@ -28,20 +39,48 @@ def collect(lab: Lab) -> Data:
         "about": about(lab),
         "ms": {name: milliseconds[shape] for name, shape in SHAPES.items()},
         "measured": found,
+        "flops": _by_name(_flops(lab)),
         "paper": PAPER["figure6_ms_per_batch"],
+        "paper_flops": _by_name(_paper_flops()),
     }
+
+
+def _by_name(flops: dict[str, int]) -> dict[str, float]:
+    """Of the full model's, by the paper's names."""
+    return {name: flops[shape] / flops["full"] for name, shape in SHAPES.items()}
+
+
+def _flops(lab: Lab) -> dict[str, int]:
+    job = lab.run(DDP.name).job()
+    batch = (job.config.train.batch_size, job.config.data.window)
+    found = {"full": step_flops(job.layout, None, *batch)}
+    for setting in SETTINGS:
+        found[setting] = step_flops(job.layout, subnet(job, setting, SIZE), *batch)
+    return found
+
+
+def _paper_flops() -> dict[str, int]:
+    """Of GPT-2 124M, the first and last two layers whole."""
+    layout = make_layout(GPT2Config().to_dict())
+    found = {"full": step_flops(layout, None, *PAPER_BATCH)}
+    for setting in SETTINGS:
+        ticket = draw_ticket(layout, Division(setting, ()), (SIZE, SIZE), 0, 0)
+        found[setting] = step_flops(layout, ticket, *PAPER_BATCH)
+    return found
 
 
 def tables(data: Data) -> dict[str, Cells]:
     ours, paper = data["ms"], data["paper"]
-    header = ["shape", "ms per batch", "paper's ms", "ratio to DDP", "paper's ratio"]
+    header = ["shape", "ms per batch", "of DDP's", "FLOPs of DDP's", "paper's ms", "paper's of DDP's", "paper's FLOPs"]
     lines = [
         [
             name,
             f"{ours[name]:.2f}",
-            f"{paper[name]:.0f}",
             f"{ours[name] / ours[FULL]:.3f}",
+            f"{data['flops'][name]:.3f}",
+            f"{paper[name]:.0f}",
             f"{paper[name] / paper[FULL]:.3f}",
+            f"{data['paper_flops'][name]:.3f}",
         ]
         for name in SHAPES
     ]
@@ -58,22 +97,33 @@ def notes(data: Data) -> list[str]:
         f"{found['threads']} thread(s). A step is forward, backward and Adam; nothing is sent.",
         "The paper: GPT-2 124M, batches of 2 x 1,024 tokens, Tesla P100. The smaller the model, the more of a step is "
         "the shared part: embeddings, head and undivided layers.",
+        "FLOPs are those of a step's matrix products, by the cost model; the paper's are those of GPT-2 124M with the "
+        "first and last two layers whole. Not in them: Adam, norms, softmax, the loss, what starting a product takes.",
     ]
 
 
 def draw(data: Data) -> Figure:
-    figure = figure_of(7.0, 3.2)
-    panels = figure.subplots(1, 2)
-    colors = {name: COLORS[i] for i, name in enumerate(SHAPES)}
-    for axes, whose, values, decimals in zip(
-        panels, ("ours", "paper"), (data["ms"], data["paper"]), (1, 0), strict=True
-    ):
-        value_bars(axes, {name: values[name] for name in SHAPES}, colors, decimals)
+    """A bar per shape with its time, and where it would end if time went as FLOPs do."""
+    figure = figure_of(3.2, {"DDP's time x share of its FLOPs": FLOPS})
+    names = list(SHAPES)
+    sides = (("ours", data["ms"], data["flops"], 1), ("paper", data["paper"], data["paper_flops"], 0))
+    for axes, (whose, ms, flops, decimals) in zip(figure.subplots(1, 2), sides, strict=True):
+        bars = axes.bar(range(len(names)), [ms[name] for name in names], color=COLORS[0], width=0.85)
+        labels = [f"{ms[name]:.{decimals}f}" for name in names]
+        axes.bar_label(bars, labels, label_type="center", color="white")
+        axes.plot(range(len(names)), [ms[FULL] * flops[name] for name in names], **FLOPS, markersize=6)
         axes.set_title(whose, fontsize=10)
-        axes.set_xticks(range(len(SHAPES)), [name.replace(" ", "\n") for name in SHAPES])
+        axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
         axes.set_xlabel("blocks in a divided layer")
-    panels[0].set_ylabel("training step (ms per batch)")
+        axes.set_ylabel("training step (ms per batch)" if whose == "ours" else "")
+        axes.grid(visible=False, axis="x")
+        axes.set_axisbelow(True)
     return figure
 
 
-FIG6 = Experiment("fig6", "Figure 6: time of a training step", tasks, collect, tables, {"fig6": draw}, notes)
+def reading(data: Data) -> str:
+    found = data["measured"]
+    return f"Bars: the median of {found['turns']} turns. Seed {data['about']['seed']}. Right: the paper's, on a P100."
+
+
+FIG6 = Experiment("fig6", "Figure 6: time of a training step", tasks, collect, tables, {"fig6": draw}, reading, notes)

@@ -26,7 +26,7 @@ def latency(folder: RunFolder, *, settings: list[Setting], size: int, turns: int
     job = folder.job()
     config, state, models = job.config, job.initial_state(), job.models(compile=job.config.train.compile)
     batches = _batches(job)
-    shapes = {"full": full_blueprint(job.layout)} | {str(setting): _subnet(job, setting, size) for setting in settings}
+    shapes = {"full": full_blueprint(job.layout)} | {str(setting): subnet(job, setting, size) for setting in settings}
     seconds: dict[str, list[float]] = {name: [] for name in shapes}
     threads = torch.get_num_threads()
     torch.set_num_threads(config.train.threads or 1)
@@ -60,6 +60,7 @@ def _batches(job: Job) -> list[torch.Tensor]:
     ]
 
 
-def _subnet(job: Job, setting: Setting, size: int) -> Blueprint:
+def subnet(job: Job, setting: Setting, size: int) -> Blueprint:
+    """With `size` blocks in each divided layer."""
     division = replace(job.division, setting=setting, ticket_policy="random")
     return draw_ticket(job.layout, division, ticket_sizes(job.layout, division, size), job.config.seed, 0)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from safetensors.torch import load_file
 from torch import nn
 
@@ -25,10 +26,9 @@ from twist_fl.edge import decode
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
-from twist_fl.experiments.panels import looks, panels
 from twist_fl.job import Job
 from twist_fl.look import load_final
-from twist_fl.plots import scale_perplexity
+from twist_fl.plots import COLORS, MARKERS, NO_LINE, figure_of, scale_perplexity
 from twist_fl.pruning.methods import Pruned, prune, pruned_perplexities, save_pruned
 from twist_fl.subnet import fold_scale
 
@@ -211,19 +211,42 @@ def _speed(full: Data, row: Data, key: str) -> float:
 
 
 def draw(data: Data) -> Figure:
-    """Perplexity against the file's size, and against the speed, both relative to the run's full model."""
-    rows = [(run["rows"][0], row, _label(run, row)) for run in data["runs"] for row in run["rows"]]
-    figure, axes = panels([label for *_, label in rows], ["", ""], share_y=True, height=3.2)
-    for (full, row, _), look in zip(rows, looks(len(rows)), strict=True):
-        for panel, place in zip(
-            axes, (row["file_bytes"] / full["file_bytes"], _speed(full, row, _WINDOW)), strict=True
-        ):
-            panel.plot([place], [row["perplexity"]], **look, linestyle="none", markersize=6.5)
-    axes[0].set_xlabel("file size / the full model's")
-    axes[1].set_xlabel("windows per second / the full model's")
+    """Perplexity against the file's size, and against the speed, both relative to the run's full model.
+
+    The marker is the method; colour, and how the marker is filled, is the run.
+    """
+    methods = {method: {"marker": marker} for method, marker in zip(_LABELS, MARKERS, strict=False)}
+    found: dict[str, dict[str, Any]] = {
+        run["label"]: {"color": color, "fillstyle": filled, "markerfacecoloralt": "white"}
+        for run, color, filled in zip(data["runs"], COLORS, ("none", "left", "full"), strict=False)
+    }
+    legend: dict[str, dict[str, Any]] = {label: look | NO_LINE | {"marker": "o"} for label, look in found.items()}
+    legend |= {_LABELS[method]: look | NO_LINE | {"color": "#606060"} for method, look in methods.items()}
+    figure = figure_of(3.2, legend)
+    axes = figure.subplots(1, 2, sharey=True)
+    for run in data["runs"]:
+        full = run["rows"][0]
+        for row in run["rows"]:
+            look = found[run["label"]] | methods[row["method"]] | NO_LINE
+            places = (row["file_bytes"] / full["file_bytes"], _speed(full, row, _WINDOW))
+            for panel, place in zip(axes, places, strict=True):
+                panel.plot([place], [row["perplexity"]], **look, markersize=7)
+    axes[0].set_xlabel("file size /\nthe full model's")
+    axes[1].set_xlabel("windows per second /\nthe full model's")
     axes[0].set_ylabel("test perplexity")
-    scale_perplexity(axes[0], [row["perplexity"] for _, row, _ in rows])
+    for panel in axes:
+        panel.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    scale_perplexity(axes[0], [row["perplexity"] for run in data["runs"] for row in run["rows"]])
     return figure
+
+
+def reading(data: Data) -> str:
+    first = data["runs"][0]
+    draws = max(row["draws"] for row in first["rows"])
+    return (
+        "The best place is below, to the left in the first panel, to the right in the second. Random tickets are means "
+        f"over {draws} draws. Seed {first['seed']}."
+    )
 
 
 def notes(data: Data) -> list[str]:
@@ -273,5 +296,5 @@ def _range(values: list[float]) -> str:
 
 
 REAL_COST = Experiment(
-    "realcost", "Size and CPU speed of pruned models", tasks, collect, tables, {"realcost": draw}, notes
+    "realcost", "Size and CPU speed of pruned models", tasks, collect, tables, {"realcost": draw}, reading, notes
 )

@@ -130,7 +130,8 @@ def render(data: Data, images: str = "") -> str:
     """An experiment's tables, figures (in the folder `images`), notes and origin as Markdown."""
     experiment = EXPERIMENTS[data["experiment"]]
     parts = [f"**{caption}**\n\n{markdown(cells)}" for caption, cells in experiment.tables(data).items()]
-    parts += [f"![{experiment.title}]({images}{name}.png)\n" for name in experiment.figures]
+    for name in experiment.figures:
+        parts.append(f"![{experiment.title}]({images}{name}.png)\n\n*{experiment.reading(data)}*\n")
     parts.append("".join(f"- {note}\n" for note in experiment.notes(data)))
     parts.append(f"{origin(data['provenance'])}\n")
     return "\n".join(parts)

@@ -21,6 +21,12 @@ TICKET_SIZES = (10, 8, 6, 4, 3)
 SE_6 = "TwIST SE_6/12"
 
 
+def printed(text: str) -> str:
+    """`SE_6/12` with its index below the line, for a figure."""
+    head, _, index = text.partition("_")
+    return f"{head}$_{{{index}}}$" if index else text
+
+
 def label(size: int) -> str:
     return f"{size}/{BLOCKS}"
 
@@ -42,6 +48,10 @@ def seeds(data: Mapping[str, Any]) -> str:
         f"One training run each, with seed {about['seed']}; {about['tickets']} random tickets a size, drawn with the "
         "same seed: every run is asked for the same blocks."
     )
+
+
+def draws(data: Mapping[str, Any]) -> str:
+    return f"{data['about']['tickets']} random tickets a size; seed {data['about']['seed']}."
 
 
 def tickets(lab: Lab, run: Task, setting: Setting) -> Task:

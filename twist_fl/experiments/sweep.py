@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import fill
+
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
@@ -9,8 +11,7 @@ from twist_fl.compare import perplexity_text, size_label
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
-from twist_fl.experiments.panels import looks, panels
-from twist_fl.plots import scale_perplexity
+from twist_fl.plots import figure_of, looks_of, scale_perplexity
 
 INTERVALS = (5, 15, 50)
 """Batches between two draws; of the tiny scale's 1,500 batches all are divisors, 45 is not."""
@@ -100,21 +101,27 @@ def _lines(rows: list[Data]) -> dict[str, list[tuple[int, float]]]:
 
 def draw(data: Data) -> Figure:
     """A panel for each swept value: the full model and the mean of random tickets, on one perplexity axis."""
-    labels = list(_lines(data["swept"]["interval"]))
-    figure, axes = panels(labels, [""] * len(data["swept"]), share_y=True, height=3.0)
+    looks = looks_of(_lines(data["swept"]["interval"]))
+    figure = figure_of(3.0, looks)
+    axes = figure.subplots(1, len(data["swept"]), sharey=True)
     every: list[float] = []
     for panel, (name, rows) in zip(axes, data["swept"].items(), strict=True):
-        for line, look in zip(_lines(rows).values(), looks(len(labels)), strict=True):
+        for line, look in zip(_lines(rows).values(), looks.values(), strict=True):
             panel.plot(*zip(*line, strict=True), **look, linewidth=1.4, markersize=5)
             every += [perplexity for _, perplexity in line]
         if name == "interval":
             panel.set_xscale("log")
             panel.xaxis.set_minor_locator(NullLocator())
         panel.set_xticks([row["value"] for row in rows], [str(row["value"]) for row in rows])
-        panel.set_xlabel(NAMES[name])
+        panel.set_xlabel(fill(NAMES[name], 16))
     axes[0].set_ylabel("test perplexity")
     scale_perplexity(axes[0], every)
     return figure
+
+
+def reading(data: Data) -> str:
+    first = data["swept"]["interval"][0]
+    return f"A point is one training run; tickets are means over {first['draws']} random ones. Seed {first['seed']}."
 
 
 def notes(data: Data) -> list[str]:
@@ -137,4 +144,6 @@ def notes(data: Data) -> list[str]:
     return found
 
 
-SWEEP = Experiment("sweep", "Interval, common blocks and subnet size", tasks, collect, tables, {"sweep": draw}, notes)
+SWEEP = Experiment(
+    "sweep", "Interval, common blocks and subnet size", tasks, collect, tables, {"sweep": draw}, reading, notes
+)

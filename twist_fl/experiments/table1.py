@@ -10,13 +10,24 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from twist_fl.blueprint import Setting
-from twist_fl.compare import MISSING, kappa, perplexity_text, spread_text
-from twist_fl.experiments.drawing import figure_of
+from twist_fl.compare import MISSING, perplexity_text, spread_text
 from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
 from twist_fl.experiments.runs import DDP, SETTINGS, twist
-from twist_fl.experiments.shared import PAPER, SE_6, about, caption, label, seeds, ticket_rows, tickets
-from twist_fl.plots import COLORS, MARKERS, scale_perplexity
+from twist_fl.experiments.shared import (
+    BLOCKS,
+    PAPER,
+    SE_6,
+    about,
+    caption,
+    draws,
+    label,
+    printed,
+    seeds,
+    ticket_rows,
+    tickets,
+)
+from twist_fl.plots import figure_of, looks_of, scale_perplexity
 
 SIZES = (8, 6, 4, 3)
 LABELS = tuple(map(label, SIZES))
@@ -31,9 +42,9 @@ SE_DDP, SE = "SE (DDP)", "TwIST SE"
 EXTRACTED = (SE_DDP, SE, SE_6)
 METHODS = (*PRUNERS, *EXTRACTED)
 CALIBRATION_WINDOWS = 128
-LOOKS: dict[str, dict[str, Any]] = {
-    method: {"color": color, "marker": marker, "linestyle": "-" if method in (SE, SE_6) else "--"}
-    for method, color, marker in zip((SE_6, SE_DDP, SE, *PRUNERS), (*COLORS, "#808080"), MARKERS, strict=True)
+LOOKS = {
+    method: look | {"linestyle": "-" if method in (SE, SE_6) else "--"}
+    for method, look in looks_of((SE_6, SE_DDP, SE, *PRUNERS)).items()
 }
 
 
@@ -183,30 +194,43 @@ def notes(data: Data) -> list[str]:
 
 def draw(data: Data) -> Figure:
     """Against kappa: a row per setting, ours left and the paper's right; thin lines reach to tickets' extremes."""
-    figure = figure_of(7.5, 9.0, LOOKS, columns=4)
+    figure = figure_of(7.2, {printed(method): look for method, look in LOOKS.items()})
     panels = figure.subplots(len(SETTINGS), 2, sharex=True)
     for (left, right), setting in zip(panels, SETTINGS, strict=True):
         ours: dict[str, dict[str, Any]] = data["settings"][setting]["rows"]
-        for i, method in enumerate(EXTRACTED):
-            places = [kappa(size) + 0.006 * (i - 1) for size in LABELS]  # so that lines do not cover each other
+        for method in EXTRACTED:
             least, most = ([ours[method][size][key] for size in LABELS] for key in ("min", "max"))
-            left.vlines(places, least, most, color=LOOKS[method]["color"], linewidth=0.8)
+            left.vlines(SIZES, least, most, color=LOOKS[method]["color"], linewidth=0.8)
         _panel(left, f"{setting}, ours", {method: [row[s]["mean"] for s in LABELS] for method, row in ours.items()})
         _panel(right, f"{setting}, paper", data["paper"][setting])
         left.set_ylabel("test perplexity")
     for axes in panels[-1]:
-        axes.set_xlabel("κ: blocks kept / blocks in the layer")
-        axes.set_xticks(list(map(kappa, LABELS)), LABELS)
+        axes.set_xlabel(f"blocks kept of {BLOCKS}")
+        axes.set_xticks(SIZES)
     return figure
+
+
+def reading(data: Data) -> str:
+    return (
+        "Test perplexity against the blocks kept in each divided layer; each panel has its own scale. Right, the "
+        f"paper's numbers; left, ours: points of SE are means, thin lines reach to the extremes, of {draws(data)}"
+    )
 
 
 def _panel(axes: Axes, heading: str, lines: Mapping[str, Sequence[float]]) -> None:
     axes.set_title(heading, fontsize=10)
     for method, values in lines.items():
-        axes.plot(list(map(kappa, LABELS)), values, **LOOKS[method], linewidth=1.4, markersize=5)
+        axes.plot(SIZES, values, **LOOKS[method], linewidth=1.4, markersize=4.5)
     scale_perplexity(axes, [value for values in lines.values() for value in values if isfinite(value)])
 
 
 TABLE1 = Experiment(
-    "table1", "Table 1: perplexity of subnets and pruned models", tasks, collect, tables, {"table1": draw}, notes
+    "table1",
+    "Table 1: perplexity of subnets and pruned models",
+    tasks,
+    collect,
+    tables,
+    {"table1": draw},
+    reading,
+    notes,
 )

@@ -100,4 +100,4 @@ def notes(data: Data) -> list[str]:
     ]
 
 
-TABLE2 = Experiment("table2", "Table 2: memory, communication and wall clock", tasks, collect, tables, {}, notes)
+TABLE2 = Experiment("table2", "Table 2: memory, communication and wall clock", tasks, collect, tables, notes=notes)

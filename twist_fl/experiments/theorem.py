@@ -20,12 +20,16 @@ from twist_fl.evaluate import blocks_per_layer, ticket_sizes
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
-from twist_fl.experiments.panels import looks, panels
 from twist_fl.job import Job
 from twist_fl.look import load_final
+from twist_fl.plots import NO_LINE, figure_of, looks_of
 
 SIZES = [10, 8, 6, 4, 3]
 WINDOWS = 4
+LAWS: dict[str, dict[str, Any]] = {
+    "√κ (theorem)": {"color": "black", "linewidth": 1.1},
+    "κ (linear law)": {"color": "black", "linewidth": 1.1, "linestyle": "--"},
+}
 MODELS: dict[str, tuple[Task, Literal["start", "end"]]] = {
     "at initialisation": (runs.twist("both", 6), "start"),
     "after TwIST, 6 of 12": (runs.twist("both", 6), "end"),
@@ -141,26 +145,32 @@ def tables(data: Data) -> dict[str, Cells]:
 
 def draw(data: Data) -> Figure:
     """Measured ratios with their deviation, the theorem's square root and the linear law."""
-    names = {"attn": "attention (Theorem A.10)", "ffn": "feed-forward (Theorem A.6)"}
-    labels = [model["label"] for model in data["models"]]
-    figure, axes = panels(labels, list(names.values()), share_y=True, height=3.2)
+    names = {"attn": "attention (A.10)", "ffn": "feed-forward (A.6)"}
+    looks = looks_of(model["label"] for model in data["models"])
+    figure = figure_of(3.2, {label: look | NO_LINE for label, look in looks.items()} | LAWS)
+    axes = figure.subplots(1, len(names), sharey=True)
     kappas = [0.2 + 0.8 * i / 80 for i in range(81)]
-    for panel, kind in zip(axes, names, strict=True):
-        panel.plot(kappas, [sqrt(kappa) for kappa in kappas], color="black", linewidth=1.1)
-        panel.plot(kappas, kappas, color="black", linewidth=1.1, linestyle="--")
-        panel.annotate("√κ", (0.3, sqrt(0.3)), (-3, 5), textcoords="offset points", ha="right")
-        panel.annotate("κ", (0.3, 0.3), (6, -8), textcoords="offset points")
-        for i, (model, look) in enumerate(zip(data["models"], looks(len(labels)), strict=True)):
+    root, linear = LAWS.values()
+    for panel, (kind, title) in zip(axes, names.items(), strict=True):
+        panel.set_title(title, fontsize=10)
+        panel.plot(kappas, [sqrt(kappa) for kappa in kappas], **root)
+        panel.plot(kappas, kappas, **linear)
+        for i, (model, look) in enumerate(zip(data["models"], looks.values(), strict=True)):
             rows = _of_kind(model, kind)
-            places = [row["size"] / row["of"] + 0.008 * (i - (len(labels) - 1) / 2) for row in rows]
+            places = [row["size"] / row["of"] + 0.012 * (i - (len(looks) - 1) / 2) for row in rows]
             means, stds = [row["mean"] for row in rows], [row["std"] for row in rows]
-            panel.errorbar(places, means, yerr=stds, **look, linestyle="none", markersize=4.5, capsize=2)
+            panel.errorbar(places, means, yerr=stds, **look | NO_LINE, markersize=4.5, capsize=2)
         ticks = {row["size"] / row["of"]: str(row["size"]) for row in _of_kind(data["models"][0], kind)}
         of = data["models"][0]["rows"][0]["of"]
         panel.set_xticks([*ticks, 1.0], [*ticks.values(), str(of)])
-        panel.set_xlabel(f"blocks held, of {of} (κ = held / {of})")
+        panel.set_xlabel(f"blocks held of {of}\n(κ = held / {of})")
     axes[0].set_ylabel("norm of the block sum,\nover that of all blocks")
     return figure
+
+
+def reading(data: Data) -> str:
+    first = data["models"][0]
+    return f"Bars: one standard deviation over {first['draws']} random subnets and the layers. Seed {first['seed']}."
 
 
 def notes(data: Data) -> list[str]:
@@ -181,4 +191,4 @@ def notes(data: Data) -> list[str]:
     return found
 
 
-THEOREM = Experiment("figA", "Theorems A.6 and A.10, measured", tasks, collect, tables, {"figA": draw}, notes)
+THEOREM = Experiment("figA", "Theorems A.6 and A.10, measured", tasks, collect, tables, {"figA": draw}, reading, notes)
