@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from math import exp, log
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from twist_fl.experiments.catalog import PAPER
 from twist_fl.experiments.lab import TRAIN, Lab, Scale, Task
 from twist_fl.experiments.measures import MEASURES
 from twist_fl.experiments.runner import execute
-from twist_fl.experiments.runs import DDP, SETTINGS, twist
+from twist_fl.experiments.runs import DDP, twist
 from twist_fl.files import write_text
 from twist_fl.job import make_job
 from twist_fl.plots import styled
@@ -218,12 +219,33 @@ def test_a_run_of_other_sizes_is_refused(tmp_path: Path) -> None:
         shared.ticket_rows(lab, DDP, "attn")
 
 
+def test_one_setting_needs_only_its_runs(faked: Lab, collected: dict[str, dict[str, Any]]) -> None:
+    lab = replace(faked, overrides=("blueprint.setting=ffn",))
+    for name, runs in (("table1", 5), ("table2", 5)):
+        tasks = EXPERIMENTS[name].tasks(lab)
+        assert {task.name for task in tasks} < {task.name for task in EXPERIMENTS[name].tasks(faked)}
+        assert sum(task.kind == TRAIN for task in tasks) == runs
+        data = EXPERIMENTS[name].collect(lab)
+        assert all(len(cells) > 1 for cells in EXPERIMENTS[name].tables(data).values())
+        assert EXPERIMENTS[name].notes(data)
+    data = EXPERIMENTS["table1"].collect(lab)
+    assert data["settings"] == {"ffn": collected["table1"]["settings"]["ffn"]}
+    with styled():
+        assert_legible(EXPERIMENTS["table1"].figures["table1"](data))
+
+
+def test_a_setting_that_would_make_another_run_of_one_is_refused(faked: Lab) -> None:
+    lab = replace(faked, overrides=("blueprint.setting=ffn",))
+    with pytest.raises(ConfigError, match=r"would change twist-attn-6, which is blueprint.setting=attn: leave it out"):
+        lab.words(twist("attn", 6))
+
+
 # -- table 1
 
 
 def test_table_1_takes_each_cell_from_its_run(collected: dict[str, dict[str, Any]]) -> None:
     data = collected["table1"]
-    for setting in SETTINGS:
+    for setting in ("attn", "ffn", "both"):
         rows = data["settings"][setting]["rows"]
         for size in table1.SIZES:
             label = shared.label(size)

@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from twist_fl.blueprint import Setting
 from twist_fl.checkpoint import RunFolder
+from twist_fl.checks import ConfigError
 from twist_fl.config import Config, load_config
 
 Runner = Literal["local", "flower"]
@@ -96,8 +98,19 @@ class Lab:
     def run(self, name: str) -> RunFolder:
         return RunFolder(self.folder / "runs" / name)
 
+    @cached_property
+    def settings(self) -> tuple[Setting, ...]:
+        """What experiments that compare settings compare: all, or the one that blueprint.setting names."""
+        named = any(word.startswith("blueprint.setting=") for word in self.overrides)
+        return (self.base.blueprint.setting,) if named else get_args(Setting)
+
     def words(self, task: Task) -> list[str]:
-        """The overrides of a training task."""
+        """The overrides of a training task. Raises ConfigError if the lab's would make another run of it."""
+        own = dict(word.split("=", 1) for word in task.arguments["overrides"])
+        for word in self.overrides:
+            key, _, value = word.partition("=")
+            if own.get(key, value) != value:
+                raise ConfigError(f"{word} would change {task.name}, which is {key}={own[key]}: leave it out")
         wanted = [*self.scale.overrides, *task.arguments["overrides"], *self.overrides]
         return [*wanted, f"name={task.name}", f"dir={self.run(task.name).path}"]
 

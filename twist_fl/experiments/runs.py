@@ -5,7 +5,6 @@ from __future__ import annotations
 from twist_fl.blueprint import Setting
 from twist_fl.experiments.lab import Task, train
 
-SETTINGS: tuple[Setting, ...] = ("attn", "ffn", "both")
 DDP = train("ddp", "algorithm=ddp")
 FEDAVG = train("fedavg", "algorithm=fedavg")
 

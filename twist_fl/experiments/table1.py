@@ -13,7 +13,7 @@ from twist_fl.blueprint import Setting
 from twist_fl.compare import MISSING, perplexity_text, spread_text
 from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
-from twist_fl.experiments.runs import DDP, SETTINGS, twist
+from twist_fl.experiments.runs import DDP, twist
 from twist_fl.experiments.shared import (
     BLOCKS,
     PAPER,
@@ -59,11 +59,11 @@ def _prune(method: str, setting: Setting, size: int) -> Task:
 
 
 def tasks(lab: Lab) -> list[Task]:
-    runs = [DDP, *(twist(setting, size) for setting in SETTINGS for size in SIZES)]
+    runs = [DDP, *(twist(setting, size) for setting in lab.settings for size in SIZES)]
     measured = [
-        *(_prune(method, setting, size) for setting in SETTINGS for method in PRUNERS for size in SIZES),
-        *(tickets(lab, DDP, setting) for setting in SETTINGS),
-        *(tickets(lab, twist(setting, size), setting) for setting in SETTINGS for size in SIZES),
+        *(_prune(method, setting, size) for setting in lab.settings for method in PRUNERS for size in SIZES),
+        *(tickets(lab, DDP, setting) for setting in lab.settings),
+        *(tickets(lab, twist(setting, size), setting) for setting in lab.settings for size in SIZES),
     ]
     return [*runs, *measured]
 
@@ -71,11 +71,11 @@ def tasks(lab: Lab) -> list[Task]:
 def collect(lab: Lab) -> Data:
     return {
         "about": about(lab),
-        "settings": {setting: _setting(lab, setting) for setting in SETTINGS},
+        "settings": {setting: _setting(lab, setting) for setting in lab.settings},
         "cost": {
             method: {key: found[key] for key in ("seconds", "peak_bytes", "calibration_tokens")}
             for method in PRUNERS
-            for found in [lab.result(_prune(method, "both", 6))]
+            for found in [lab.result(_prune(method, lab.settings[-1], 6))]
         },
         "paper": PAPER["table1_perplexity"]["rows"],
     }
@@ -111,25 +111,28 @@ def _setting(lab: Lab, setting: Setting) -> dict[str, Any]:
 
 
 def tables(data: Data) -> dict[str, Cells]:
-    drawn = data["about"]["tickets"]
+    drawn, last = data["about"]["tickets"], list(data["settings"])[-1]
     perplexities = {
         caption(f"Test perplexity, setting {setting}, by blocks kept per layer", data): _perplexities(data, setting)
-        for setting in SETTINGS
+        for setting in data["settings"]
     }
     return perplexities | {
         caption(f"Lowest and highest perplexity of {drawn} random tickets", data): [
             ["setting", "method", *LABELS],
             *(
                 [setting, method, *(_range_text(data["settings"][setting]["rows"][method][size]) for size in LABELS)]
-                for setting in SETTINGS
+                for setting in data["settings"]
                 for method in EXTRACTED
             ),
         ],
         caption("Test perplexity of the full models, by the size that their workers held", data): [
             ["setting", "DDP", *LABELS],
-            *([setting, *map(perplexity_text, data["settings"][setting]["full"].values())] for setting in SETTINGS),
+            *(
+                [setting, *map(perplexity_text, data["settings"][setting]["full"].values())]
+                for setting in data["settings"]
+            ),
         ],
-        caption(f"What a method costs after training, setting both, {label(6)}", data): _costs(data),
+        caption(f"What a method costs after training, setting {last}, {label(6)}", data): _costs(data),
     }
 
 
@@ -178,14 +181,14 @@ def notes(data: Data) -> list[str]:
     size, paper = label(4), PAPER["table1_perplexity"]
     column = paper["kappa"].index(size)
     found = [f"SE rows are mean ± standard deviation. {seeds(data)} The paper does not say how many it drew."]
-    for setting in SETTINGS:
+    for setting in data["settings"]:
         rows, theirs = data["settings"][setting]["rows"], data["paper"][setting]
         pairs = [
             f"{method} {perplexity_text(rows[method][size]['mean'])} (paper {perplexity_text(theirs[method][column])})"
             for method in (SE, SE_6, "SparseGPT", SE_DDP)
         ]
         found.append(f"{setting} {size}: {', '.join(pairs)}.")
-    remarks = {f"{s} {key}": n for s in SETTINGS for key, n in data["settings"][s]["remarks"].items()}
+    remarks = {f"{s} {key}": n for s in data["settings"] for key, n in data["settings"][s]["remarks"].items()}
     if remarks:
         listed = "; ".join(f"{key} ({number})" for key, number in remarks.items())
         found.append(f"Matrices that a pruner remarked on, mostly for more damping: {listed}.")
@@ -194,9 +197,9 @@ def notes(data: Data) -> list[str]:
 
 def draw(data: Data) -> Figure:
     """Against kappa: a row per setting, ours left and the paper's right; thin lines reach to tickets' extremes."""
-    figure = figure_of(7.2, {printed(method): look for method, look in LOOKS.items()})
-    panels = figure.subplots(len(SETTINGS), 2, sharex=True)
-    for (left, right), setting in zip(panels, SETTINGS, strict=True):
+    figure = figure_of(2.4 * len(data["settings"]), {printed(method): look for method, look in LOOKS.items()})
+    panels = figure.subplots(len(data["settings"]), 2, sharex=True, squeeze=False)
+    for (left, right), setting in zip(panels, data["settings"], strict=True):
         ours: dict[str, dict[str, Any]] = data["settings"][setting]["rows"]
         for method in EXTRACTED:
             least, most = ([ours[method][size][key] for size in LABELS] for key in ("min", "max"))

@@ -12,7 +12,7 @@ from twist_fl.blueprint import Division, Setting
 from twist_fl.cost import PAPER_EXCHANGES, run_cost
 from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
-from twist_fl.experiments.runs import DDP, SETTINGS, twist
+from twist_fl.experiments.runs import DDP, twist
 from twist_fl.experiments.shared import BLOCKS, PAPER, about, label
 
 SIZES = (10, 8, 6, 4)
@@ -20,14 +20,14 @@ WORKERS = 4
 
 
 def tasks(lab: Lab) -> list[Task]:
-    return [DDP, *(twist(setting, size) for setting in SETTINGS for size in SIZES)]
+    return [DDP, *(twist(setting, size) for setting in lab.settings for size in SIZES)]
 
 
 def collect(lab: Lab) -> Data:
     whole = training_seconds(lab, DDP)
     rows = [
         _row(setting, size, training_seconds(lab, twist(setting, size)) / whole)
-        for setting in SETTINGS
+        for setting in lab.settings
         for size in SIZES
     ]
     paper = PAPER["table2"]["rows"]
