@@ -51,6 +51,9 @@ def varied(lab: Lab) -> dict[str, Task]:
         "importance, |C| = 2": runs.variation(
             "importance", "blueprint.policy=importance", "blueprint.num_common=2", "blueprint.score_every=20"
         ),
+        "|C| = 2, sizes 12, 6, 4, 3 shuffled": runs.variation(
+            "common-2-mixed", "blueprint.common=[0, 1]", MIXED, "blueprint.assign=shuffled"
+        ),
         "ordered": ORDERED[0],
         "ordered, sizes 12, 6, 4, 3": ORDERED[1],
         **WHOLE,
