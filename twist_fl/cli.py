@@ -113,10 +113,14 @@ def _numbers(sizes: str | None) -> list[int] | None:
 def deploy(
     run: RunDir,
     device: Annotated[
-        list[str] | None, typer.Option(help="An edge device as NAME=MEMORY_IN_MB; repeat for more. Default: three.")
+        list[str] | None,
+        typer.Option(
+            help="An edge device as NAME=LIMIT or NAME=LIMIT,LIMIT; repeat for more. Limits: 3.5MB (or 3.5) of memory, "
+            "20ms a token, 1/4 of the blocks. Default: three devices."
+        ),
     ] = None,
 ) -> None:
-    """Ship to each device the largest ticket that fits its memory, as a small dense model, and measure it there."""
+    """Ship to each device the largest ticket that meets its limits, as a small dense model, and measure it there."""
     from twist_fl import commands
 
     commands.deploy(console, run, device or [])

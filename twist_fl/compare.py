@@ -193,6 +193,12 @@ def _cells(row: Row, sizes: Sequence[str]) -> Iterator[str]:
     yield duration_text(row.seconds)
 
 
+def limits_text(device: Mapping[str, Any]) -> str:
+    """What a device's ticket had to meet: '3.5 MB, 20 ms, κ 0.25'."""
+    forms = {"memory_mb": "{:g} MB", "latency_ms": "{:g} ms", "kappa": "κ {:.3g}"}
+    return ", ".join(form.format(device[key]) for key, form in forms.items() if device.get(key) is not None) or MISSING
+
+
 def perplexity_text(value: float) -> str:
     """Two decimals, and none from 1000 on."""
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"

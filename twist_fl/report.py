@@ -19,6 +19,7 @@ from twist_fl.compare import (
     comparison_table,
     duration_text,
     kappa,
+    limits_text,
     perplexity_text,
     read_runs,
     row_of,
@@ -50,7 +51,7 @@ summary { cursor: pointer; padding: .4rem 0; }
 
 _DEVICE_COLUMNS = {
     "name": "device",
-    "memory_mb": "memory limit, MB",
+    "limits": "limits",
     "size": "blocks",
     "num_params": "parameters",
     "weight_mb": "weights, MB",
@@ -80,7 +81,7 @@ def write_report(
 ) -> None:
     """Write `out`: summary, table, figures, deployed devices, configuration and provenance of finished `runs`.
 
-    `deployed` has a mapping per edge device with the keys of _DEVICE_COLUMNS and `of`; missing ones show as a dash.
+    `deployed` has a mapping per edge device, as in deployed.json; what is missing shows as a dash.
     Raises ConfigError for a run that has not finished.
     """
     finished = read_runs(runs)
@@ -194,12 +195,15 @@ def _devices(deployed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     lines = [[_device_text(device, key) for key in _DEVICE_COLUMNS] for device in deployed]
     yield table([list(_DEVICE_COLUMNS.values()), *lines])
     yield note(
-        "Each device got the largest ticket that fits its memory limit (weights and the KV cache of one full context), "
-        "as a dense model. Perplexity, latency and peak memory are measured on the device's side."
+        "Each device got the largest ticket that meets its limits, as a dense model: MB are of weights and the KV "
+        "cache of one full context, ms are the device's own a token, κ is the share of a layer's blocks. Perplexity, "
+        "latency and peak memory are measured on the device's side; bytes are of every ticket it was sent to find one."
     )
 
 
 def _device_text(device: Mapping[str, Any], key: str) -> str:
+    if key == "limits":
+        return limits_text(device)
     value = device.get(key)
     if value is None:
         return MISSING
