@@ -124,6 +124,10 @@ class Row:
     moment_bytes: int
     other_bytes: int
     """Blueprints, configuration and metrics."""
+    peak_bytes: int
+    """Most memory a worker held while training; 0 in logs that do not say."""
+    predicted_peak_bytes: int
+    """What Appendix C says `peak_bytes` should be."""
     seconds: float
     """Wall clock of the rounds, without evaluation."""
 
@@ -142,6 +146,8 @@ def row_of(run: FinishedRun) -> Row:
         predicted_weight_bytes=run.predicted_bytes,
         moment_bytes=_wire_bytes(run, "moments"),
         other_bytes=_wire_bytes(run, "other"),
+        peak_bytes=max((each.get("peak_bytes", 0) for each in run.rounds), default=0),
+        predicted_peak_bytes=max((each.get("predicted_peak_bytes", 0) for each in run.rounds), default=0),
         seconds=sum(each["seconds"] for each in run.rounds),
     )
 
@@ -176,6 +182,8 @@ def table_cells(rows: Sequence[Row]) -> list[list[str]]:
         "predicted",
         "moments sent",
         "other sent",
+        "worker's peak memory",
+        "predicted peak",
         "wall clock of rounds",
     ]
     return [header, *([*_cells(row, sizes)] for row in rows)]
@@ -190,6 +198,8 @@ def _cells(row: Row, sizes: Sequence[str]) -> Iterator[str]:
     yield human_bytes(row.predicted_weight_bytes)
     yield human_bytes(row.moment_bytes) if row.moment_bytes else MISSING
     yield human_bytes(row.other_bytes)
+    yield human_bytes(row.peak_bytes) if row.peak_bytes else MISSING
+    yield human_bytes(row.predicted_peak_bytes) if row.predicted_peak_bytes else MISSING
     yield duration_text(row.seconds)
 
 

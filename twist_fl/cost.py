@@ -32,9 +32,14 @@ def moment_bytes(layout: Layout, blueprints: Iterable[Blueprint]) -> int:
     return 2 * round_bytes(layout, blueprints)
 
 
+def training_bytes(layout: Layout, blueprint: Blueprint | None = None) -> int:
+    """Memory to train: weights, gradients and moments plus the runtime's constant; no activations."""
+    return TRAINING_BYTES_PER_PARAM * layout.num_params(blueprint) + round(RUNTIME_GIB * 2**30)
+
+
 def training_gib(layout: Layout, blueprint: Blueprint | None = None) -> float:
-    """Memory column of Table 2, in GiB: weights, gradients and moments plus the runtime's constant."""
-    return TRAINING_BYTES_PER_PARAM * layout.num_params(blueprint) / 2**30 + RUNTIME_GIB
+    """Memory column of Table 2, in GiB."""
+    return training_bytes(layout, blueprint) / 2**30
 
 
 def step_flops(layout: Layout, blueprint: Blueprint | None, batch_size: int, window: int) -> int:

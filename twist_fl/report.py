@@ -142,7 +142,10 @@ def _comparison(runs: Sequence[FinishedRun], rows: Sequence[Row]) -> Iterator[st
     yield note(
         f"Perplexity on the test split ({tokens} tokens). Under k/n: mean ± standard deviation over random tickets "
         f"({_each([_draws(run) for run in runs])} per size) of k of the n blocks in every divided layer. "
-        "Bytes are both directions of all rounds and workers. Wall clock is without evaluation."
+        "Bytes are both directions of all rounds and workers. Peak memory is the most that a worker held while it "
+        "trained, above what it held before it had a model: on a GPU what torch allocated, else resident memory, with "
+        "what libraries and messages take. Predicted for it is the cost model's: weights, gradients and two moments, "
+        "16 bytes a parameter, and 0.06 GiB; no activations. Wall clock is without evaluation."
     )
     lost = [sum(len(each["dropped"]) for each in run.rounds) for run in runs]
     if any(lost):
