@@ -23,6 +23,7 @@ from twist_fl.deploy import export_ticket, make_ticket, ticket_memory_bytes
 from twist_fl.edge import EdgeReport
 from twist_fl.evaluate import ticket_distribution
 from twist_fl.job import Job
+from twist_fl.progress import human_bytes
 from twist_fl.rounds import start
 from twist_fl.strategy import NoWorkersError
 from twist_fl.subnet import ModelCache
@@ -307,23 +308,28 @@ def rows(output: str) -> list[list[str]]:
     return [cells(line) for line in output.splitlines() if line.startswith("│")]
 
 
+def terabytes(cell: str) -> float:
+    number, unit = cell.split()
+    return float(number) * {"TB": 1, "GB": 1e-3, "MB": 1e-6}[unit]
+
+
 def test_cost_reproduces_table_2(run: Run) -> None:
     """GPT-2, half of both: 31.68 TB as the paper counts (its Table 2: 31.70); the whole model as DDP: 45.5."""
     status, output, _ = run("cost")
     assert status == 0
     found = {row[0]: row for row in rows(output)}
     assert found["12/12"][1] == "124,439,808"
-    assert float(found["12/12"][3]) == pytest.approx(45.5, abs=0.02)
-    assert float(found["4/12"][3]) == pytest.approx(31.68, abs=0.03)
-    assert float(found["4/12"][4]) == pytest.approx(31.68 / 15, abs=0.01)
+    assert terabytes(found["12/12"][3]) == pytest.approx(45.5, abs=0.02)
+    assert terabytes(found["4/12"][3]) == pytest.approx(31.68, abs=0.03)
+    assert terabytes(found["4/12"][4]) == pytest.approx(31.68 / 15, abs=0.01)
 
 
 def test_cost_of_other_settings(run: Run) -> None:
     for setting in ("attn", "ffn"):
         _, output, _ = run("cost", "gpt2-wikitext103", f"blueprint.setting={setting}", "--steps", 1000)
         found = {row[0]: row for row in rows(output)}
-        assert float(found["12/12"][3]) == pytest.approx(1000 * 8 * 124_439_808 / 1e12, abs=0.01)
-        assert float(found["4/12"][3]) < float(found["6/12"][3]) < float(found["12/12"][3])
+        assert terabytes(found["12/12"][3]) == pytest.approx(1000 * 8 * 124_439_808 / 1e12, abs=0.01)
+        assert terabytes(found["4/12"][3]) < terabytes(found["6/12"][3]) < terabytes(found["12/12"][3])
 
 
 def test_cost_counts_key_value_groups(run: Run) -> None:
@@ -331,7 +337,70 @@ def test_cost_counts_key_value_groups(run: Run) -> None:
     # Vocabulary 512 twice, and in 4 layers: q and o 96 x 96, k and v 96 x 32, three of 96 x 240, two norms; one norm.
     full = 2 * 512 * 96 + 4 * (2 * 96 * 96 + 2 * 96 * 32 + 3 * 96 * 240 + 2 * 96) + 96
     group = 96 * (2 * 24 + 2 * 8 + 3 * 60)
-    assert [row[:2] for row in rows(output)] == [[f"{n}/4", f"{full - 3 * (4 - n) * group:,}"] for n in (4, 3, 2, 1)]
+    sizes = [[f"{n}/4", f"{full - 3 * (4 - n) * group:,}"] for n in (4, 3, 2, 1)]
+    assert [row[:2] for row in rows(output)] == [*sizes, ["4 x 4/4", f"{full:,}"], ["all 4", ""]]
+
+
+def test_cost_of_unequal_workers_with_moments_apart(run: Run) -> None:
+    _, output, _ = run("cost", "demo", "blueprint.num_sub=[12,6,4,3]", "--steps", 1500)
+    found = {row[0]: row[1:] for row in rows(output)}
+    each = [found[f"1 x {size}/12"] for size in (12, 6, 4, 3)]
+    assert each == [found[f"{size}/12"] for size in (12, 6, 4, 3)]
+    for params, _, *sent in each:
+        weights = 8 * int(params.replace(",", "")) / 1e12
+        expected = [1500 * weights, 100 * weights, 3000 * weights, 200 * weights]
+        assert [terabytes(cell) for cell in sent] == pytest.approx(expected, rel=0.05)  # of two digits at least
+
+    together = [sum(terabytes(row[i]) for row in each) for i in range(2, 6)]
+    assert [terabytes(cell) for cell in found["all 4"][2:]] == pytest.approx(together, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "label"),
+    [
+        (["blueprint.num_sub=[6,6,3,3]"], "2 x 3/12"),
+        (["blueprint.num_sub=6", "blueprint.num_sub_ffn=4"], "4 x 6/12; FFN 4/12"),
+        (["blueprint.num_sub=6", "blueprint.setting=ffn"], "4 x 6/12"),
+        (["blueprint.num_sub=[12,3]", "blueprint.assign=drawn"], "4 x 3-12/12, mean 7.4"),
+        (["algorithm=fedavg"], "4 x 12/12"),
+        (["train.variant=masked"], "4 x 12/12"),
+        (["train.variant=hybrid"], "3 x 4/12"),
+    ],
+)
+def test_cost_names_what_the_workers_hold(overrides: list[str], label: str, run: Run) -> None:
+    status, output, _ = run("cost", "demo", *overrides)
+    assert status == 0
+    assert label in [row[0] for row in rows(output)]
+
+
+def test_moments_are_shown_only_where_they_travel(run: Run) -> None:
+    columns = {}
+    for overrides in (["train.optimizer_state=reset"], ["algorithm=ddp"], ["train.optimizer_state=server"]):
+        columns[overrides[0]] = len(rows(run("cost", "demo", *overrides)[1])[0])
+    assert list(columns.values()) == [5, 5, 7]
+
+
+def test_cost_of_an_impossible_run(run: Run) -> None:
+    status, _, error = run("cost", "demo", "blueprint.num_sub=2")
+    assert status == 2
+    assert "4 workers with 0 common blocks cannot cover all 12 blocks; the smallest legal N_sub for all is 3" in error
+
+
+def test_cost_of_a_run_has_what_it_measured_beside(run: Run, trained: Path) -> None:
+    folder = RunFolder(trained)
+    status, output, _ = run("cost", trained)
+    assert status == 0
+    found = {row[0]: row[1:] for row in rows(output)}
+    assert found["3 x 2/4"] == found["2/4"]
+    sent = human_bytes(folder.events("start")[0]["predicted_round_bytes"] * 2)
+    assert found["weights sent"] == [sent, sent]
+    assert found["moments sent"] == ["0 B", "0 B"]
+    assert "2 rounds so far" in output
+    peaks = [max(event[key] for event in folder.events("round")) for key in ("predicted_peak_bytes", "peak_bytes")]
+    assert found["worker's peak memory"] == [human_bytes(peaks[0]), human_bytes(peaks[1]) if peaks[1] else ""]
+    status, _, error = run("cost", trained, "train.lr=1")
+    assert status == 2
+    assert "is a run, which keeps its settings: leave out train.lr=1" in error
 
 
 @pytest.mark.parametrize("preset", presets())
