@@ -32,6 +32,7 @@ print(json.dumps([job.layout.num_params(half.blueprint), job.layout.num_params()
 """
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="a peak starts anew on Linux only")
 def test_a_worker_reports_the_peak_of_its_task_and_of_nothing_else(
     tiny_job: Callable[..., Job], tmp_path: Path
 ) -> None:

@@ -161,7 +161,7 @@ def cost(
     preset: Annotated[str, typer.Argument(help="A preset, a YAML file or a run's folder.")] = "gpt2-wikitext103",
     overrides: Overrides = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimiser steps of the run; default: the run's, or the paper's 45,700.")
+        int | None, typer.Option(min=1, help="Optimiser steps of the run; default: the run's, or the paper's.")
     ] = None,
 ) -> None:
     """Parameters, bytes and memory on paper (Appendix C): every subnet size, and a setting's own workers.

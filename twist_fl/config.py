@@ -183,9 +183,9 @@ class DeviceConfig:
     memory_mb: float | None = None
     """Memory for the model, in MB of 10^6 bytes: weights in float32 plus the KV cache of one full context."""
     latency_ms: float | None = None
-    """Milliseconds a token, as the device measures them when it has the ticket."""
+    """Milliseconds a token, as the device itself measures them with the ticket."""
     kappa: float | None = None
-    """Share of a divided layer's blocks, in (0, 1]."""
+    """At most this share of a divided layer's blocks, in (0, 1]."""
 
 
 @dataclass

@@ -65,8 +65,8 @@ def _show(console: Console, title: str, config: Config, model: dict[str, Any], s
     workers.append([f"all {sum(group.workers for group in found)}", "", "", *_bytes(together, moments)])
     console.print(_table("the workers as they are set", _header("workers x blocks", moments), workers))
     console.print(
-        "By step is how the paper's Table 2 counts, one exchange per optimiser step, for TwIST and DDP alike; "
-        + ("DDP does." if ddp else f"TwIST exchanges once per interval of {config.train.interval} batches.")
+        "By step is how the paper's Table 2 counts, one exchange per optimiser step, for TwIST and DDP alike; here, "
+        + ("DDP does." if ddp else f"workers exchange once per interval of {config.train.interval} batches.")
         + " Bytes are both ways. GiB are for training: weights, gradients and two moments of the largest subnet held, "
         "without activations."
         + ("" if moments or ddp else " train.optimizer_state=server adds the moments, twice the weights again."),

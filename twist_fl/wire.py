@@ -23,8 +23,15 @@ from twist_fl.tensors import KnownArrays, get_tensors, handle_of, put_tensors, t
 from twist_fl.train import Moments
 from twist_fl.transport import Segment, SegmentError
 
-_REPLY_TYPES = {"digest": str, "loss": float, "num_tokens": int, "num_batches": int, "seconds": float, "note": str}
-_REPLY_TYPES |= {"peak_bytes": int}
+_REPLY_TYPES = {
+    "digest": str,
+    "loss": float,
+    "num_tokens": int,
+    "num_batches": int,
+    "seconds": float,
+    "note": str,
+    "peak_bytes": int,
+}
 _LEAST = {"num_tokens": 1, "num_batches": 1, "peak_bytes": 0}
 
 
