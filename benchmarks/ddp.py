@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from common import save, show
-from steps import Peak, ddp_steps, random_model, subnet_steps
+from steps import ddp_steps, random_model, subnet_steps
 from torch import distributed
 
 from twist_fl.blueprint import Blueprint, Division, Setting, draw_round
@@ -33,6 +33,7 @@ from twist_fl.config import load_config
 from twist_fl.cost import state_bytes, step_flops
 from twist_fl.job import Job, job_from_json, make_job
 from twist_fl.launch import flower_run
+from twist_fl.memory import Peak
 
 SETTINGS: tuple[Setting, ...] = ("attn", "ffn", "both")
 SIZES = (10, 8, 6, 4)
@@ -95,7 +96,7 @@ def ddp_rank(args: argparse.Namespace) -> None:
     model = random_model(job)
     seconds = ddp_steps(model, batches(job, rank, args.warm_up + args.steps), job.config.train, args.warm_up)
     results: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(results, {"seconds": seconds, "peak_mb": peak.megabytes()})
+    distributed.all_gather_object(results, {"seconds": seconds, "peak_mb": peak.num_bytes() / 1e6})
     if rank == 0:
         save({"ranks": results}, args.out)
     distributed.destroy_process_group()
@@ -122,7 +123,7 @@ def subnet_worker(job_json: str, setting: Setting, keep: int, worker: int, args:
     handed_out = batches(job, worker, args.warm_up + args.steps)
     seconds = subnet_steps(model, handed_out, job.config.train, args.warm_up)
     barrier.wait()
-    found.put({"seconds": seconds, "peak_mb": peak.megabytes()})
+    found.put({"seconds": seconds, "peak_mb": peak.num_bytes() / 1e6})
 
 
 def subnets(args: argparse.Namespace, job: Job, setting: Setting, keep: int) -> dict[str, float]:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from common import GPT2_SIZES, gpt2_config, job_without_text, round_mean, save, show
-from steps import Peak
 
 from twist_fl import transport, wire
 from twist_fl.blocks import make_layout
@@ -31,6 +30,7 @@ from twist_fl.config import load_config
 from twist_fl.cost import state_bytes, step_flops, training_gib
 from twist_fl.job import Job, make_job
 from twist_fl.launch import flower_run
+from twist_fl.memory import Peak
 from twist_fl.packing import Packing
 from twist_fl.rounds import Reply, RunState, Task, plan
 
@@ -112,7 +112,7 @@ def server_of(workers: int, args: argparse.Namespace, scratch: Path) -> dict[str
     job = _job(model, scratch, keep, workers)
     peak, state = Peak(), state_bytes(job.layout)
     seconds, segments = server_share(job, one_segment=False)
-    own = 1e6 * peak.megabytes() - segments
+    own = peak.num_bytes() - segments
     return {"workers": workers, "seconds": seconds, "state_mb": state / 1e6, "copies": own / state,
             "segment_mb": segments / 1e6}  # fmt: skip
 
@@ -132,7 +132,7 @@ def size_of(name: str, args: argparse.Namespace, scratch: Path) -> dict[str, Any
     measured = job.layout.num_params(job.blueprints(1)[0])
     peak = Peak()
     seconds, segments = server_share(job, one_segment=True)
-    copies = (1e6 * peak.megabytes() - segments) / state_bytes(job.layout)
+    copies = (peak.num_bytes() - segments) / state_bytes(job.layout)
     scale = layout.num_params(blueprint) / measured
     return {
         "size": name,

@@ -1,13 +1,11 @@
-"""Seconds and peak memory of training steps, of a subnet or of DDP, on whatever device the model is."""
+"""Seconds of training steps, of a subnet or of DDP, on whatever device the model is."""
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
-import psutil
 import torch
 from torch import nn
 
@@ -73,23 +71,6 @@ class Stopwatch:
         """Seconds of a step, the first `warm_up` left out."""
         steps = [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
         return statistics.median(steps[warm_up:])
-
-
-class Peak:
-    """Memory above what was there when the object was made: of the GPU's allocator, or of this process."""
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.device = device or torch.device("cpu")
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self.before = torch.cuda.memory_allocated(self.device)
-        else:
-            self.before = psutil.Process().memory_info().rss
-
-    def megabytes(self) -> float:
-        if self.device.type == "cuda":
-            return (torch.cuda.max_memory_allocated(self.device) - self.before) / 1e6
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - self.before) / 1e6
 
 
 def subnet_steps(model: nn.Module, batches: Iterable[torch.Tensor], config: TrainConfig, warm_up: int) -> float:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from math import ceil
 from pathlib import Path
 
@@ -142,11 +143,11 @@ def test_nothing_of_a_finished_run_is_left(finished: RunFolder) -> None:
     assert (finished.path / "flower.log").stat().st_size > 0
 
 
-def device_for(job: Job, name: str, size: int) -> DeviceConfig:
-    """A device that a ticket of this size just fits."""
+def device_for(job: Job, name: str, size: int, latency_ms: float | None = None) -> DeviceConfig:
+    """A device whose memory a ticket of this size just fits."""
     blueprint = draw_ticket(job.layout, job.division, (size, size), 0, 0)
     needed = ticket_memory_bytes(job.layout, blueprint)
-    return DeviceConfig(name, ceil(needed / 1e3) / 1e3)
+    return DeviceConfig(name, ceil(needed / 1e3) / 1e3, latency_ms)
 
 
 def test_tickets_are_shipped_to_two_devices(
@@ -154,16 +155,20 @@ def test_tickets_are_shipped_to_two_devices(
 ) -> None:
     job, ended = finished.job(), finished.load()
     assert ended is not None
-    devices = [device_for(job, "phone", 2), device_for(job, "watch", 1)]
-    words = [word for device in devices for word in ("--device", f"{device.name}={device.memory_mb}")]
-    done = twist_fl("deploy", finished.path, *words)
+    devices = [device_for(job, "phone", 2, latency_ms=60_000), DeviceConfig("watch", kappa=1 / 3)]
+    limits = [f"phone={devices[0].memory_mb}MB,60000ms", "watch=1/3"]
+    done = twist_fl("deploy", finished.path, *(word for limit in limits for word in ("--device", limit)))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((finished.path / "deployed.json").read_text())
     assert [(row["name"], row["size"], row["of"]) for row in rows] == [("phone", 2, 4), ("watch", 1, 4)]
+    assert [{key: row[key] for key in asdict(device)} for row, device in zip(rows, devices, strict=True)] == [
+        asdict(device) for device in devices
+    ]
+    assert [row["tried"] for row in rows] == [[{key: row[key] for key in ("size", "ms_per_token")}] for row in rows]
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     for place, (row, device) in enumerate(zip(rows, devices, strict=True)):
-        blueprint = ship.plan_device(job, device)
+        blueprint = next(iter(ship.plan_device(job, device).values()))
         ticket = make_ticket(job.layout, ended.params, job.model_config.to_dict(), blueprint, "sqrt")
         kept, arrived = finished.path / "deployed" / device.name, cache_dir() / "tickets" / job.run_id / device.name
         for folder in (kept, arrived):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +18,12 @@ from typer.testing import CliRunner
 from twist_fl import cli, commands, serve, ship
 from twist_fl.blueprint import Blueprint, draw_ticket
 from twist_fl.checkpoint import RunFolder
-from twist_fl.config import ConfigError, presets
+from twist_fl.config import ConfigError, DeviceConfig, presets
 from twist_fl.deploy import export_ticket, make_ticket, ticket_memory_bytes
+from twist_fl.edge import EdgeReport
 from twist_fl.evaluate import ticket_distribution
 from twist_fl.job import Job
+from twist_fl.progress import human_bytes
 from twist_fl.rounds import start
 from twist_fl.strategy import NoWorkersError
 from twist_fl.subnet import ModelCache
@@ -208,11 +212,21 @@ def test_a_run_without_a_checkpoint(command: str, run: Run, untrained: Path) -> 
 @pytest.mark.parametrize(
     ("devices", "reason"),
     [
-        (["phone"], "device 'phone' is not NAME=MEMORY_IN_MB, for example phone=3.5"),
-        (["phone=big"], "device 'phone=big' is not NAME=MEMORY_IN_MB"),
-        (["phone=nan"], "device 'phone=nan' is not NAME=MEMORY_IN_MB"),
-        (["=3.5"], "device '=3.5' is not NAME=MEMORY_IN_MB"),
-        (["../phone=3.5"], "device '../phone=3.5' is not NAME=MEMORY_IN_MB"),
+        (["phone"], "device 'phone' is not NAME=LIMIT or NAME=LIMIT,LIMIT with limits as 3.5MB (memory), 20ms"),
+        (["phone=big"], "device 'phone=big' is not NAME=LIMIT"),
+        (["phone=nan"], "device 'phone=nan' is not NAME=LIMIT"),
+        (["phone=3.5GB"], "device 'phone=3.5GB' is not NAME=LIMIT"),
+        (["phone=3.5MB,"], "device 'phone=3.5MB,' is not NAME=LIMIT"),
+        (["phone=1/0"], "device 'phone=1/0' is not NAME=LIMIT"),
+        (["=3.5"], "device '=3.5' is not NAME=LIMIT"),
+        (["../phone=3.5"], "device '../phone=3.5' is not NAME=LIMIT"),
+        (["phone=3.5,4MB"], "device 'phone=3.5,4MB' has two limits of one kind: give the lower"),
+        (["phone=0ms"], "deploy.devices 'phone': latency_ms=0 must be more than 0"),
+        (["phone=5/4"], "deploy.devices 'phone': kappa=1.25 must be in (0, 1]"),
+        (
+            ["phone=1/5"],
+            "kappa=0.2 is too little; the smallest possible ticket holds 1 of 4 blocks: use at least kappa",
+        ),
         (["phone=3.5", "phone=4"], "device 'phone' is given twice"),
         (["laptop=99", "watch=0.01"], "deploy.devices 'watch': memory_mb=0.01 is too little"),
     ],
@@ -294,23 +308,28 @@ def rows(output: str) -> list[list[str]]:
     return [cells(line) for line in output.splitlines() if line.startswith("│")]
 
 
+def terabytes(cell: str) -> float:
+    number, unit = cell.split()
+    return float(number) * {"TB": 1, "GB": 1e-3, "MB": 1e-6}[unit]
+
+
 def test_cost_reproduces_table_2(run: Run) -> None:
     """GPT-2, half of both: 31.68 TB as the paper counts (its Table 2: 31.70); the whole model as DDP: 45.5."""
     status, output, _ = run("cost")
     assert status == 0
     found = {row[0]: row for row in rows(output)}
     assert found["12/12"][1] == "124,439,808"
-    assert float(found["12/12"][3]) == pytest.approx(45.5, abs=0.02)
-    assert float(found["4/12"][3]) == pytest.approx(31.68, abs=0.03)
-    assert float(found["4/12"][4]) == pytest.approx(31.68 / 15, abs=0.01)
+    assert terabytes(found["12/12"][3]) == pytest.approx(45.5, abs=0.02)
+    assert terabytes(found["4/12"][3]) == pytest.approx(31.68, abs=0.03)
+    assert terabytes(found["4/12"][4]) == pytest.approx(31.68 / 15, abs=0.01)
 
 
 def test_cost_of_other_settings(run: Run) -> None:
     for setting in ("attn", "ffn"):
         _, output, _ = run("cost", "gpt2-wikitext103", f"blueprint.setting={setting}", "--steps", 1000)
         found = {row[0]: row for row in rows(output)}
-        assert float(found["12/12"][3]) == pytest.approx(1000 * 8 * 124_439_808 / 1e12, abs=0.01)
-        assert float(found["4/12"][3]) < float(found["6/12"][3]) < float(found["12/12"][3])
+        assert terabytes(found["12/12"][3]) == pytest.approx(1000 * 8 * 124_439_808 / 1e12, abs=0.01)
+        assert terabytes(found["4/12"][3]) < terabytes(found["6/12"][3]) < terabytes(found["12/12"][3])
 
 
 def test_cost_counts_key_value_groups(run: Run) -> None:
@@ -318,7 +337,70 @@ def test_cost_counts_key_value_groups(run: Run) -> None:
     # Vocabulary 512 twice, and in 4 layers: q and o 96 x 96, k and v 96 x 32, three of 96 x 240, two norms; one norm.
     full = 2 * 512 * 96 + 4 * (2 * 96 * 96 + 2 * 96 * 32 + 3 * 96 * 240 + 2 * 96) + 96
     group = 96 * (2 * 24 + 2 * 8 + 3 * 60)
-    assert [row[:2] for row in rows(output)] == [[f"{n}/4", f"{full - 3 * (4 - n) * group:,}"] for n in (4, 3, 2, 1)]
+    sizes = [[f"{n}/4", f"{full - 3 * (4 - n) * group:,}"] for n in (4, 3, 2, 1)]
+    assert [row[:2] for row in rows(output)] == [*sizes, ["4 x 4/4", f"{full:,}"], ["all 4", ""]]
+
+
+def test_cost_of_unequal_workers_with_moments_apart(run: Run) -> None:
+    _, output, _ = run("cost", "demo", "blueprint.num_sub=[12,6,4,3]", "--steps", 1500)
+    found = {row[0]: row[1:] for row in rows(output)}
+    each = [found[f"1 x {size}/12"] for size in (12, 6, 4, 3)]
+    assert each == [found[f"{size}/12"] for size in (12, 6, 4, 3)]
+    for params, _, *sent in each:
+        weights = 8 * int(params.replace(",", "")) / 1e12
+        expected = [1500 * weights, 100 * weights, 3000 * weights, 200 * weights]
+        assert [terabytes(cell) for cell in sent] == pytest.approx(expected, rel=0.05)  # of two digits at least
+
+    together = [sum(terabytes(row[i]) for row in each) for i in range(2, 6)]
+    assert [terabytes(cell) for cell in found["all 4"][2:]] == pytest.approx(together, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "label"),
+    [
+        (["blueprint.num_sub=[6,6,3,3]"], "2 x 3/12"),
+        (["blueprint.num_sub=6", "blueprint.num_sub_ffn=4"], "4 x 6/12; FFN 4/12"),
+        (["blueprint.num_sub=6", "blueprint.setting=ffn"], "4 x 6/12"),
+        (["blueprint.num_sub=[12,3]", "blueprint.assign=drawn"], "4 x 3-12/12, mean 7.4"),
+        (["algorithm=fedavg"], "4 x 12/12"),
+        (["train.variant=masked"], "4 x 12/12"),
+        (["train.variant=hybrid"], "3 x 4/12"),
+    ],
+)
+def test_cost_names_what_the_workers_hold(overrides: list[str], label: str, run: Run) -> None:
+    status, output, _ = run("cost", "demo", *overrides)
+    assert status == 0
+    assert label in [row[0] for row in rows(output)]
+
+
+def test_moments_are_shown_only_where_they_travel(run: Run) -> None:
+    columns = {}
+    for overrides in (["train.optimizer_state=reset"], ["algorithm=ddp"], ["train.optimizer_state=server"]):
+        columns[overrides[0]] = len(rows(run("cost", "demo", *overrides)[1])[0])
+    assert list(columns.values()) == [5, 5, 7]
+
+
+def test_cost_of_an_impossible_run(run: Run) -> None:
+    status, _, error = run("cost", "demo", "blueprint.num_sub=2")
+    assert status == 2
+    assert "4 workers with 0 common blocks cannot cover all 12 blocks; the smallest legal N_sub for all is 3" in error
+
+
+def test_cost_of_a_run_has_what_it_measured_beside(run: Run, trained: Path) -> None:
+    folder = RunFolder(trained)
+    status, output, _ = run("cost", trained)
+    assert status == 0
+    found = {row[0]: row[1:] for row in rows(output)}
+    assert found["3 x 2/4"] == found["2/4"]
+    sent = human_bytes(folder.events("start")[0]["predicted_round_bytes"] * 2)
+    assert found["weights sent"] == [sent, sent]
+    assert found["moments sent"] == ["0 B", "0 B"]
+    assert "2 rounds so far" in output
+    peaks = [max(event[key] for event in folder.events("round")) for key in ("predicted_peak_bytes", "peak_bytes")]
+    assert found["worker's peak memory"] == [human_bytes(peaks[0]), human_bytes(peaks[1]) if peaks[1] else ""]
+    status, _, error = run("cost", trained, "train.lr=1")
+    assert status == 2
+    assert "is a run, which keeps its settings: leave out train.lr=1" in error
 
 
 @pytest.mark.parametrize("preset", presets())
@@ -473,7 +555,73 @@ def test_the_three_default_devices_hold_the_whole_a_half_and_a_quarter(trained: 
     job = RunFolder(trained).job()
     sizes = {}
     for device in ship.default_devices(job):
-        blueprint = ship.plan_device(job, device)
+        blueprint = next(iter(ship.plan_device(job, device).values()))
         sizes[device.name] = len(blueprint.attn[1])
-        assert ticket_memory_bytes(job.layout, blueprint) <= device.memory_mb * 1e6
+        assert ticket_memory_bytes(job.layout, blueprint) <= (device.memory_mb or 0) * 1e6
     assert sizes == {"laptop": 4, "phone": 2, "watch": 1}
+
+
+def test_limits_are_told_by_their_units() -> None:
+    given = ["laptop=3.5", "phone=3.5MB,20ms", "watch=.5ms,1/3", "tag=3/12,1.25MB,2.ms"]
+    assert ship.parse_devices(given) == [
+        DeviceConfig("laptop", 3.5),
+        DeviceConfig("phone", 3.5, 20),
+        DeviceConfig("watch", None, 0.5, 1 / 3),
+        DeviceConfig("tag", 1.25, 2, 0.25),
+    ]
+
+
+def fake_device(monkeypatch: pytest.MonkeyPatch, ms_per_block: float) -> None:
+    """Devices that take a constant time a token and one for each block of the first divided layer."""
+
+    def measure(folder: Path, windows: Any, new_tokens: int, limit_ms: float | None) -> EdgeReport:
+        about = json.loads((folder / "twist.json").read_text())
+        ms = 1 + ms_per_block * len(about["blueprint"]["attn"][1])
+        perplexity = None if limit_ms and ms > limit_ms else 50.0
+        return EdgeReport(about["num_params"], 4 * about["num_params"], perplexity, ms / 1000, 32, 10**6, 10**6, 1)
+
+    monkeypatch.setattr("twist_fl.edge.measure", measure)
+
+
+def test_a_device_that_is_too_slow_gets_a_smaller_ticket(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_device(monkeypatch, ms_per_block=1)
+    shutil.copytree(trained, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    ship.deploy_run(LocalGrid(2), folder, folder.job(), "laptop=99MB,5ms phone=3ms,1/1 watch=2.5ms,3/4")
+    rows = json.loads((folder.path / "deployed.json").read_text())
+    assert [(row["name"], row["memory_mb"], row["latency_ms"], row["kappa"]) for row in rows] == [
+        ("laptop", 99, 5, None),
+        ("phone", None, 3, 1),
+        ("watch", None, 2.5, 0.75),
+    ]
+    tried = [[(each["size"], each["ms_per_token"]) for each in row["tried"]] for row in rows]
+    assert [sizes[0] for sizes in tried] == [(4, 5), (4, 5), (3, 4)]
+    assert [sizes[-1] for sizes in tried] == [(4, 5), (2, 3), (1, 2)]
+    assert [(row["size"], row["ms_per_token"], row["perplexity"]) for row in rows] == [
+        (4, 5, 50),
+        (2, 3, 50),
+        (1, 2, 50),
+    ]
+    for row in rows:
+        kept = json.loads((folder.path / "deployed" / row["name"] / "twist.json").read_text())
+        assert kept["digest"] == row["digest"]
+        assert len(kept["blueprint"]["attn"][1]) == row["size"]
+        sent = row["bytes_received"] - len(row["tried"]) * row["weight_bytes"]
+        assert sent >= 0 if len(row["tried"]) > 1 else 0 <= sent < 8_192
+    assert commands.device_cells(rows)[1][:3] == ["laptop", "99 MB, 5 ms", "4/4"]
+    assert [event["size"] for event in folder.events("device")] == [4, 2, 1]
+
+
+def test_a_device_that_is_too_slow_with_every_ticket_is_told_how_slow(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake_device(monkeypatch, ms_per_block=1)
+    shutil.copytree(trained, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    reason = r"'watch': latency_ms=1\.5 is too little; .* size 1, a token took 2 ms: use a higher limit"
+    with pytest.raises(ConfigError, match=reason):
+        ship.deploy_run(LocalGrid(1), folder, folder.job(), "watch=1.5ms")
+    assert not (folder.path / "deployed.json").exists()
+    assert "latency_ms=1.5 is too little" in folder.events("failed")[-1]["error"]

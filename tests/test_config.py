@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from twist_fl.config import Config, ConfigError, from_yaml, load_config, presets, to_yaml
+from twist_fl.config import Config, ConfigError, DeviceConfig, from_yaml, load_config, presets, to_yaml
 from twist_fl.job import Job
 
 
@@ -41,7 +41,7 @@ def test_round_trip_through_yaml() -> None:
     overrides = ["blueprint.num_sub=[1,2,3,4]", "blueprint.common=[0]", "train.lr=3e-4", "model.pretrained=./a b"]
     config = load_config(overrides=[*overrides, "deploy.devices=[{name: phone, memory_mb: 300}]", "data.name='1'"])
     assert from_yaml(to_yaml(config)) == config
-    assert config.deploy.devices[0].memory_mb == 300.0
+    assert config.deploy.devices == [DeviceConfig("phone", 300.0, None, None)]
 
 
 def test_true_is_the_name_of_a_variant() -> None:
@@ -65,6 +65,10 @@ REFUSED = {
     "blueprint.nsub=3": "unknown key 'blueprint.nsub', did you mean 'num_sub'?",
     "qqq=1": "unknown key 'qqq'; known here: name, algorithm, seed",
     "deploy.devices=[{memory: 3}]": "'memory_mb'",
+    "deploy.devices=[{name: tv}]": "deploy.devices 'tv' has no limit: give memory_mb, latency_ms, kappa, or several",
+    "deploy.devices=[{kappa: 1.5}]": "deploy.devices 'device': kappa=1.5 must be in (0, 1]",
+    "deploy.devices=[{latency_ms: 0, kappa: 1}]": "deploy.devices 'device': latency_ms=0 must be more than 0",
+    "deploy.devices=[{memory_mb: nan}]": "deploy.devices 'device': memory_mb=nan must be more than 0",
     "train.lr": "override 'train.lr' is not of the form key=value",
     "train=3": "train is a section: set one of its keys, for example train.workers=",
     "train.lr=fast": "train.lr: Value 'fast' of type 'str' could not be converted to Float",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from twist_fl import cost
 from twist_fl.blocks import make_layout
-from twist_fl.blueprint import Division, Setting, draw_round
+from twist_fl.blueprint import Assign, Division, Policy, Setting, draw_round
 from twist_fl.subnet import build_model
 from twist_fl.train import next_token_loss
 
@@ -119,6 +120,36 @@ def test_an_interval_exchanges_once() -> None:
     assert run.tb_per_step == pytest.approx(15 * run.tb_per_interval, rel=1e-12)
     assert run.tb_per_interval == 3046 * 8 * run.subnet_params / 1e12
     assert (run.num_params, run.rounds, run.steps) == (124_439_808, 3046, 45690)
+
+
+@pytest.mark.parametrize("policy", ["random", "rolling", "static"])
+@pytest.mark.parametrize("assign", ["fixed", "shuffled", "drawn"])
+def test_unequal_workers_cost_what_their_rounds_do(assign: Assign, policy: Policy) -> None:
+    sizes = ((12, 6), (6, 6), (4, 12), (6, 6))
+    drawn = Division("both", sizes, policy=policy, assign=assign, drawn_workers=4 if assign == "drawn" else 0)
+    rounds = [draw_round(GPT2, drawn, 3, round_ + 1) for round_ in range(7)]
+    found = cost.groups(GPT2, drawn, 3, rounds=7, steps=100)
+    assert sum(group.workers for group in found) == 4
+    terabytes = sum(group.workers * group.cost.tb_per_interval for group in found)
+    assert terabytes == pytest.approx(sum(cost.round_bytes(GPT2, each) for each in rounds) / 1e12, rel=1e-12)
+    assert all(group.cost.tb_per_step == pytest.approx(group.cost.tb_per_interval * 100 / 7) for group in found)
+    held = Counter((b.shape[0][2], b.shape[1][2]) for each in rounds for b in each)
+    shares = {size: times for group in found for size, times in group.held.items()}
+    assert {size: 28 * times / sum(shares.values()) for size, times in shares.items()} == held
+    largest = max(cost.training_gib(GPT2, b) for each in rounds for b in each)
+    assert max(group.cost.memory_gib for group in found) == largest
+
+
+def test_a_kind_that_is_not_divided_is_whole_whatever_its_size_says() -> None:
+    layout = make_layout(GPT2Config().to_dict(), ffn_blocks=4)
+    (found,) = cost.groups(layout, Division("attn", ((6, 6),) * 2), 0, rounds=1, steps=1)
+    assert found.cost == cost.run_cost(layout, Division("attn", ((6, 4),) * 2), 1, 1)
+
+
+def test_the_server_s_own_worker_is_left_out() -> None:
+    unequal = Division("both", ((12, 12), (4, 4), (6, 6)))
+    found = cost.groups(GPT2, unequal, 0, rounds=1, steps=1, first=1)
+    assert [(group.workers, dict(group.held)) for group in found] == [(1, {(4, 4): 1}), (1, {(6, 6): 1})]
 
 
 @pytest.mark.parametrize("num_sub", [(1, 3), (2, 4), (4, 1)])

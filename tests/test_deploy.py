@@ -17,8 +17,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from twist_fl import deploy, edge
 from twist_fl.blocks import Layout, make_layout
 from twist_fl.blueprint import Blueprint, Division, draw_ticket, full_blueprint
-from twist_fl.config import ConfigError
-from twist_fl.deploy import Ticket, export_ticket, make_ticket, plan_ticket, ticket_digest, ticket_memory_bytes
+from twist_fl.config import ConfigError, DeviceConfig
+from twist_fl.deploy import (
+    Ticket,
+    export_ticket,
+    legal_sizes,
+    make_ticket,
+    next_sizes,
+    plan_tickets,
+    ticket_digest,
+    ticket_memory_bytes,
+)
 from twist_fl.edge import EdgeReport, decode, measure, measure_here, receive_ticket
 from twist_fl.evaluate import perplexity
 from twist_fl.subnet import ModelCache, State, get_state
@@ -98,30 +107,44 @@ def test_memory_is_float32_weights_and_the_cache_of_one_context() -> None:
     assert ticket_memory_bytes(LAYOUT, blueprint) == weight_bytes + cache_bytes
 
 
-def brute_force(layout: Layout, divided: Division, memory_bytes: float) -> int | None:
-    """Most blocks any equal-share ticket holds within the limit, over all pairs of sizes."""
+def plan(
+    divided: Division, memory_bytes: float, seed: int = 0, draw: int = 0, *, layout: Layout = LAYOUT, kappa: float = 1
+) -> Blueprint:
+    """The largest ticket for a device of so much memory, which may hold that share of blocks."""
+    tickets = plan_tickets(layout, divided, DeviceConfig("watch", memory_bytes / 1e6, kappa=kappa), seed, draw)
+    return next(iter(tickets.values()))
+
+
+def brute_force(layout: Layout, divided: Division, memory_bytes: float, kappa: float) -> int | None:
+    """Most blocks any equal-share ticket holds within the limits, over all pairs of sizes."""
     heads, ffn = layout.num_blocks
     fitting = []
     for num_sub in itertools.product(range(1, heads + 1), range(1, ffn + 1)):
         whole = [n == of for n, of in zip(num_sub, (heads, ffn), strict=True)]
         legal = {"attn": whole[1], "ffn": whole[0], "both": num_sub[0] * ffn == num_sub[1] * heads}[divided.setting]
         blueprint = draw_ticket(layout, divided, num_sub, seed=9, draw=9)
-        if legal and ticket_memory_bytes(layout, blueprint) <= memory_bytes:
+        kept = min(n / of for n, of in zip(num_sub, (heads, ffn), strict=True))
+        if legal and ticket_memory_bytes(layout, blueprint) <= memory_bytes and kept <= kappa:
             fitting.append(sum(map(sum, blueprint.shape)))
     return max(fitting, default=None)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(["attn", "ffn", "both"]), st.sampled_from([1, 4, 6, 12, 72]), st.floats(0, 1.1))
-def test_the_plan_is_the_largest_ticket_that_fits(setting: str, ffn_blocks: int, share: float) -> None:
+@given(
+    st.sampled_from(["attn", "ffn", "both"]),
+    st.sampled_from([1, 4, 6, 12, 72]),
+    st.floats(0, 1.1),
+    st.sampled_from([1 / 12, 0.3, 0.5, 2 / 3, 1]),
+)
+def test_the_plan_is_the_largest_ticket_that_fits(setting: str, ffn_blocks: int, share: float, kappa: float) -> None:
     layout, divided = make_layout(FIELDS, ffn_blocks), division(setting)
     memory_bytes = share * ticket_memory_bytes(layout, full_blueprint(layout))
-    expected = brute_force(layout, divided, memory_bytes)
+    expected = brute_force(layout, divided, memory_bytes, kappa)
     if expected is None:
         with pytest.raises(ConfigError, match="smallest possible"):
-            plan_ticket(layout, divided, memory_bytes, seed=0, draw=0)
+            plan(divided, memory_bytes, layout=layout, kappa=kappa)
     else:
-        planned = plan_ticket(layout, divided, memory_bytes, seed=0, draw=0)
+        planned = plan(divided, memory_bytes, layout=layout, kappa=kappa)
         assert sum(map(sum, planned.shape)) == expected
         assert ticket_memory_bytes(layout, planned) <= memory_bytes
 
@@ -129,7 +152,7 @@ def test_the_plan_is_the_largest_ticket_that_fits(setting: str, ffn_blocks: int,
 def test_more_memory_never_gives_a_smaller_ticket() -> None:
     full = ticket_memory_bytes(LAYOUT, full_blueprint(LAYOUT))
     least = ticket_memory_bytes(LAYOUT, draw_ticket(LAYOUT, division(), (1, 2), 0, 0))
-    planned = [plan_ticket(LAYOUT, division(), memory, 0, 0) for memory in np.linspace(least, full, 40)]
+    planned = [plan(division(), memory) for memory in np.linspace(least, full, 40)]
     sizes = [LAYOUT.num_params(blueprint) for blueprint in planned]
     assert sizes == sorted(sizes)
     assert len(set(sizes)) == 6
@@ -137,19 +160,45 @@ def test_more_memory_never_gives_a_smaller_ticket() -> None:
 
 
 def test_a_plan_is_a_function_of_seed_and_draw() -> None:
-    def plan(seed: int, draw: int) -> Blueprint:
-        memory_bytes = ticket_memory_bytes(LAYOUT, draw_ticket(LAYOUT, division(), (3, 6), 0, 0))
-        return plan_ticket(LAYOUT, division(), memory_bytes, seed, draw)
-
-    assert plan(0, 1) == plan(0, 1)
-    assert len({plan(seed, draw) for seed, draw in itertools.product(range(3), range(3))}) == 9
+    memory_bytes = ticket_memory_bytes(LAYOUT, draw_ticket(LAYOUT, division(), (3, 6), 0, 0))
+    assert plan(division(), memory_bytes, 0, 1) == plan(division(), memory_bytes, 0, 1)
+    draws = itertools.product(range(3), range(3))
+    assert len({plan(division(), memory_bytes, seed, draw) for seed, draw in draws}) == 9
 
 
 def test_a_device_too_small_is_refused_and_the_size_named_is_enough() -> None:
     with pytest.raises(ConfigError, match=r"'watch': memory_mb=0\.05 .* needs \d\.\d+ MB") as refusal:
-        plan_ticket(LAYOUT, division(), 0.05e6, seed=0, draw=0, device="watch")
+        plan(division(), 0.05e6)
     named_mb = float(str(refusal.value).rpartition("=")[2])
-    assert plan_ticket(LAYOUT, division(), named_mb * 1e6, 0, 0).shape[0] == (6, 1, 1, 1, 6)
+    assert plan(division(), named_mb * 1e6).shape[0] == (6, 1, 1, 1, 6)
+
+
+def test_a_share_too_small_is_refused_and_the_one_named_is_enough() -> None:
+    with pytest.raises(ConfigError, match=r"'watch': kappa=0\.1 .* holds 1 of 6 blocks: use at least") as refusal:
+        plan(division(), 1e9, kappa=0.1)
+    named = float(str(refusal.value).rpartition("=")[2])
+    assert plan(division(), 1e9, kappa=named).shape[0] == (6, 1, 1, 1, 6)
+
+
+def test_without_a_limit_there_is_a_ticket_of_every_size() -> None:
+    planned = plan_tickets(LAYOUT, division(), DeviceConfig("laptop", latency_ms=1), seed=0)
+    assert planned[6] == full_blueprint(LAYOUT)
+    assert list(planned) == legal_sizes(LAYOUT, division())[::-1]
+    assert [len(ticket.attn[1]) for ticket in planned.values()] == list(planned)
+
+
+@given(st.sets(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 40), st.integers(0, 9), st.integers(1, 400))
+def test_a_slow_device_ends_with_the_largest_size_that_is_fast_enough(
+    legal: set[int], constant: int, slope: int, limit: int
+) -> None:
+    sizes = sorted(legal, reverse=True)
+    expected = next((size for size in sizes if constant + slope * size <= limit), None)
+    tried: list[int] = []
+    while sizes and (not tried or constant + slope * tried[-1] > limit):
+        tried.append(sizes[0])
+        sizes = next_sizes(sizes, constant + slope * sizes[0], limit)
+    assert tried[-1] == (min(legal) if expected is None else expected)
+    assert tried == sorted(set(tried), reverse=True)
 
 
 # The ticket
@@ -345,6 +394,17 @@ def test_measure_reports_what_a_fresh_process_saw(
     assert 0 < report.seconds_per_token < 1
     assert report.peak_memory_bytes <= report.perplexity_memory_bytes < 500e6
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_ticket_that_is_too_slow_to_stay_is_not_measured_further(half: tuple[Ticket, Path]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        slow, fast = (measure_here(half[1], windows(), new_tokens=2, limit_ms=limit) for limit in (1e-9, 1e9))
+    finally:
+        torch.set_num_threads(threads)
+    assert slow.perplexity is None
+    assert slow.seconds_per_token > 0
+    assert fast.perplexity is not None
 
 
 def test_a_failed_measurement_shows_why(half: tuple[Ticket, Path]) -> None:

@@ -132,7 +132,17 @@ def test_comparison_table_sums_what_was_logged(make_run: MakeRun) -> None:
     first = json.loads(runs[0].results_file.read_text())["tickets"][0]
     assert twist.tickets["8/12"] == (first["mean"], first["std"])
     assert (twist.weight_bytes, twist.moment_bytes, twist.seconds) == (120_000_000, 30_000_000, 150.0)
-    assert table_cells([twist])[1][-5:] == ["120.0 MB", "-", "30.0 MB", "6.0 kB", "2 min 30 s"]
+    assert table_cells([twist])[1][-7:] == ["120.0 MB", "-", "30.0 MB", "6.0 kB", "-", "-", "2 min 30 s"]
+
+
+def test_the_largest_peak_of_all_rounds_stands_beside_the_predicted(make_run: MakeRun) -> None:
+    folder = make_run("a", rounds=1)
+    round_ = folder.events("round")[0]
+    for peak in (70_000_000, 95_000_000, 80_000_000):
+        folder.log(**round_ | {"peak_bytes": peak, "predicted_peak_bytes": 72_500_000})
+    header, cells = table_cells(comparison_table([folder]))
+    row = dict(zip(header, cells, strict=True))
+    assert (row["worker's peak memory"], row["predicted peak"]) == ("95.0 MB", "72.5 MB")
 
 
 @pytest.mark.parametrize(

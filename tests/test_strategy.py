@@ -498,6 +498,22 @@ def test_bytes_of_a_reply_that_did_not_count_were_sent_all_the_same(
     assert event["bytes_up"]["weights"] == event["bytes_down"]["weights"]
 
 
+def test_the_largest_peak_of_those_that_counted_is_logged_beside_the_cost_models(
+    make_strategy: Callable[..., TwistStrategy],
+) -> None:
+    def bend(task: Task, message: Message, answer: Answer) -> list[Message]:
+        spoil = with_nan if task.worker == 1 else lambda reply: reply
+        return [changed(task, message, answer(), lambda reply: spoil(replace(reply, peak_bytes=peaks[task.worker])))]
+
+    peaks = [5_000, 9_000, 7_000]
+    strategy = make_strategy("train.rounds=1", "blueprint.num_sub=[1,2,3]")
+    strategy.run(LocalGrid(bend=bend))
+    (event,) = events(strategy, "round")
+    largest = strategy.job.blueprints(1)[2]
+    assert event["peak_bytes"] == 7_000
+    assert event["predicted_peak_bytes"] == 16 * strategy.job.layout.num_params(largest) + round(0.06 * 2**30)
+
+
 # exchange
 
 

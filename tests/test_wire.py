@@ -91,7 +91,7 @@ def state(job: Job, random_state: RandomState) -> RunState:
 def reply(job: Job, state: RunState) -> Reply:
     task = plan(job, state)[1]
     params, moments = dispatch(job, state, task)
-    return Reply(task.blueprint.digest, params, 1.25, 60, 2, 0.5, moments)
+    return Reply(task.blueprint.digest, params, 1.25, 60, 2, 0.5, moments, peak_bytes=123_456_789)
 
 
 # Round trips
@@ -497,6 +497,9 @@ MALFORMED: dict[str, tuple[Spoil, str]] = {
     "text for the tokens": (set_fields(num_tokens="60"), "num_tokens"),
     "a negative number of tokens": (set_fields(num_tokens=-60), "num_tokens"),
     "half a batch": (set_fields(num_batches=1.5), "num_batches"),
+    "a negative peak": (set_fields(peak_bytes=-1), "peak_bytes=-1 is no int of at least 0"),
+    "a peak that is no number": (set_fields(peak_bytes=True), "peak_bytes=True is no int"),
+    "a missing peak": (drop_field("peak_bytes"), "peak_bytes"),
     "moments that are not there": (set_fields(moment_step=30), "moment_step=30, where the job's messages hold params"),
     "float64": (set_array(dtype="float64"), r"wte\.weight is float64/raw\.little, expected float32/raw\.little"),
     "numpy's own format": (set_array(stype="numpy.ndarray"), r"is float32/numpy\.ndarray"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 from twist_fl.architectures import ARCHITECTURES
@@ -51,7 +52,7 @@ def check_values(config: Any) -> None:
                 raise ConfigError(f"{key}={value} must be {words}")
     check_name("name", config.name)
     for device in config.deploy.devices:
-        check_name("deploy.devices", device.name)
+        check_device(device)
     model, blueprint, workers = config.model, config.blueprint, config.train.workers
     if model.pretrained is None and model.n_embd % model.n_head:
         nearest = max(1, round(model.n_embd / model.n_head)) * model.n_head
@@ -124,6 +125,18 @@ def _check_variant(config: Any) -> None:
         )
     if train.compile:
         raise ConfigError("train.variant=hybrid does not compile the server's model: set train.compile=false")
+
+
+def check_device(device: Any) -> None:
+    """Raises ConfigError unless a `DeviceConfig` has a name for a folder and limits that can be."""
+    check_name("deploy.devices", device.name)
+    limits = {key: getattr(device, key) for key in ("memory_mb", "latency_ms", "kappa")}
+    if set(limits.values()) == {None}:
+        raise ConfigError(f"deploy.devices {device.name!r} has no limit: give {', '.join(limits)}, or several of them")
+    for key, value in limits.items():
+        if value is not None and not 0 < value <= (1 if key == "kappa" else inf):
+            bound = "in (0, 1]" if key == "kappa" else "more than 0"
+            raise ConfigError(f"deploy.devices {device.name!r}: {key}={value:g} must be {bound}")
 
 
 def check_name(key: str, name: str) -> None:

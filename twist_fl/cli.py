@@ -12,7 +12,6 @@ from rich.console import Console
 from twist_fl.bench import BENCHES
 from twist_fl.checks import LaunchError
 from twist_fl.config import ConfigError, presets
-from twist_fl.cost import PAPER_EXCHANGES
 
 app = typer.Typer(
     help="TwIST on Flower: train a transformer whose random subnets work without fine-tuning.\n\n"
@@ -113,10 +112,14 @@ def _numbers(sizes: str | None) -> list[int] | None:
 def deploy(
     run: RunDir,
     device: Annotated[
-        list[str] | None, typer.Option(help="An edge device as NAME=MEMORY_IN_MB; repeat for more. Default: three.")
+        list[str] | None,
+        typer.Option(
+            help="An edge device as NAME=LIMIT or NAME=LIMIT,LIMIT; repeat for more. Limits: 3.5MB (or 3.5) of memory, "
+            "20ms a token, 1/4 of the blocks. Default: three devices."
+        ),
     ] = None,
 ) -> None:
-    """Ship to each device the largest ticket that fits its memory, as a small dense model, and measure it there."""
+    """Ship to each device the largest ticket that meets its limits, as a small dense model, and measure it there."""
     from twist_fl import commands
 
     commands.deploy(console, run, device or [])
@@ -155,16 +158,19 @@ def report(
 
 @app.command()
 def cost(
-    preset: Annotated[str, typer.Argument(help="A preset or a YAML file.")] = "gpt2-wikitext103",
+    preset: Annotated[str, typer.Argument(help="A preset, a YAML file or a run's folder.")] = "gpt2-wikitext103",
     overrides: Overrides = None,
     steps: Annotated[
-        int, typer.Option(min=1, help="Optimiser steps of the run; default: the paper's.")
-    ] = PAPER_EXCHANGES,
+        int | None, typer.Option(min=1, help="Optimiser steps of the run; default: the run's, or the paper's.")
+    ] = None,
 ) -> None:
-    """Parameters, bytes and memory of a setting on paper (Appendix C), for every subnet size. Reads no data."""
-    from twist_fl import look
+    """Parameters, bytes and memory on paper (Appendix C): every subnet size, and a setting's own workers.
 
-    look.cost(console, preset, overrides or [], steps)
+    Of a run's folder, with what it measured beside.
+    """
+    from twist_fl import cost_tables
+
+    cost_tables.show_cost(console, preset, overrides or [], steps)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

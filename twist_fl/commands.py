@@ -184,11 +184,13 @@ def deploy(console: Console, path: Path, devices: list[str]) -> list[dict[str, A
 
 def device_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
     """What the devices measured, as text: a header, then a line per device."""
-    header = ["device", "limit MB", "ticket", "parameters", "received MB", "perplexity", "ms/token", "peak MB"]
+    from twist_fl.compare import limits_text
+
+    header = ["device", "limits", "ticket", "parameters", "received MB", "perplexity", "ms/token", "peak MB"]
     lines = [
         [
             row["name"],
-            f"{row['memory_mb']:g}",
+            limits_text(row),
             f"{row['size']}/{row['of']}",
             f"{row['num_params']:,}",
             f"{row['bytes_received'] / 1e6:.2f}",

@@ -124,6 +124,10 @@ class Row:
     moment_bytes: int
     other_bytes: int
     """Blueprints, configuration and metrics."""
+    peak_bytes: int
+    """Most memory a worker held while training; 0 in logs that do not say."""
+    predicted_peak_bytes: int
+    """What Appendix C says `peak_bytes` should be."""
     seconds: float
     """Wall clock of the rounds, without evaluation."""
 
@@ -142,6 +146,8 @@ def row_of(run: FinishedRun) -> Row:
         predicted_weight_bytes=run.predicted_bytes,
         moment_bytes=_wire_bytes(run, "moments"),
         other_bytes=_wire_bytes(run, "other"),
+        peak_bytes=max((each.get("peak_bytes", 0) for each in run.rounds), default=0),
+        predicted_peak_bytes=max((each.get("predicted_peak_bytes", 0) for each in run.rounds), default=0),
         seconds=sum(each["seconds"] for each in run.rounds),
     )
 
@@ -176,6 +182,8 @@ def table_cells(rows: Sequence[Row]) -> list[list[str]]:
         "predicted",
         "moments sent",
         "other sent",
+        "worker's peak memory",
+        "predicted peak",
         "wall clock of rounds",
     ]
     return [header, *([*_cells(row, sizes)] for row in rows)]
@@ -186,9 +194,16 @@ def _cells(row: Row, sizes: Sequence[str]) -> Iterator[str]:
     yield perplexity_text(row.full)
     for size in sizes:
         yield spread_text(*row.tickets[size]) if size in row.tickets else MISSING
-    for sent in (row.weight_bytes, row.predicted_weight_bytes, row.moment_bytes, row.other_bytes):
-        yield human_bytes(sent) if sent else MISSING
+    sent = (row.weight_bytes, row.predicted_weight_bytes, row.moment_bytes, row.other_bytes)
+    for num in (*sent, row.peak_bytes, row.predicted_peak_bytes):
+        yield human_bytes(num) if num else MISSING
     yield duration_text(row.seconds)
+
+
+def limits_text(device: Mapping[str, Any]) -> str:
+    """What a device's ticket had to meet: '3.5 MB, 20 ms, κ 0.25'."""
+    forms = {"memory_mb": "{:g} MB", "latency_ms": "{:g} ms", "kappa": "κ {:.3g}"}
+    return ", ".join(form.format(device[key]) for key, form in forms.items() if device.get(key) is not None) or MISSING
 
 
 def perplexity_text(value: float) -> str:

@@ -178,11 +178,15 @@ class FlowerConfig:
 
 @dataclass
 class DeviceConfig:
-    """An edge device a ticket is shipped to."""
+    """An edge device a ticket is shipped to: the largest that meets all limits given, at least one of these three."""
 
     name: str = "device"
-    memory_mb: float = 0.0
+    memory_mb: float | None = None
     """Memory for the model, in MB of 10^6 bytes: weights in float32 plus the KV cache of one full context."""
+    latency_ms: float | None = None
+    """Milliseconds a token, as the device itself measures them with the ticket."""
+    kappa: float | None = None
+    """At most this share of a divided layer's blocks, in (0, 1]."""
 
 
 @dataclass

@@ -1,14 +1,14 @@
-"""Device limit -> plan -> ticket -> a folder that `transformers` loads by itself (spec, section 10)."""
+"""Device limits -> plan -> ticket -> a folder that `transformers` loads by itself (spec, section 10)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from twist_fl.blocks import KINDS, Layout
 from twist_fl.blueprint import Blueprint, Division, Scale, draw_ticket
-from twist_fl.config import ConfigError
+from twist_fl.config import ConfigError, DeviceConfig
 from twist_fl.cost import BYTES_PER_PARAM, state_bytes
 from twist_fl.evaluate import blocks_per_layer, ticket_sizes
 from twist_fl.family import padding_token
@@ -54,23 +54,51 @@ def legal_sizes(layout: Layout, division: Division) -> list[int]:
     return [size for size in range(1, of + 1) if division.setting != "both" or size * ffn_blocks % of == 0]
 
 
-def plan_ticket(
-    layout: Layout, division: Division, memory_bytes: float, seed: int, draw: int, device: str = "device"
-) -> Blueprint:
-    """A random ticket of the largest size whose `ticket_memory_bytes` is at most `memory_bytes`.
+def plan_tickets(
+    layout: Layout, division: Division, device: DeviceConfig, seed: int, draw: int = 0
+) -> dict[int, Blueprint]:
+    """A random ticket of every size that meets the device's `memory_mb` and `kappa`, by size, the largest first.
 
-    The full blueprint if the full model fits. Raises ConfigError if not even the smallest size does.
+    The full blueprint leads if the full model does. Its latency only the device can tell: see `next_sizes`. Raises
+    ConfigError if not even the smallest size meets both.
     """
-    for size in reversed(legal_sizes(layout, division)):
-        blueprint = draw_ticket(layout, division, ticket_sizes(layout, division, size), seed, draw)
-        needed = ticket_memory_bytes(layout, blueprint)
-        if needed <= memory_bytes:
-            return blueprint
-    least_mb = ceil(needed / 1e3) / 1e3  # rounded up, so that the number named is enough
-    raise ConfigError(
-        f"deploy.devices {device!r}: memory_mb={memory_bytes / 1e6:g} is too little; the smallest possible ticket, "
-        f"size {size}, needs {least_mb} MB with its KV cache: use at least memory_mb={least_mb}"
-    )
+    of, sizes = blocks_per_layer(layout, division), legal_sizes(layout, division)
+    memory_mb = inf if device.memory_mb is None else device.memory_mb
+    kappa = 1.0 if device.kappa is None else device.kappa
+    if sizes[0] / of > kappa:
+        raise ConfigError(
+            f"deploy.devices {device.name!r}: kappa={kappa:g} is too little; the smallest possible ticket holds "
+            f"{sizes[0]} of {of} blocks: use at least kappa={_rounded_up(sizes[0] / of)}"
+        )
+    tickets = {
+        size: draw_ticket(layout, division, ticket_sizes(layout, division, size), seed, draw)
+        for size in reversed(sizes)
+        if size / of <= kappa
+    }
+    needed = {size: ticket_memory_bytes(layout, ticket) for size, ticket in tickets.items()}
+    fitting = {size: ticket for size, ticket in tickets.items() if needed[size] <= memory_mb * 1e6}
+    if not fitting:
+        least_mb = _rounded_up(needed[sizes[0]] / 1e6)
+        raise ConfigError(
+            f"deploy.devices {device.name!r}: memory_mb={memory_mb:g} is too little; the smallest possible ticket, "
+            f"size {sizes[0]}, needs {least_mb} MB with its KV cache: use at least memory_mb={least_mb}"
+        )
+    return fitting
+
+
+def _rounded_up(value: float) -> float:
+    """To three decimals, so that the number named is enough."""
+    return ceil(value * 1e3) / 1e3
+
+
+def next_sizes(sizes: Sequence[int], took: float, limit: float) -> list[int]:
+    """Sizes left to try when the first of `sizes`, largest first, `took` longer a token than `limit`.
+
+    Those at most limit / took of it; the smallest if there is none; none if that was it. Where a token takes a constant
+    time and one in proportion to the size, nothing left out would be fast enough: the first that is, is the largest.
+    """
+    largest, *smaller = sizes
+    return [size for size in smaller if size * took <= largest * limit] or smaller[-1:]
 
 
 @dataclass(frozen=True, eq=False)

@@ -45,7 +45,8 @@ class EdgeReport:
 
     num_params: int
     weight_bytes: int
-    perplexity: float
+    perplexity: float | None
+    """None if a token took longer than it may: such a ticket does not stay."""
     seconds_per_token: float
     """Median decoding step: greedy, KV cache, batch 1, at the end of the longest context the prompt allows."""
     context_tokens: int
@@ -80,13 +81,16 @@ def receive_ticket(
     return ticket
 
 
-def measure(folder: Path, windows: Windows, new_tokens: int, threads: int = 1) -> EdgeReport:
+def measure(
+    folder: Path, windows: Windows, new_tokens: int, threads: int = 1, limit_ms: float | None = None
+) -> EdgeReport:
     """Measure an exported ticket in a fresh process. Raises RuntimeError with the end of its stderr if it fails."""
     with tempfile.TemporaryDirectory(prefix="twist-edge-") as scratch:
         file = Path(scratch) / "windows.npy"
         np.save(file, windows)
         command = [sys.executable, "-m", "twist_fl.edge", str(Path(folder).resolve()), "--windows", str(file)]
         command += ["--new-tokens", str(new_tokens), "--threads", str(threads)]
+        command += [] if limit_ms is None else ["--limit-ms", str(limit_ms)]
         done = subprocess.run(
             command, cwd=scratch, env=_quiet_environment(scratch, threads), capture_output=True, text=True, check=False
         )
@@ -110,7 +114,9 @@ def _quiet_environment(scratch: str, threads: int) -> dict[str, str]:
     }
 
 
-def measure_here(folder: Path, windows: Windows, new_tokens: int, threads: int = 1) -> EdgeReport:
+def measure_here(
+    folder: Path, windows: Windows, new_tokens: int, threads: int = 1, limit_ms: float | None = None
+) -> EdgeReport:
     """Load the dense model and measure it in this process, whose earlier life blurs the memory figures."""
     torch.set_num_threads(threads)
     _warm_up()
@@ -120,10 +126,11 @@ def measure_here(folder: Path, windows: Windows, new_tokens: int, threads: int =
     decode(model, prompt, min(2, new_tokens))
     seconds = [second for _ in range(REPEATS) for second in decode(model, prompt, new_tokens)[1]]
     peak_memory_bytes = peak_bytes() - before
+    stays = limit_ms is None or 1000 * median(seconds) <= limit_ms
     return EdgeReport(
         num_params=sum(parameter.numel() for parameter in model.parameters()),
         weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
-        perplexity=perplexity(model, windows, batch_size=1),
+        perplexity=perplexity(model, windows, batch_size=1) if stays else None,
         seconds_per_token=median(seconds),
         context_tokens=prompt.shape[1] + new_tokens,
         peak_memory_bytes=peak_memory_bytes,
@@ -175,8 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--windows", type=Path, required=True, help="(num_windows, window) token ids, .npy")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit-ms", type=float, help="milliseconds a token may take; if more, no perplexity")
     given = parser.parse_args(arguments)
-    report = measure_here(given.folder, np.load(given.windows), given.new_tokens, given.threads)
+    report = measure_here(given.folder, np.load(given.windows), given.new_tokens, given.threads, given.limit_ms)
     print(json.dumps(asdict(report)))
 
 

@@ -148,27 +148,32 @@ def _job(config: Config, model: PreTrainedConfig, corpus: Corpus, run_id: str) -
 
 
 def _divide(config: Config, model: PreTrainedConfig) -> tuple[Layout, Division]:
-    blueprint, workers = config.blueprint, config.train.workers
+    division = make_division(config)
     try:
-        layout = make_layout(model.to_dict(), blueprint.ffn_blocks)
-        division = Division(
-            blueprint.setting,
-            _sizes(blueprint, workers),
-            blueprint.undivided_first,
-            blueprint.undivided_last,
-            tuple(blueprint.common),
-            blueprint.policy,
-            blueprint.assign,
-            drawn_workers=workers,
-            num_common=blueprint.num_common,
-            ticket_policy=config.eval.ticket_policy,
-        )
+        layout = make_layout(model.to_dict(), config.blueprint.ffn_blocks)
         division.check(layout, coverage=config.algorithm == "twist")
         for size in config.eval.sizes:
             ticket_sizes(layout, division, size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return layout, division
+
+
+def make_division(config: Config) -> Division:
+    """What `config.blueprint` says, not checked."""
+    blueprint, workers = config.blueprint, config.train.workers
+    return Division(
+        blueprint.setting,
+        _sizes(blueprint, workers),
+        blueprint.undivided_first,
+        blueprint.undivided_last,
+        tuple(blueprint.common),
+        blueprint.policy,
+        blueprint.assign,
+        drawn_workers=workers,
+        num_common=blueprint.num_common,
+        ticket_policy=config.eval.ticket_policy,
+    )
 
 
 def _sizes(blueprint: BlueprintConfig, workers: int) -> Sizes:

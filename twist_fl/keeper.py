@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from twist_fl import evaluate
 from twist_fl.blueprint import Blueprint, full_blueprint
 from twist_fl.checkpoint import RunFolder
-from twist_fl.cost import moment_bytes, round_bytes
+from twist_fl.cost import moment_bytes, round_bytes, training_bytes
 from twist_fl.job import Job
 from twist_fl.rounds import RunState, Task, plan
 
@@ -37,6 +37,10 @@ class Keeper:
     def predicted_bytes(self, tasks: Sequence[Task]) -> int:
         """What Appendix C says a round moves."""
         return round_bytes(self.job.layout, self._sent(tasks))
+
+    def predicted_peak_bytes(self, tasks: Sequence[Task]) -> int:
+        """What Appendix C says the worker that holds most needs to train."""
+        return max(training_bytes(self.job.layout, self.job.given(t.worker, t.blueprint)) for t in tasks)
 
     def _sent(self, tasks: Sequence[Task]) -> list[Blueprint]:
         """What goes to clients and back in a round."""

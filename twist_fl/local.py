@@ -40,6 +40,7 @@ def train_local(folder: RunFolder) -> None:
                 bytes_down={},
                 bytes_up={},
                 predicted_bytes=keeper.predicted_bytes(tasks),
+                predicted_peak_bytes=keeper.predicted_peak_bytes(tasks),
             )
             keeper.end_of_round(state, tasks)
         final_results(job, state, folder, job.config.train.threads)

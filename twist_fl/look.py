@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from twist_fl.checkpoint import RunFolder
-from twist_fl.config import Config, ConfigError, load_config
+from twist_fl.config import Config, ConfigError
 
 
 def load_final(path: Path) -> tuple[RunFolder, Any, Any]:
@@ -22,58 +21,6 @@ def load_final(path: Path) -> tuple[RunFolder, Any, Any]:
     if state is None:
         raise ConfigError(f"{folder.path} has no checkpoint yet: let it train for checkpoint_every rounds")
     return folder, job.scored(state.scores), state
-
-
-def cost(console: Console, preset: str, overrides: list[str], steps: int) -> None:
-    """Appendix C for every subnet size of a setting, both countings of communication."""
-    from twist_fl.blocks import make_layout
-    from twist_fl.blueprint import Division
-    from twist_fl.cost import run_cost
-    from twist_fl.deploy import legal_sizes
-    from twist_fl.evaluate import blocks_per_layer, ticket_sizes
-
-    config = load_config(preset, overrides)
-    blueprint = config.blueprint
-    model = _model_dict(config)
-    try:
-        layout = make_layout(model, blueprint.ffn_blocks)
-        table = Table(title=f"{preset}, {blueprint.setting}: one worker, {steps:,} optimiser steps")
-        for column in ("blocks", "parameters", "memory GiB", "TB, exchange per step", "TB, exchange per interval"):
-            table.add_column(column, justify="right")
-        rounds = -(-steps // config.train.interval)
-        whole = Division(blueprint.setting, (), blueprint.undivided_first, blueprint.undivided_last)
-        for size in reversed(legal_sizes(layout, whole)):
-            # As many workers as blocks: every size is legal for enough of them.
-            division = replace(whole, num_sub=(ticket_sizes(layout, whole, size),) * max(layout.num_blocks))
-            division.check(layout)
-            row = run_cost(layout, division, rounds, steps)
-            table.add_row(
-                f"{size}/{blocks_per_layer(layout, whole)}",
-                f"{row.subnet_params:,}",
-                f"{row.memory_gib:.2f}",
-                f"{row.tb_per_step:.2f}",
-                f"{row.tb_per_interval:.3f}",
-            )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    console.print(table)
-    console.print(
-        "exchange per step is how the paper's Table 2 counts, for TwIST and DDP alike; "
-        f"TwIST exchanges once per interval of {config.train.interval} batches. "
-        "train.optimizer_state=server adds twice the weights again.",
-        highlight=False,
-    )
-
-
-def _model_dict(config: Config) -> dict[str, Any]:
-    """The model's sizes without its weights; GPT-2's own for the hub's gpt2, which needs no network."""
-    from transformers import GPT2Config
-
-    from twist_fl.family import model_config
-
-    if config.model.pretrained in ("gpt2", "openai-community/gpt2"):
-        return GPT2Config().to_dict()
-    return model_config(config).to_dict()
 
 
 def keys(console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Peak memory of this process."""
+"""Peak memory of this process, or of what torch has on a GPU for it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,34 @@ import re
 import sys
 from contextlib import suppress
 from pathlib import Path
+
+
+class Peak:
+    """Peak memory since `restart`, above what was held when this was made.
+
+    On a GPU it is what torch has allocated there for this process; else this process's resident set.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+        self._before = self.restart()
+
+    def restart(self) -> int:
+        """Forget the peak so far; returns the bytes held now."""
+        if not self.device.startswith("cuda"):
+            return start_peak()
+        import torch
+
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def num_bytes(self) -> int:
+        """0 if less was held than at first."""
+        if not self.device.startswith("cuda"):
+            return max(0, peak_bytes() - self._before)
+        import torch
+
+        return max(0, torch.cuda.max_memory_allocated(self.device) - self._before)
 
 
 def start_peak() -> int:

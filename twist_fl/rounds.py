@@ -22,6 +22,7 @@ from twist_fl.data import Windows
 from twist_fl.importance import score_blocks
 from twist_fl.job import Job
 from twist_fl.masked import MaskedModel
+from twist_fl.memory import Peak
 from twist_fl.precision import check_precision
 from twist_fl.shelf import MomentShelf
 from twist_fl.subnet import State, mask_state, slice_state
@@ -67,6 +68,8 @@ class Reply:
     num_batches: int
     seconds: float = 0.0
     moments: Moments | None = None
+    peak_bytes: int = 0
+    """Most memory held while training, above what was held before there was a model: see `memory.Peak`."""
     note: str = ""
     """What the run's log should say of this worker."""
 
@@ -81,6 +84,8 @@ class RoundReport:
     num_tokens: int = 0
     training_seconds: float = 0.0
     """The slowest worker's."""
+    peak_bytes: int = 0
+    """The largest of any worker."""
     answered: list[int] = field(default_factory=list)
     dropped: dict[int, str] = field(default_factory=dict)
     """Workers whose reply did not count, and why."""
@@ -131,6 +136,7 @@ class Worker:
         check_precision(job.config.train.precision, self.device)
         self.models = job.models(compile=job.config.train.compile)
         self.masked = MaskedModel(job.models(compile=job.config.train.compile))
+        self.peak = Peak(self.device)  # no model is built yet
 
     def load(self, task: Task, params: State) -> PreTrainedModel:
         """The task's subnet: a smaller model, or the whole one masked; on the server, over the server's own tensors."""
@@ -152,6 +158,7 @@ class Worker:
     def train(self, task: Task, params: State, moments: Moments | None) -> Reply:
         """Train the subnet for one interval, or for DDP take a batch's gradient; the reply's tensors are on the CPU."""
         started = time.perf_counter()
+        self.peak.restart()
         config = self.job.config
         torch.set_num_threads(config.train.threads or 1)
         model, note = self.load(task, params), ""
@@ -174,6 +181,7 @@ class Worker:
             moments=Moments(after.step, {m: _on_cpu(v) for m, v in after.values.items()})
             if self.job.moments_travel
             else None,
+            peak_bytes=self.peak.num_bytes(),
             note=note,
         )
         if task.worker not in self.job.clients:
@@ -240,6 +248,7 @@ class RoundMean:
         self._cursors[task.worker] += reply.num_batches
         self.report.num_tokens += reply.num_tokens
         self.report.training_seconds = max(self.report.training_seconds, reply.seconds)
+        self.report.peak_bytes = max(self.report.peak_bytes, reply.peak_bytes)
         self.report.answered.append(task.worker)
         if reply.note:
             self.report.notes[task.worker] = reply.note

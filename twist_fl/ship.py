@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from fractions import Fraction
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -15,29 +17,52 @@ from flwr.serverapp import Grid
 from twist_fl import edge, tensors, wire
 from twist_fl.blueprint import Blueprint, draw_ticket
 from twist_fl.checkpoint import RunFolder
+from twist_fl.checks import check_device
 from twist_fl.config import ConfigError, DeviceConfig
 from twist_fl.data import cache_dir
-from twist_fl.deploy import Ticket, export_ticket, legal_sizes, make_ticket, plan_ticket, ticket_memory_bytes
-from twist_fl.evaluate import ticket_sizes
+from twist_fl.deploy import (
+    Ticket,
+    export_ticket,
+    legal_sizes,
+    make_ticket,
+    next_sizes,
+    plan_tickets,
+    ticket_memory_bytes,
+)
+from twist_fl.evaluate import blocks_per_layer, ticket_sizes
 from twist_fl.files import write_text
 from twist_fl.job import Job
 from twist_fl.strategy import NoWorkersError, exchange
+from twist_fl.subnet import State
 
 MESSAGE_TYPE = "query.ticket"
 _LOCAL_WINDOWS = 64
 """Windows of the test split that stand for a device's own text."""
+_NUMBER = r"(?:\d+\.?\d*|\.\d+)"
+_LIMIT = re.compile(rf"(?P<memory_mb>{_NUMBER})(?:MB)?|(?P<latency_ms>{_NUMBER})ms|(?P<kappa>\d+/[1-9]\d*)")
 
 
-def parse_devices(pairs: Iterable[str]) -> list[DeviceConfig]:
-    """`NAME=MB` pairs; a name becomes the name of a folder. Raises ConfigError."""
+def parse_devices(words: Iterable[str]) -> list[DeviceConfig]:
+    """`NAME=LIMIT[,LIMIT...]`: megabytes as 3.5MB or 3.5, milliseconds a token as 20ms, a share of blocks as 1/4.
+
+    A name becomes the name of a folder. Raises ConfigError.
+    """
     devices: list[DeviceConfig] = []
-    for pair in pairs:
-        found = re.fullmatch(r"(\w[\w.-]*)=(\d+\.?\d*|\.\d+)", pair)
-        if not found:
-            raise ConfigError(f"device {pair!r} is not NAME=MEMORY_IN_MB, for example phone=3.5")
-        if found[1] in {device.name for device in devices}:
-            raise ConfigError(f"device {found[1]!r} is given twice: give each its own name")
-        devices.append(DeviceConfig(found[1], float(found[2])))
+    for word in words:
+        name, _, limits = word.partition("=")
+        found = [_LIMIT.fullmatch(limit) for limit in limits.split(",")]
+        given = [(key, text) for limit in found if limit for key, text in limit.groupdict().items() if text]
+        if not re.fullmatch(r"\w[\w.-]*", name) or not all(found):
+            raise ConfigError(
+                f"device {word!r} is not NAME=LIMIT or NAME=LIMIT,LIMIT with limits as 3.5MB (memory), 20ms (a token) "
+                "and 1/4 (blocks held), for example phone=3.5MB,20ms"
+            )
+        if len(dict(given)) < len(given):
+            raise ConfigError(f"device {word!r} has two limits of one kind: give the lower")
+        if name in {device.name for device in devices}:
+            raise ConfigError(f"device {name!r} is given twice: give each its own name")
+        devices.append(DeviceConfig(name, **{key: float(Fraction(text)) for key, text in given}))
+        check_device(devices[-1])
     return devices
 
 
@@ -73,42 +98,94 @@ def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> No
         if not nodes:
             raise NoWorkersError("no edge client is connected")
         targets = devices_of(job, devices.split())
-        model_config = job.model_config.to_dict()
-        # All tickets are planned before any is shipped: an impossible device is refused before anything starts.
-        tickets = [
-            make_ticket(job.layout, state.params, model_config, plan_device(job, device), job.config.blueprint.scale)
-            for device in targets
-        ]
+        # All are planned before any is served: an impossible device is refused before anything starts.
+        plans = [(device, plan_device(job, device)) for device in targets]
         rows = []
-        for place, (device, ticket) in enumerate(zip(targets, tickets, strict=True)):
-            content = _to_records(job, device, ticket, place, len(targets))
-            node = nodes[place % len(nodes)]
-            message = Message(content, dst_node_id=node, message_type=MESSAGE_TYPE)
-            replies = list(exchange(grid, [message], job.config.flower, job.config.flower.round_timeout))
-            rows.append(_row(job, device, ticket, replies))
+        for place, (device, tickets) in enumerate(plans):
+            ship = partial(_ship, grid, nodes[place % len(nodes)], job, device, (place, len(plans)))
+            ticket, row = settle(job, state.params, device, tickets, ship)
+            rows.append(row)
             export_ticket(ticket, folder.path / "deployed" / device.name, job.corpus.tokenizer_folder)
-            folder.log("device", round=state.round, **rows[-1])
+            folder.log("device", round=state.round, **row)
         write_text(json.dumps(rows, indent=1), folder.path / "deployed.json")
         folder.log("deployed", round=state.round)
 
 
-def plan_device(job: Job, device: DeviceConfig) -> Blueprint:
-    """The largest ticket that fits the device. Raises ConfigError if none does, or if it could not be measured."""
+def plan_device(job: Job, device: DeviceConfig) -> dict[int, Blueprint]:
+    """`deploy.plan_tickets`. Raises ConfigError if none fits, or if the device's latency could not be measured."""
     context, new_tokens = job.layout.sizes["positions"], job.config.deploy.new_tokens
     if new_tokens >= context:
         raise ConfigError(
             f"deploy.new_tokens={new_tokens} does not fit a context of {context}: use at most {context - 1}"
         )
-    return plan_ticket(job.layout, job.division, device.memory_mb * 1e6, job.config.seed, 0, device.name)
+    return plan_tickets(job.layout, job.division, device, job.config.seed)
 
 
-def _to_records(job: Job, device: DeviceConfig, ticket: Ticket, place: int, of: int) -> RecordDict:
+def settle(
+    job: Job,
+    params: State,
+    device: DeviceConfig,
+    tickets: dict[int, Blueprint],
+    ship: Callable[[Ticket], dict[str, Any]],
+) -> tuple[Ticket, dict[str, Any]]:
+    """`ship` the largest of `tickets` and, while the device is slower with it than its limit, a smaller one.
+
+    Returns the ticket that stays, and its row. Raises ConfigError if the device is too slow with the smallest, too.
+    """
+    sizes, tried = list(tickets), list[dict[str, Any]]()
+    while True:
+        blueprint = tickets[sizes[0]]
+        ticket = make_ticket(job.layout, params, job.model_config.to_dict(), blueprint, job.config.blueprint.scale)
+        planned_mb = ticket_memory_bytes(job.layout, blueprint) / 1e6
+        tried.append({"size": sizes[0], "planned_mb": planned_mb, "digest": ticket.digest, **ship(ticket)})
+        took_ms, limit_ms = tried[-1]["ms_per_token"], device.latency_ms
+        if limit_ms is None or took_ms <= limit_ms:
+            return ticket, _row(job, device, tried)
+        if not (sizes := next_sizes(sizes, took_ms, limit_ms)):
+            raise ConfigError(
+                f"deploy.devices {device.name!r}: latency_ms={limit_ms:g} is too little; with the smallest possible "
+                f"ticket, size {tried[-1]['size']}, a token took {took_ms:.3g} ms: use a higher limit"
+            )
+
+
+def _row(job: Job, device: DeviceConfig, tried: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is reported of a device: its limits, the ticket that stays, and what all that it tried cost."""
+    return {
+        **asdict(device),
+        "of": blocks_per_layer(job.layout, job.division),
+        **tried[-1],
+        "bytes_received": sum(each["bytes_received"] for each in tried),
+        "tried": [{key: each[key] for key in ("size", "ms_per_token")} for each in tried],
+    }
+
+
+def _ship(
+    grid: Grid, node: int, job: Job, device: DeviceConfig, text: tuple[int, int], ticket: Ticket
+) -> dict[str, Any]:
+    """What the device measured; `text` is its place among the devices, and their number: each has its own test text."""
+    message = Message(_to_records(job, device, text, ticket), dst_node_id=node, message_type=MESSAGE_TYPE)
+    replies = list(exchange(grid, [message], job.config.flower, job.config.flower.round_timeout))
+    if not replies:
+        raise NoWorkersError(f"device {device.name} did not answer within {job.config.flower.round_timeout:g} s")
+    if replies[0].has_error():
+        raise NoWorkersError(f"device {device.name} failed: {wire.error_of(replies[0])}")
+    measured = json.loads(str(replies[0].content.config_records["report"]["json"]))
+    return {
+        "weight_mb": measured["weight_bytes"] / 1e6,
+        "ms_per_token": 1000 * measured["seconds_per_token"],
+        "peak_mb": measured["peak_memory_bytes"] / 1e6,
+        **measured,
+    }
+
+
+def _to_records(job: Job, device: DeviceConfig, text: tuple[int, int], ticket: Ticket) -> RecordDict:
     fields = {
         "device": device.name,
         "config": ticket.config_json,
         "blueprint": ticket.blueprint.to_json(),
         "digest": ticket.digest,
-        "text": [place, of],
+        "limit_ms": device.latency_ms,
+        "text": text,
     }
     return RecordDict(
         {
@@ -117,28 +194,6 @@ def _to_records(job: Job, device: DeviceConfig, ticket: Ticket, place: int, of: 
             "params": tensors.to_arrays(ticket.params),
         }
     )
-
-
-def _row(job: Job, device: DeviceConfig, ticket: Ticket, replies: list[Message]) -> dict[str, Any]:
-    if not replies:
-        raise NoWorkersError(f"device {device.name} did not answer within {job.config.flower.round_timeout:g} s")
-    if replies[0].has_error():
-        raise NoWorkersError(f"device {device.name} failed: {wire.error_of(replies[0])}")
-    measured = json.loads(str(replies[0].content.config_records["report"]["json"]))
-    layer = job.division.undivided_first
-    kind = 0 if job.division.divides("attn") else 1
-    return {
-        "name": device.name,
-        "memory_mb": device.memory_mb,
-        "planned_mb": ticket_memory_bytes(job.layout, ticket.blueprint) / 1e6,
-        "size": ticket.blueprint.shape[kind][layer],
-        "of": ticket.blueprint.num_blocks[kind],
-        "digest": ticket.digest,
-        "weight_mb": measured["weight_bytes"] / 1e6,
-        "ms_per_token": 1000 * measured["seconds_per_token"],
-        "peak_mb": measured["peak_memory_bytes"] / 1e6,
-        **measured,
-    }
 
 
 def receive(job: Job, content: RecordDict) -> RecordDict:
@@ -151,6 +206,6 @@ def receive(job: Job, content: RecordDict) -> RecordDict:
     )
     place, of = fields["text"]
     windows = job.corpus.test[place::of][:_LOCAL_WINDOWS]
-    measured = asdict(edge.measure(folder, windows, job.config.deploy.new_tokens))
+    measured = asdict(edge.measure(folder, windows, job.config.deploy.new_tokens, limit_ms=fields["limit_ms"]))
     measured["bytes_received"] = sum(tensors.num_bytes(content).values())
     return RecordDict({"report": ConfigRecord({"json": json.dumps(measured)})})

@@ -151,6 +151,7 @@ class TwistStrategy(Strategy):
             **asdict(report),
             seconds=time.perf_counter() - started,
             predicted_bytes=self._keeper.predicted_bytes(self._planned),
+            predicted_peak_bytes=self._keeper.predicted_peak_bytes(self._planned),
             bytes_down=self._down,
             bytes_up=up,
             bytes_via=self._via,

@@ -23,7 +23,16 @@ from twist_fl.tensors import KnownArrays, get_tensors, handle_of, put_tensors, t
 from twist_fl.train import Moments
 from twist_fl.transport import Segment, SegmentError
 
-_REPLY_TYPES = {"digest": str, "loss": float, "num_tokens": int, "num_batches": int, "seconds": float, "note": str}
+_REPLY_TYPES = {
+    "digest": str,
+    "loss": float,
+    "num_tokens": int,
+    "num_batches": int,
+    "seconds": float,
+    "note": str,
+    "peak_bytes": int,
+}
+_LEAST = {"num_tokens": 1, "num_batches": 1, "peak_bytes": 0}
 
 
 # Config records
@@ -140,6 +149,7 @@ def reply_to_records(
         "num_batches": reply.num_batches,
         "seconds": reply.seconds,
         "note": reply.note,
+        "peak_bytes": reply.peak_bytes,
         "moment_step": reply.moments and reply.moments.step,
     }
     content, packing, params = RecordDict({"reply": _to_record(fields)}), Packing.of(job, blueprint), reply.params
@@ -161,8 +171,9 @@ def reply_from_records(
     try:
         fields = _from_record(content, "reply")
         for name, kind in _REPLY_TYPES.items():
-            if type(fields[name]) is not kind or (kind is int and fields[name] < 1):
-                raise TypeError(f"{name}={fields[name]!r} is no {'positive ' * (kind is int)}{kind.__name__}")
+            if type(fields[name]) is not kind or (kind is int and fields[name] < _LEAST[name]):
+                least = f" of at least {_LEAST[name]}" if kind is int else ""
+                raise TypeError(f"{name}={fields[name]!r} is no {kind.__name__}{least}")
         packing = Packing.of(job, blueprint)
         params, moments = get_tensors(content, packing, fields.pop("moment_step"), segment)
         params = {name: tensor.float() for name, tensor in params.items()}

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 from common import gpt2_config, job_without_text, save, show
-from steps import Peak, ddp_steps, random_model, subnet_steps
+from steps import ddp_steps, random_model, subnet_steps
 from torch import distributed
 from transformers import AutoTokenizer, GPT2Config
 
@@ -38,6 +38,7 @@ from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError, Precision, load_config
 from twist_fl.cost import step_flops
 from twist_fl.job import Job
+from twist_fl.memory import Peak
 from twist_fl.precision import check_precision
 from twist_fl.results import provenance
 from twist_fl.rounds import RoundMean, RunState, Worker, dispatch, plan, start
@@ -95,13 +96,14 @@ class Bench:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         job = self.job(*overrides)
-        blueprint, peak = self.blueprint(job, case), Peak(self.device)
+        blueprint, peak = self.blueprint(job, case), Peak(str(self.device))
         seconds = subnet_steps(
             random_model(job, blueprint), self.batches(self.warm_up + self.steps), job.config.train, self.warm_up
         )
         flops = step_flops(job.layout, blueprint, self.batch, self.window)
-        return {"setting": case[0] if case else "full", "keep": case[1] if case else 12, "seconds": seconds,
-                "peak_mb": peak.megabytes(), "flops": flops, "tflop_per_second": flops / seconds / 1e12}  # fmt: skip
+        return {"setting": case[0] if case else "full", "keep": case[1] if case else 12,
+                "seconds": seconds, "peak_mb": peak.num_bytes() / 1e6,
+                "flops": flops, "tflop_per_second": flops / seconds / 1e12}  # fmt: skip
 
 
 # The pieces
@@ -172,9 +174,9 @@ def ddp_rank(bench: Bench) -> None:
     for precision in ("float32", "tf32", "bfloat16") if on_gpu else ("float32", "bfloat16"):
         job = bench.job(f"train.precision={precision}", f"train.device={bench.device}")
         gc.collect()
-        peak, batches = Peak(bench.device), bench.batches(bench.warm_up + bench.steps)
+        peak, batches = Peak(str(bench.device)), bench.batches(bench.warm_up + bench.steps)
         seconds = ddp_steps(random_model(job), batches, job.config.train, bench.warm_up)
-        rows.append({"precision": precision, "seconds": seconds, "peak_mb": peak.megabytes()})
+        rows.append({"precision": precision, "seconds": seconds, "peak_mb": peak.num_bytes() / 1e6})
     if distributed.get_rank() == 0:
         save({"rows": rows}, bench.args.rank_to)
     distributed.destroy_process_group()
