@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from twist_fl.blocks import Layout, make_layout
+from twist_fl.blocks import KINDS, Layout, make_layout
 from twist_fl.blueprint import Blueprint, Debt, Division, Scale, Scores, Sizes, draw_round, full_blueprint
 from twist_fl.config import BlueprintConfig, Config, ConfigError, from_yaml, to_yaml
 from twist_fl.data import Corpus, Shard, load_corpus, open_corpus
@@ -66,6 +66,16 @@ class Job:
     def given(self, worker: int, blueprint: Blueprint) -> Blueprint:
         """The blocks of which a worker of `blueprint` is given the tensors, and gives them back."""
         return full_blueprint(self.layout) if self.masks(worker) else blueprint
+
+    def always_whole(self, worker: int) -> set[str]:
+        """Parameters that the worker holds whole in every round, whatever it is dealt."""
+        names = set(self.layout.by_name)
+        if self.config.algorithm != "twist":
+            return names
+        sizes = self.division.num_sub
+        dealt = [sizes[worker]] if self.division.assign == "fixed" else sizes
+        partial = [kind for i, kind in enumerate(KINDS) if min(s[i] for s in dealt) < self.layout.num_blocks[i]]
+        return names - {param.name for param in self.division.params(self.layout) if param.kind in partial}
 
     def scored(self, scores: Scores | None) -> Job:
         """This job with the importance of its blocks, which blueprint.policy=importance draws by."""
