@@ -114,7 +114,7 @@ def _files(config: DataConfig) -> Documents:
         raise ConfigError(
             f"data.path={str(path)!r} does not exist" + (f"; beside it: {', '.join(near)}" if near else "")
         )
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path))
     if not any(file.stat().st_size for file in files):
         raise ConfigError(f"data.path={str(path)!r} holds no text")
     train, test = ([f for f in files if f.match(glob)] for glob in (config.train_glob, config.test_glob))
@@ -124,6 +124,11 @@ def _files(config: DataConfig) -> Documents:
     for file in [*train, *test]:
         content.update(hashlib.sha256(file.read_bytes()).digest())
     return Documents([_read(f) for f in train], [_read(f) for f in test], content.hexdigest())
+
+
+def _is_hidden(file: Path, below: Path) -> bool:
+    """A repository's .git holds no text to train on."""
+    return any(part.startswith(".") for part in file.relative_to(below).parts)
 
 
 def _read(file: Path) -> str:
