@@ -232,6 +232,8 @@ def load_config(preset: str | None = None, overrides: Sequence[str] = ()) -> Con
         file = Path(preset)
         if file.suffix != ".yaml":
             file = conf_dir() / f"{preset}.yaml"
+            if "=" in preset:
+                raise ConfigError(f"{preset!r} stands where a preset or file is expected: demo {preset}, for example")
             if preset not in presets():
                 raise ConfigError(f"no preset {preset!r}{_nearest(preset, presets())}; presets: {', '.join(presets())}")
         elif not file.is_file():

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from twist_fl import machine
 from twist_fl.blocks import KINDS, Layout, make_layout
 from twist_fl.blueprint import Blueprint, Debt, Division, Scale, Scores, Sizes, draw_round, full_blueprint
 from twist_fl.config import BlueprintConfig, Config, ConfigError, from_yaml, to_yaml
 from twist_fl.data import Corpus, Shard, load_corpus, open_corpus
 from twist_fl.evaluate import ticket_sizes
 from twist_fl.family import config_from_dict, model_config
-from twist_fl.machine import usable_cores
 from twist_fl.subnet import ModelCache, State, get_state
 
 
@@ -92,10 +92,7 @@ class Job:
         return draw_round(self.layout, self.division, self.config.seed, round_, debt)
 
     def device(self) -> str:
-        chosen = self.config.train.device
-        if chosen != "auto":
-            return chosen
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return machine.device(self.config)
 
     def models(self, device: str | None = None, compile: bool = False, scale: Scale | None = None) -> ModelCache:
         """An empty cache of models; `scale` and `device` are the run's unless given."""
@@ -133,7 +130,7 @@ def make_job(config: Config) -> Job:
     _divide(config, model)
     corpus = load_corpus(config.data, config.train.workers)
     _fit_vocabulary(config, model, corpus)
-    config.train.threads = config.train.threads or max(1, usable_cores() // config.train.workers)
+    config.train.threads = config.train.threads or max(1, machine.usable_cores() // config.train.workers)
     return _job(config, model, corpus, uuid.uuid4().hex)
 
 
