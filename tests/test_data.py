@@ -117,6 +117,14 @@ def test_hidden_files_and_folders_are_no_text(tmp_path: Path, own_cache: Path) -
     assert load_corpus(config_of(texts, test_fraction=0.3)).digest == before
 
 
+def test_text_is_not_for_training_and_test(folder: Path) -> None:
+    (folder / "latest-train.txt").write_text(SENTENCE)
+    with pytest.raises(
+        ConfigError, match=r"'latest-train\.txt' matches data\.train_glob='\*train\*' and data\.test_glob="
+    ):
+        load_corpus(config_of(folder))
+
+
 def test_a_document_keeps_its_split_when_others_come(tmp_path: Path, own_cache: Path) -> None:
     texts = tmp_path / "many"
     texts.mkdir()

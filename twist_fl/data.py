@@ -120,6 +120,11 @@ def _files(config: DataConfig) -> Documents:
     train, test = ([f for f in files if f.match(glob)] for glob in (config.train_glob, config.test_glob))
     if path.is_file() or not (train and test):
         return _split((text for file in files for text in _paragraphs(_read(file))), config.test_fraction)
+    if both := [file for file in train if file in test]:
+        raise ConfigError(
+            f"{both[0].name!r} matches data.train_glob={config.train_glob!r} and data.test_glob={config.test_glob!r}: "
+            "text that is trained on tests nothing, change one of them"
+        )
     content = hashlib.sha256(f"{len(train)} training files".encode())
     for file in [*train, *test]:
         content.update(hashlib.sha256(file.read_bytes()).digest())
