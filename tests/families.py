@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import GPT2Config, PreTrainedConfig
 
 from twist_fl.blocks import Layout, make_layout
 from twist_fl.family import config_from_dict
 
-HEADS, FFN_BLOCKS, NEURONS = 4, 6, 5
+HEADS, FFN_BLOCKS, D_HEAD, NEURONS = 4, 6, 8, 5
 """Unequal on purpose: a heads-for-blocks mix-up must not pass."""
 CONTEXT, VOCAB, LAYERS = 12, 50, 3
+UNEVEN_GPT2 = GPT2Config(
+    vocab_size=VOCAB,
+    n_positions=CONTEXT,
+    n_embd=HEADS * D_HEAD,
+    n_inner=FFN_BLOCKS * NEURONS,
+    n_layer=5,
+    n_head=HEADS,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+UNEVEN_LAYOUT = make_layout(UNEVEN_GPT2.to_dict(), FFN_BLOCKS)
 _KEYS = ("num_hidden_layers", "hidden_size", "max_position_embeddings")
 _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
@@ -27,6 +27,7 @@ from twist_fl.data import cache_dir
 from twist_fl.deploy import make_ticket, ticket_memory_bytes
 from twist_fl.evaluate import perplexity
 from twist_fl.job import Job
+from twist_fl.loopback import network, stock_node
 from twist_fl.results import commit
 from twist_fl.rounds import run, start
 
@@ -127,16 +128,6 @@ def test_a_simulation_is_rounds_run(finished: RunFolder, tmp_path: Path) -> None
     assert results["commit"] == commit()
 
 
-def test_an_inline_simulation_is_rounds_run(small: tuple[str, ...], tmp_path: Path) -> None:
-    """Of another architecture than the others: blocks are KV groups of two heads."""
-    folder = RunFolder(tmp_path / "run")
-    llama = ("model.architecture=llama", "model.n_head=8", "model.n_kv_head=4")
-    done = twist_fl("train", "demo", *small, *llama, "flower.transport=inline", f"dir={folder.path}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert_is_rounds_run(folder, tmp_path / "oracle")
-    assert all(event["bytes_via"]["inline"] and not event["bytes_via"]["shm"] for event in folder.events("round"))
-
-
 def test_nothing_of_a_finished_run_is_left(finished: RunFolder) -> None:
     assert processes_of(finished) == []
     assert not (finished.path / "flower").exists()  # Flower's own state
@@ -230,54 +221,25 @@ def test_a_run_is_interrupted_then_killed_then_ends_as_if_nothing_had_happened(
     assert processes_of(folder) == []
 
 
-# A network: a SuperLink and two SuperNodes, as on three machines
+# A network: a SuperLink and two of Flower's own SuperNodes, as on three machines
 
 
-@contextmanager
-def network(home: Path, num_nodes: int) -> Iterator[dict[str, str]]:
-    """On the loopback interface; yields the environment in which `flwr run . twist-fl` finds it."""
-    home.mkdir(parents=True)
-    address = f"127.0.0.1:{launch.free_port()}"
-    (home / "config.toml").write_text(f'[superlink.twist-fl]\naddress = "{address}"\ninsecure = true\n')
-    environment = launch.quiet_environment(home) | {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1"}
-    log = home / "flower.log"
+def test_a_network_is_rounds_run(small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As between machines, tensors go inline; of another architecture: blocks are KV groups of two heads.
 
-    with log.open("w") as output, ExitStack() as stack:
-
-        def begin(*words: str) -> subprocess.Popen[bytes]:
-            process = subprocess.Popen(words, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-            stack.callback(launch.stop_tree, process)
-            return process
-
-        link = begin("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", address.partition(":")[2])
-        launch._wait_until_healthy(address, link, log)
-        for i in range(num_nodes):
-            partition = f"partition-id={i} num-partitions={num_nodes}"
-            port = str(launch.free_port())
-            begin("flower-supernode", "--insecure", "--superlink", address, "--port", port, "--node-config", partition)
-        yield environment
-
-
-def test_a_network_is_rounds_run(small: tuple[str, ...], tmp_path: Path) -> None:
+    One round: a node starts a process for each message, which takes most of the time.
+    """
+    monkeypatch.setenv("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.1")
     folder = RunFolder(tmp_path / "run")
-    settings = {"preset": "demo", "overrides": " ".join(small), "run-dir": str(folder.path)}
-    file = tmp_path / "settings.toml"
-    file.write_text("".join(f"{key} = {launch._toml_string(value)}\n" for key, value in settings.items()))
-    with network(tmp_path / "flower", 2) as environment:
-        words = [
-            "flwr",
-            "run",
-            str(launch.stage_app(tmp_path / "app")),
-            "twist-fl",
-            "--stream",
-            "--run-config",
-            str(file),
-        ]
-        done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    log = (tmp_path / "flower" / "flower.log").read_text()
-    assert [event["event"] for event in folder.events()][-1:] == ["done"], done.stdout + done.stderr + log
+    llama = ("model.architecture=llama", "model.n_head=8", "model.n_kv_head=4")
+    overrides = " ".join((*small, *llama, "flower.transport=inline", "train.rounds=1"))
+    with network(tmp_path / "flower", 2, stock_node) as running:
+        output = running.run({"preset": "demo", "overrides": overrides, "run-dir": str(folder.path)}, PATIENCE)
+        logs = "".join([output, *(running.node_log(i).read_text() for i in range(2))])
+    assert [event["event"] for event in folder.events()][-1:] == ["done"], logs
     assert [(event["nodes"], event["shared_memory"], event["failed"]) for event in folder.events("nodes")] == [
-        (2, 2, [])
+        (2, 0, [])
     ]
-    assert [(event["answered"], event["dropped"]) for event in folder.events("round")] == [([0, 1], {})] * 2
+    assert [(event["answered"], event["dropped"]) for event in folder.events("round")] == [([0, 1], {})]
+    assert all(event["bytes_via"]["inline"] and not event["bytes_via"]["shm"] for event in folder.events("round"))
     assert_is_rounds_run(folder, tmp_path / "oracle")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from local_grid import Answer, Bend, LocalGrid, assert_same_run, failing, honest, same
 
 from twist_fl import checkpoint, files, serve, shelf
-from twist_fl.checkpoint import RunFolder
+from twist_fl.checkpoint import EventReader, RunFolder
 from twist_fl.config import ConfigError
 from twist_fl.job import Job
 from twist_fl.rounds import RunState, Task, run, start
@@ -211,6 +212,29 @@ def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
         assert [event["round"] for event in folder.events()] == [1]
         folder.log("failed", round=1)  # what is written next does not join it
         assert [event["event"] for event in folder.events()] == ["round", "failed"]
+
+
+def test_a_reader_follows_the_log_through_half_lines_and_a_rewinding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    reader, parse = EventReader(folder), Mock(wraps=json.loads)
+    monkeypatch.setattr("twist_fl.checkpoint.json.loads", parse)
+    assert reader.read() == []
+    for round_ in (1, 2, 3):
+        folder.log("round", round=round_)
+        assert [event["round"] for event in reader.read()] == list(range(1, round_ + 1))
+    assert parse.call_count == 3  # each line once
+    with folder.events_file.open("a") as file:
+        file.write('{"event": "round", ')
+    assert len(reader.read()) == 3
+    with folder.events_file.open("a") as file:
+        file.write('"round": 4}\n')
+    assert [event["round"] for event in reader.read()] == [1, 2, 3, 4]
+    folder.rewind(2)
+    folder.log("round", round=3, loss=1.5)
+    assert reader.read() == folder.events()
+    assert len(reader.read()) == 3
 
 
 def test_rewinding_forgets_what_will_be_written_again(tmp_path: Path) -> None:

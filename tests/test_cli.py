@@ -130,6 +130,10 @@ TEXT = (
 )
 IMPOSSIBLE: dict[str, tuple[tuple[str, ...], str]] = {
     "preset": (("demoo",), r"no preset 'demoo', did you mean 'demo'\?; presets: .*wikitext2"),
+    "no preset": (
+        ("name=mine",),
+        r"'name=mine' stands where a preset or file is expected: demo name=mine, for example",
+    ),
     "file": (("mine.yaml",), r"no file 'mine\.yaml': give a preset \(demo, "),
     "key": (("demo", "train.interva=3"), r"unknown key 'train\.interva', did you mean 'interval'\?"),
     "section": (("demo", "trian.lr=3"), r"unknown key 'trian', did you mean 'train'\?"),
@@ -148,6 +152,7 @@ IMPOSSIBLE: dict[str, tuple[tuple[str, ...], str]] = {
         (*TEXT, "data.window=100000", "model.n_positions=100000"),
         r"the training text gives 0 windows of data\.window=100000 tokens, fewer than 4: use a smaller",
     ),
+    "arithmetic": (("demo", "train.device=cpu", "train.precision=tf32"), r"train\.precision=tf32 needs a CUDA GPU"),
     "missing path": (("demo", "data.source=files", "data.path=/no/such/text"), r"'/no/such/text' does not exist"),
     "no path": (("demo", "data.source=files"), r"data\.source=files needs data\.path"),
     "missing model": ((*TEXT, "model.pretrained=/no/model"), "'/no/model' is neither a folder here nor on a hub"),
@@ -251,6 +256,22 @@ def test_a_latency_that_cannot_be_measured_is_refused_before_anything_starts(
     status, _, error = run("deploy", folder.path)
     assert status == 2
     assert "deploy.new_tokens=32 does not fit a context of 32: use at most 31" in error
+
+
+@pytest.mark.parametrize("given", [("demo",), ("demo", "train.rounds=9")])
+def test_a_resumed_run_keeps_its_settings(given: tuple[str, ...], run: Run, untrained: Path, no_flower: None) -> None:
+    status, _, error = run("train", *given, "--resume", untrained)
+    assert status == 2
+    assert f"a resumed run keeps its settings: leave out {' '.join(given)}" in error
+
+
+def test_a_folder_that_cannot_be_made_is_named(run: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    status, _, error = run("train", "demo", *tiny, f"dir={tmp_path / 'file' / 'run'}")
+    assert status == 1
+    assert error.startswith("error: ")
+    assert str(tmp_path / "file") in error
+    assert error.count("\n") == 1
 
 
 def test_a_finished_run_is_not_run_again(run: Run, trained: Path, no_flower: None) -> None:

@@ -105,6 +105,26 @@ def test_a_folder_without_test_files_is_split_too(folder: Path, own_cache: Path)
     assert len(parts["test"]) > 2
 
 
+def test_hidden_files_and_folders_are_no_text(tmp_path: Path, own_cache: Path) -> None:
+    """A folder of text may be a repository."""
+    texts = tmp_path / "texts"
+    (texts / ".git" / "objects").mkdir(parents=True)
+    for number in range(10):
+        (texts / f"part-{number}.md").write_text(f"Number {number}. " + 3 * SENTENCE)
+    before = load_corpus(config_of(texts, test_fraction=0.3)).digest
+    for name in (".DS_Store", ".git/objects/pack"):
+        (texts / name).write_bytes(b"\xff\x00 not text")
+    assert load_corpus(config_of(texts, test_fraction=0.3)).digest == before
+
+
+def test_text_is_not_for_training_and_test(folder: Path) -> None:
+    (folder / "latest-train.txt").write_text(SENTENCE)
+    with pytest.raises(
+        ConfigError, match=r"'latest-train\.txt' matches data\.train_glob='\*train\*' and data\.test_glob="
+    ):
+        load_corpus(config_of(folder))
+
+
 def test_a_document_keeps_its_split_when_others_come(tmp_path: Path, own_cache: Path) -> None:
     texts = tmp_path / "many"
     texts.mkdir()

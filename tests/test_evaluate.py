@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import exp, log
+from math import exp, inf, log
 from statistics import fmean, stdev
 
 import numpy as np
@@ -90,6 +90,15 @@ def test_subnet_perplexity_averages_the_workers_losses(job: Job, windows: Window
     assert len(set(each)) == 3
     expected = exp(fmean(log(value) for value in each))
     assert subnet_perplexity(models, state, drawn, windows, 4) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("factor", [1e30, float("nan")])
+def test_a_diverged_model_has_an_infinite_perplexity(
+    factor: float, job: Job, windows: Windows, random_state: RandomState
+) -> None:
+    state = {name: factor * value for name, value in random_state(job.layout).items()}
+    assert subnet_perplexity(job.models("cpu"), state, job.blueprints(1), windows, 4) == inf
+    assert perplexity(plain_model(job, state), windows, 4) == inf
 
 
 def test_tickets_are_fixed_by_their_seed(job: Job, windows: Windows, random_state: RandomState) -> None:

@@ -79,6 +79,9 @@ def trained(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> 
 def test_warm_nodes_train_as_rounds_run(trained: tuple[RunFolder, Network], tmp_path: Path) -> None:
     folder, _ = trained
     assert [(event["answered"], event["dropped"]) for event in folder.events("round")] == [([0, 1], {})] * 3
+    (nodes,) = folder.events("nodes")
+    assert (nodes["nodes"], nodes["shared_memory"], nodes["failed"]) == (2, 2, [])
+    assert all(event["bytes_via"]["shm"] and not event["bytes_via"]["inline"] for event in folder.events("round"))
     job, ended = folder.job(), folder.load()
     assert ended is not None
     assert_same_run(ended, run(job, start(job), tmp_path))

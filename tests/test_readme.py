@@ -61,6 +61,14 @@ def test_the_table_is_the_published_one() -> None:
     assert f"<!-- table: results/demo/table.md -->\n{table}<!-- /table -->" in README
 
 
+def test_the_map_of_the_code_has_every_file() -> None:
+    """The package's own, folders as a whole."""
+    named = (ROOT / "docs" / "code.md").read_text().partition("## The files")[2].partition("## ")[0]
+    package = ROOT / "twist_fl"
+    modules = {path.name for path in package.glob("*.py")} | {f"{path.parent.name}/" for path in package.glob("*/*.py")}
+    assert modules - set(re.findall(r"[\w/]+(?:\.py|/)", named)) == {"__init__.py"}
+
+
 def test_files_the_readme_names_exist() -> None:
     for name in re.findall(r"\]\(([^):]+)\)", README):
         assert (ROOT / name).exists(), name

@@ -26,12 +26,19 @@ from twist_fl.experiments.runner import Pool, execute
 from twist_fl.experiments.runs import DDP
 from twist_fl.job import make_job
 from twist_fl.plots import styled
+from twist_fl.results import refuse_other_settings
 
 MICRO = [
     *("model.n_layer=3", "model.n_embd=24", "model.n_positions=16", "data.window=16", "data.vocab_size=300"),
     *("blueprint.undivided_first=1", "train.rounds=2", "train.interval=2", "train.batch_size=2"),
     *("eval.tickets=2", "eval.sizes=[6]", "eval.max_windows=8"),
 ]
+
+
+@pytest.fixture(scope="module")
+def micro(text_folder: Path) -> list[str]:
+    """A run of well under a second, on text that need not be collected first."""
+    return [*MICRO, "data.source=files", f"data.path={text_folder}"]
 
 
 def quiet() -> Console:
@@ -42,8 +49,8 @@ def files(folder: Path) -> dict[Path, float]:
     return {path: path.stat().st_mtime for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_local_run_is_rounds_run_and_resumes_to_the_same_weights(tmp_path: Path) -> None:
-    config = load_config("demo", [*MICRO, "train.rounds=4", "checkpoint_every=2", "train.threads=1"])
+def test_a_local_run_is_rounds_run_and_resumes_to_the_same_weights(micro: list[str], tmp_path: Path) -> None:
+    config = load_config("demo", [*micro, "train.rounds=4", "checkpoint_every=2", "train.threads=1"])
     job = make_job(config)
     folder = RunFolder(tmp_path / "run")
     folder.create(job)
@@ -59,11 +66,40 @@ def test_a_local_run_is_rounds_run_and_resumes_to_the_same_weights(tmp_path: Pat
     assert folder.events("done")
 
 
-def test_an_experiment_is_done_once_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_local_run_whose_model_diverges_is_not_done(micro: list[str], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create(make_job(load_config("demo", [*micro, "train.lr=1e30", "train.threads=1"])))
+    with pytest.raises(LaunchError, match=r"^round 1: no worker's reply counted: .*0: 'training loss is nan'"):
+        local.train_local(folder)
+    assert not folder.events("done")
+    assert not folder.checkpoints()
+
+
+def test_a_lab_on_other_text_is_refused(tmp_path: Path) -> None:
+    """Also when the folder's name is the same; a lab that moved with its text is not."""
+    paths = [tmp_path / place / "text" for place in ("here", "moved", "other")]
+    for path, word in zip(paths, ("block", "block", "layer"), strict=True):
+        path.mkdir(parents=True)
+        for split in ("train", "test"):
+            (path / f"{split}.txt").write_text(f"The {word} of a worker. " * 300)
+    folder, configs = (
+        RunFolder(tmp_path / "run"),
+        [load_config("demo", [*MICRO, "data.source=files", f"data.path={path}"]) for path in paths],
+    )
+    folder.create(make_job(configs[0]))
+    for same in configs[:2]:
+        refuse_other_settings(folder, same)
+    with pytest.raises(ConfigError, match=rf"holds a run on other text than data\.path={paths[2]} has now"):
+        refuse_other_settings(folder, configs[2])
+
+
+def test_an_experiment_is_done_once_and_shown(
+    micro: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def go(dry_run: bool = False) -> None:
         console = Console(width=100)
         lab = tmp_path / "lab"
-        reproduce(console, ["fig6"], "tiny", MICRO, folder=lab, out=tmp_path / "out", jobs=2, dry_run=dry_run)
+        reproduce(console, ["fig6"], "tiny", micro, folder=lab, out=tmp_path / "out", jobs=2, dry_run=dry_run)
 
     go(dry_run=True)
     assert "1 training runs of 2 intervals, 1 measurements; 2 tasks to do" in " ".join(capsys.readouterr().out.split())
@@ -78,12 +114,12 @@ def test_an_experiment_is_done_once_and_shown(tmp_path: Path, capsys: pytest.Cap
     assert files(tmp_path / "lab") == done
     with pytest.raises(ConfigError, match=r"train\.lr=0\.001, asked was 0\.5"):
         reproduce(
-            quiet(), ["fig6"], "tiny", [*MICRO, "train.lr=0.5"], folder=tmp_path / "lab", out=None, jobs=1, dry_run=True
+            quiet(), ["fig6"], "tiny", [*micro, "train.lr=0.5"], folder=tmp_path / "lab", out=None, jobs=1, dry_run=True
         )
 
 
-def test_a_run_that_was_made_anew_is_measured_anew(tmp_path: Path) -> None:
-    lab = Lab(tmp_path, SCALES["tiny"], tuple(MICRO))
+def test_a_run_that_was_made_anew_is_measured_anew(micro: list[str], tmp_path: Path) -> None:
+    lab = Lab(tmp_path, SCALES["tiny"], tuple(micro))
     run = train("one", "algorithm=ddp")
     tickets = measure("tickets", run, setting="both", sizes=[6], draws=1)
     execute(lab, run)
@@ -116,8 +152,8 @@ def test_everything_can_be_planned_at_every_scale(scale: str, tmp_path: Path) ->
     assert len({experiment.title for experiment in EXPERIMENTS.values()}) == len(EXPERIMENTS)
 
 
-def test_ctrl_c_leaves_no_process_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "twist_fl.cli", "reproduce", "fig6", *MICRO, "train.rounds=20000"]
+def test_ctrl_c_leaves_no_process_and_the_same_command_goes_on(micro: list[str], tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "twist_fl.cli", "reproduce", "fig6", *micro, "train.rounds=20000"]
     process = subprocess.Popen([*words, "--dir", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     events = tmp_path / "runs" / "ddp" / "events.jsonl"
     deadline = time.monotonic() + 120

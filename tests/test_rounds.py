@@ -291,6 +291,24 @@ def test_a_client_keeps_moments_of_what_it_always_holds(tiny_job: MakeJob, tmp_p
     assert all(moments.values[name].keys() == job.layout.by_name.keys() - divided for name in MOMENTS)
 
 
+@pytest.mark.parametrize("assign", ["fixed", "shuffled", "drawn"])
+def test_a_client_keeps_no_moments_of_blocks_that_change(assign: str, tiny_job: MakeJob, tmp_path: Path) -> None:
+    """Also when it holds all of them in one round: the next one's, of fewer, would be other blocks' moments."""
+    job = tiny_job(
+        *("train.optimizer_state=client", f"blueprint.assign={assign}", "blueprint.num_sub=[4,2,2]"),
+        *("blueprint.num_sub_ffn=[4,4,4]", "train.rounds=4"),
+    )
+    whole_run(job, tmp_path)
+    attention = {param.name for param in job.layout.params if param.kind == "attn" and param.layer in (1, 2)}
+    for worker in range(3):
+        moments = MomentShelf(tmp_path).load(worker, 5)
+        assert moments is not None
+        gone = set() if assign == "fixed" and worker == 0 else attention
+        assert all(moments.values[name].keys() == job.layout.by_name.keys() - gone for name in MOMENTS)
+        for name in MOMENTS:
+            assert all(moments.values[name][key].shape == job.layout.by_name[key].shape for key in moments.values[name])
+
+
 def test_a_shelf_serves_the_round_asked_for(tmp_path: Path) -> None:
     shelf = MomentShelf(tmp_path)
     assert shelf.load(0, 1) is None

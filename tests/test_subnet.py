@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from families import D_HEAD, FFN_BLOCKS, HEADS, NEURONS
+from families import UNEVEN_GPT2 as CONFIG
+from families import UNEVEN_LAYOUT as LAYOUT
+from transformers import GPT2LMHeadModel, PreTrainedModel
 
-from twist_fl.blocks import KINDS, make_layout
+from twist_fl.blocks import KINDS
 from twist_fl.blueprint import Blueprint, Division, Scale, Setting, draw_round, draw_ticket, full_blueprint
 from twist_fl.subnet import (
     ModelCache,
@@ -24,20 +27,6 @@ from twist_fl.subnet import (
 )
 from twist_fl.train import next_token_loss
 
-HEADS, FFN_BLOCKS, D_HEAD, NEURONS = 4, 6, 8, 5
-"""Unequal on purpose: a heads-for-blocks mix-up must not pass."""
-
-CONFIG = GPT2Config(
-    vocab_size=50,
-    n_positions=12,
-    n_embd=HEADS * D_HEAD,
-    n_inner=FFN_BLOCKS * NEURONS,
-    n_layer=5,
-    n_head=HEADS,
-    bos_token_id=0,
-    eos_token_id=0,
-)
-LAYOUT = make_layout(CONFIG.to_dict(), FFN_BLOCKS)
 SETTINGS: list[Setting] = ["attn", "ffn", "both"]
 SCALES: list[Scale] = ["sqrt", "linear", "none"]
 RandomState = Callable[..., State]

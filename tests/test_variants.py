@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import UNEVEN_GPT2 as CONFIG
+from families import UNEVEN_LAYOUT as LAYOUT
 from flwr.app import Message
 from local_grid import Answer, LocalGrid, assert_same_run, failing, same
-from transformers import GPT2Config, PreTrainedModel
+from transformers import PreTrainedModel
 
 from twist_fl.aggregate import ReplyError
-from twist_fl.blocks import make_layout
 from twist_fl.blueprint import Blueprint, Division, Scale, Setting, draw_ticket, full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError
@@ -27,19 +28,6 @@ from twist_fl.subnet import ModelCache, State, mask_state, slice_state
 from twist_fl.train import train_interval
 
 MakeJob = Callable[..., Job]
-HEADS, FFN_BLOCKS, D_HEAD, NEURONS = 4, 6, 8, 5
-"""Unequal on purpose: a heads-for-blocks mix-up must not pass."""
-CONFIG = GPT2Config(
-    vocab_size=50,
-    n_positions=12,
-    n_embd=HEADS * D_HEAD,
-    n_inner=FFN_BLOCKS * NEURONS,
-    n_layer=5,
-    n_head=HEADS,
-    bos_token_id=0,
-    eos_token_id=0,
-)
-LAYOUT = make_layout(CONFIG.to_dict(), FFN_BLOCKS)
 
 
 @pytest.fixture(autouse=True)

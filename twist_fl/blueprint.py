@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from twist_fl.blocks import KINDS, Kind, Layout
+from twist_fl.blocks import KINDS, Kind, Layout, Param
 from twist_fl.policies import EVERY_BLOCK_EVERY_ROUND, POLICIES, Deal
 
 Setting = Literal["attn", "ffn", "both"]
@@ -117,6 +117,11 @@ class Division:
 
     def layers(self, num_layers: int) -> range:
         return range(self.undivided_first, num_layers - self.undivided_last)
+
+    def params(self, layout: Layout) -> list[Param]:
+        """The parameters that are divided, in the model's order."""
+        layers = self.layers(layout.num_layers)
+        return [p for p in layout.params if p.kind is not None and self.divides(p.kind) and p.layer in layers]
 
     @property
     def common_size(self) -> int:

@@ -94,13 +94,7 @@ class RunFolder:
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
         """Events in order; lines cut off by a crash are left out."""
-        if not self.events_file.exists():
-            return []
-        found = []
-        for line in self.events_file.read_text().splitlines():
-            with suppress(json.JSONDecodeError):
-                found.append(json.loads(line))
-        return [entry for entry in found if event is None or entry["event"] == event]
+        return [entry for entry in EventReader(self).read() if event is None or entry["event"] == event]
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
@@ -145,6 +139,31 @@ class RunFolder:
         """Forget the events after `round_`, and how the run ended: a resumed run writes them again."""
         kept = [entry for entry in self.events() if entry.get("round", 0) <= round_ and entry["event"] not in _LAST]
         write_text("".join(json.dumps(entry) + "\n" for entry in kept), self.events_file)
+
+
+class EventReader:
+    """The events of a run that goes on: a look costs what was added since the one before, not the whole log."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._file = folder.events_file
+        self._inode = self._offset = 0
+        self._events: list[dict[str, Any]] = []
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole events so far, in order. A log that was rewound is another file, and read from its start."""
+        if not self._file.exists():
+            return []
+        with self._file.open("rb") as file:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self._inode:
+                self._inode, self._offset, self._events = inode, 0, []
+            file.seek(self._offset)
+            whole, end, _ = file.read().rpartition(b"\n")  # the last line may be half written
+        self._offset += len(whole) + len(end)
+        for line in whole.splitlines():
+            with suppress(json.JSONDecodeError):
+                self._events.append(json.loads(line))
+        return self._events
 
 
 def _load(file: Path) -> State:

@@ -37,19 +37,22 @@ Overrides = Annotated[
 
 @app.command()
 def train(
-    preset: Annotated[str, typer.Argument(help=f"A preset ({', '.join(presets())}) or a YAML file.")] = "demo",
+    preset: Annotated[
+        str | None, typer.Argument(help=f"A preset ({', '.join(presets())}) or a YAML file.", show_default="demo")
+    ] = None,
     overrides: Overrides = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder instead.")] = None,
 ) -> None:
     """Train with TwIST, or with algorithm=fedavg or ddp, through a Flower simulation on this machine."""
     from twist_fl import commands
 
-    if resume and overrides:
-        raise ConfigError(f"a resumed run keeps its settings: leave out {' '.join(overrides)}")
+    given = [*filter(None, [preset]), *(overrides or [])]
+    if resume and given:
+        raise ConfigError(f"a resumed run keeps its settings: leave out {' '.join(given)}")
     if resume:
         commands.resume(console, resume)
     else:
-        commands.train(console, preset, overrides or [])
+        commands.train(console, preset or "demo", overrides or [])
 
 
 @app.command()
@@ -268,7 +271,7 @@ def main() -> None:
     except ConfigError as error:
         _complain(error)
         raise SystemExit(2) from None
-    except LaunchError as error:
+    except (LaunchError, OSError) as error:  # the system's own words name the file
         _complain(error)
         raise SystemExit(1) from None
     except KeyboardInterrupt:

@@ -115,7 +115,7 @@ class TrainConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     optimizer_state: OptimizerState = "reset"
-    """reset: new every interval; client: shared parameters' moments stay with the client; server: they travel.
+    """reset: new every interval; client: moments of what a worker always holds whole stay with it; server: they travel.
     Not for ddp: its one Adam stays on the server."""
     weighting: Literal["workers", "tokens"] = "workers"
     """Mean over workers, or weighted by the tokens each trained on."""
@@ -237,6 +237,8 @@ def load_config(preset: str | None = None, overrides: Sequence[str] = ()) -> Con
         file = Path(preset)
         if file.suffix != ".yaml":
             file = conf_dir() / f"{preset}.yaml"
+            if "=" in preset:
+                raise ConfigError(f"{preset!r} stands where a preset or file is expected: demo {preset}, for example")
             if preset not in presets():
                 raise ConfigError(f"no preset {preset!r}{_nearest(preset, presets())}; presets: {', '.join(presets())}")
         elif not file.is_file():

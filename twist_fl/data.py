@@ -114,16 +114,26 @@ def _files(config: DataConfig) -> Documents:
         raise ConfigError(
             f"data.path={str(path)!r} does not exist" + (f"; beside it: {', '.join(near)}" if near else "")
         )
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path))
     if not any(file.stat().st_size for file in files):
         raise ConfigError(f"data.path={str(path)!r} holds no text")
     train, test = ([f for f in files if f.match(glob)] for glob in (config.train_glob, config.test_glob))
     if path.is_file() or not (train and test):
         return _split((text for file in files for text in _paragraphs(_read(file))), config.test_fraction)
+    if both := [file for file in train if file in test]:
+        raise ConfigError(
+            f"{both[0].name!r} matches data.train_glob={config.train_glob!r} and data.test_glob={config.test_glob!r}: "
+            "text that is trained on tests nothing, change one of them"
+        )
     content = hashlib.sha256(f"{len(train)} training files".encode())
     for file in [*train, *test]:
         content.update(hashlib.sha256(file.read_bytes()).digest())
     return Documents([_read(f) for f in train], [_read(f) for f in test], content.hexdigest())
+
+
+def _is_hidden(file: Path, below: Path) -> bool:
+    """A repository's .git holds no text to train on."""
+    return any(part.startswith(".") for part in file.relative_to(below).parts)
 
 
 def _read(file: Path) -> str:

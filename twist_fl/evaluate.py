@@ -17,7 +17,7 @@ from twist_fl.subnet import ModelCache
 from twist_fl.train import next_token_loss
 
 LARGEST_NLL = 700.0
-"""Nats per token above which a perplexity is infinite."""
+"""Nats per token above which a perplexity is infinite, as it is of a model that gives no numbers."""
 
 
 def mean_nll(model: nn.Module, windows: Windows, batch_size: int) -> float:
@@ -34,7 +34,10 @@ def mean_nll(model: nn.Module, windows: Windows, batch_size: int) -> float:
 
 def perplexity(model: nn.Module, windows: Windows, batch_size: int) -> float:
     """exp(total negative log-likelihood / number of predicted tokens)."""
-    nll = mean_nll(model, windows, batch_size)
+    return _exp(mean_nll(model, windows, batch_size))
+
+
+def _exp(nll: float) -> float:
     return exp(nll) if nll < LARGEST_NLL else inf
 
 
@@ -46,7 +49,7 @@ def subnet_perplexity(
     batch_size: int,
 ) -> float:
     """The workers' subnets: each with its blocks and scale, test losses averaged over workers (section 4.2)."""
-    return exp(fmean(mean_nll(models.load_sliced(b, state), windows, batch_size) for b in blueprints))
+    return _exp(fmean(mean_nll(models.load_sliced(b, state), windows, batch_size) for b in blueprints))
 
 
 @dataclass(frozen=True)

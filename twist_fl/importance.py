@@ -49,12 +49,10 @@ def block_scores(job: Job, params: Mapping[str, torch.Tensor], windows: Windows,
 
 def _divided(job: Job) -> dict[tuple[Kind, int], list[Param]]:
     """The parameters of each divided (kind, layer)."""
-    layers = job.division.layers(job.layout.num_layers)
     found: dict[tuple[Kind, int], list[Param]] = {}
-    for param in job.layout.params:
-        kind, layer = param.kind, param.layer
-        if kind is not None and layer is not None and layer in layers and job.division.divides(kind):
-            found.setdefault((kind, layer), []).append(param)
+    for param in job.division.params(job.layout):
+        assert param.kind is not None and param.layer is not None
+        found.setdefault((param.kind, param.layer), []).append(param)
     return found
 
 

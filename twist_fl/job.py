@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from twist_fl.blocks import Layout, make_layout
+from twist_fl import machine
+from twist_fl.blocks import KINDS, Layout, make_layout
 from twist_fl.blueprint import Blueprint, Debt, Division, Scale, Scores, Sizes, draw_round, full_blueprint
 from twist_fl.config import BlueprintConfig, Config, ConfigError, from_yaml, to_yaml
 from twist_fl.data import Corpus, Shard, load_corpus, open_corpus
 from twist_fl.evaluate import ticket_sizes
 from twist_fl.family import config_from_dict, model_config
-from twist_fl.machine import usable_cores
 from twist_fl.subnet import ModelCache, State, get_state
 
 
@@ -67,6 +67,16 @@ class Job:
         """The blocks of which a worker of `blueprint` is given the tensors, and gives them back."""
         return full_blueprint(self.layout) if self.masks(worker) else blueprint
 
+    def always_whole(self, worker: int) -> set[str]:
+        """Parameters that the worker holds whole in every round, whatever it is dealt."""
+        names = set(self.layout.by_name)
+        if self.config.algorithm != "twist":
+            return names
+        sizes = self.division.num_sub
+        dealt = [sizes[worker]] if self.division.assign == "fixed" else sizes
+        partial = [kind for i, kind in enumerate(KINDS) if min(s[i] for s in dealt) < self.layout.num_blocks[i]]
+        return names - {param.name for param in self.division.params(self.layout) if param.kind in partial}
+
     def scored(self, scores: Scores | None) -> Job:
         """This job with the importance of its blocks, which blueprint.policy=importance draws by."""
         return replace(self, division=replace(self.division, scores=scores))
@@ -82,10 +92,7 @@ class Job:
         return draw_round(self.layout, self.division, self.config.seed, round_, debt)
 
     def device(self) -> str:
-        chosen = self.config.train.device
-        if chosen != "auto":
-            return chosen
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return machine.device(self.config)
 
     def models(self, device: str | None = None, compile: bool = False, scale: Scale | None = None) -> ModelCache:
         """An empty cache of models; `scale` and `device` are the run's unless given."""
@@ -123,7 +130,7 @@ def make_job(config: Config) -> Job:
     _divide(config, model)
     corpus = load_corpus(config.data, config.train.workers)
     _fit_vocabulary(config, model, corpus)
-    config.train.threads = config.train.threads or max(1, usable_cores() // config.train.workers)
+    config.train.threads = config.train.threads or max(1, machine.usable_cores() // config.train.workers)
     return _job(config, model, corpus, uuid.uuid4().hex)
 
 

@@ -29,7 +29,7 @@ from twist_fl.results import commit
 
 _START_SECONDS = 60
 _STOP_SECONDS = 3
-_CONNECTION = "twist-fl"
+CONNECTION = "twist-fl"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -77,16 +77,27 @@ def quiet_environment(home: Path) -> dict[str, str]:
     }
 
 
+def write_connection(home: Path, address: str) -> None:
+    """Where `flwr` with FLWR_HOME=`home` finds the SuperLink CONNECTION."""
+    (home / "config.toml").write_text(f'[superlink.{CONNECTION}]\naddress = "{address}"\ninsecure = true\n')
+
+
+def write_settings(settings: Mapping[str, str], file: Path) -> Path:
+    """A file for `flwr run --run-config`."""
+    file.write_text("".join(f"{key} = {_toml_string(value)}\n" for key, value in settings.items()))
+    return file
+
+
 @contextmanager
 def superlink(home: Path, log: Path) -> Iterator[dict[str, str]]:
     """A private simulation SuperLink; yields the environment in which `flwr` finds it as `twist-fl`."""
     address = f"127.0.0.1:{free_port()}"
-    (home / "config.toml").write_text(f'[superlink.{_CONNECTION}]\naddress = "{address}"\ninsecure = true\n')
+    write_connection(home, address)
     environment = quiet_environment(home)
     host, port = address.split(":")
     command = ["flower-superlink", "--insecure", "--simulation", "--host", host, "--port", port]
     with _process(command, environment, log) as process:
-        _wait_until_healthy(address, process, log)
+        wait_until_healthy(address, process, log)
         yield environment
 
 
@@ -117,7 +128,7 @@ def _undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
@@ -174,10 +185,8 @@ def flower_run(
         f"client-resources-num-gpus={config.flower.gpus_per_worker} init-args-num-cpus={usable_cores()}"
     )
     with folder.lock("command"), _flower_home(folder.path) as home, superlink(home, log) as environment:
-        settings = home / "settings.toml"
-        pairs = {"run-dir": str(folder.path), **run_config}
-        settings.write_text("".join(f"{key} = {_toml_string(value)}\n" for key, value in pairs.items()))
-        command = ["flwr", "run", str(stage_app(home / "app")), _CONNECTION, "--stream"]
+        settings = write_settings({"run-dir": str(folder.path), **run_config}, home / "settings.toml")
+        command = ["flwr", "run", str(stage_app(home / "app")), CONNECTION, "--stream"]
         command += ["--run-config", str(settings), "--federation-config", resources]
         with _process(command, environment, log) as process:
             yield process

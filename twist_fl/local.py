@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from twist_fl.checkpoint import RunFolder
+from twist_fl.checks import LaunchError
 from twist_fl.keeper import Keeper
 from twist_fl.results import final_results
 from twist_fl.rounds import Worker, plan, start, twist_round
@@ -21,7 +22,10 @@ from twist_fl.shelf import MomentShelf, moment_folder
 
 
 def train_local(folder: RunFolder) -> None:
-    """Train the run in `folder` from its newest checkpoint (or from the start) to its results."""
+    """Train the run in `folder` from its newest checkpoint (or from the start) to its results.
+
+    Raises LaunchError when no worker's reply counts: the model has diverged.
+    """
     job = folder.job()
     with folder.lock("server"), folder.failures_logged():
         state = folder.load() or start(job)
@@ -42,6 +46,8 @@ def train_local(folder: RunFolder) -> None:
                 predicted_bytes=keeper.predicted_bytes(tasks),
                 predicted_peak_bytes=keeper.predicted_peak_bytes(tasks),
             )
+            if not report.answered:
+                raise LaunchError(f"round {report.round}: no worker's reply counted: {report.dropped}")
             keeper.end_of_round(state, tasks)
         final_results(job, state, folder, job.config.train.threads)
     shutil.rmtree(moment_folder(job.run_id), ignore_errors=True)

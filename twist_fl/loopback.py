@@ -39,9 +39,8 @@ class Network:
 
     def run(self, settings: Mapping[str, str], timeout: float, app: Path | None = None) -> str:
         """`flwr run` to its end; its output."""
-        file = self.home / "settings.toml"
-        file.write_text("".join(f"{key} = {launch._toml_string(value)}\n" for key, value in settings.items()))
-        words = ["flwr", "run", str(app or launch.stage_app(self.home / "app")), launch._CONNECTION, "--stream"]
+        file = launch.write_settings(settings, self.home / "settings.toml")
+        words = ["flwr", "run", str(app or launch.stage_app(self.home / "app")), launch.CONNECTION, "--stream"]
         done = subprocess.run(
             [*words, "--run-config", str(file)] if settings else words,
             env=self.environment,
@@ -59,8 +58,7 @@ def network(home: Path, num_nodes: int, node_command: NodeCommand) -> Iterator[N
     """`num_nodes` nodes with the partition ids 0, 1, ...; leaving the block stops everything."""
     home.mkdir(parents=True)
     started = Network(home, f"127.0.0.1:{launch.free_port()}")
-    connection = f'[superlink.{launch._CONNECTION}]\naddress = "{started.address}"\ninsecure = true\n'
-    (home / "config.toml").write_text(connection)
+    launch.write_connection(home, started.address)
     with ExitStack() as stack:
 
         def begin(log: Path, *words: str) -> subprocess.Popen[bytes]:
@@ -73,7 +71,7 @@ def network(home: Path, num_nodes: int, node_command: NodeCommand) -> Iterator[N
 
         host, port = started.address.split(":")
         link = begin(home / "superlink.log", "flower-superlink", "--insecure", "--host", host, "--port", port)
-        launch._wait_until_healthy(started.address, link, home / "superlink.log")
+        launch.wait_until_healthy(started.address, link, home / "superlink.log")
         for i in range(num_nodes):
             words = node_command(started.address, f"partition-id={i} num-partitions={num_nodes}")
             started.nodes.append(begin(started.node_log(i), *words))

@@ -27,8 +27,10 @@ def cpus_per_worker(config: Config) -> int:
 
 
 def check_simulation(config: Config) -> None:
-    """Raises ConfigError if this machine has not the cores or GPUs that one simulated worker asks for."""
+    """Raises ConfigError if this machine has not the cores, GPUs or arithmetic that one simulated worker asks for."""
     import torch
+
+    from twist_fl.precision import check_precision
 
     cores, gpus = usable_cores(), torch.cuda.device_count()
     if cpus_per_worker(config) > cores:
@@ -39,6 +41,16 @@ def check_simulation(config: Config) -> None:
             f"use at most {gpus}"
         )
     check_device(config.train.device)
+    check_precision(config.train.precision, device(config))
+
+
+def device(config: Config) -> str:
+    """The torch device that a worker here trains on."""
+    import torch
+
+    if config.train.device != "auto":
+        return config.train.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_device(device: str) -> None:

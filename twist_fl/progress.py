@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from twist_fl.checkpoint import RunFolder
+from twist_fl.checkpoint import EventReader, RunFolder
 
 _LOOK_SECONDS = 0.25
 _LINE_SECONDS = 30.0
@@ -30,7 +30,8 @@ class RunProgress:
     """Follows one run: rounds, loss, perplexity, bytes on the wire, time left; then its ticket evaluation."""
 
     def __init__(self, console: Console, folder: RunFolder, total_tickets: int) -> None:
-        self.console, self.folder, self.total_tickets = console, folder, total_tickets
+        self.console, self.total_tickets = console, total_tickets
+        self._log = EventReader(folder)
         self._bar = Progress(
             TextColumn("[bold]{task.description:<15}"),
             BarColumn(bar_width=24),
@@ -44,7 +45,7 @@ class RunProgress:
         )
         self._train: Any = None
         self._tickets: Any = None
-        self._seen = len(folder.events())
+        self._seen = len(self._log.read())
         self._bytes = 0
         self._note = ""
         self._perplexity = ""
@@ -64,7 +65,7 @@ class RunProgress:
         ours: list[dict[str, Any]] = []
         while True:
             running = process.poll() is None
-            events = self.folder.events()
+            events = self._log.read()
             if len(events) < self._seen:
                 self._seen = 0  # a resumed run has rewound its log
             for event in events[self._seen :]:

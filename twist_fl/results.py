@@ -17,6 +17,7 @@ from twist_fl import __version__, evaluate
 from twist_fl.blueprint import full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import Config, ConfigError
+from twist_fl.data import load_corpus
 from twist_fl.files import write_text
 from twist_fl.job import Job
 from twist_fl.machine import usable_cores
@@ -74,8 +75,9 @@ def portable_config(config: Config) -> dict[str, Any]:
 
 
 def refuse_other_settings(folder: RunFolder, wanted: Config) -> None:
-    """Raises ConfigError if the run in `folder` was started with other settings than `wanted`."""
-    found, asked = portable_config(folder.job().config), portable_config(wanted)
+    """Raises ConfigError if the run in `folder` was started with other settings than `wanted`, or on other text."""
+    job = folder.job()
+    found, asked = portable_config(job.config), portable_config(wanted)
     found["train"]["threads"] = asked["train"]["threads"]  # resolved when the run was made
     for section, value in asked.items():
         pairs = value if isinstance(value, dict) else {"": value}
@@ -87,6 +89,13 @@ def refuse_other_settings(folder: RunFolder, wanted: Config) -> None:
                     f"{folder.path} holds a run with {name}={mine.get(key)}, asked was {wish}: "
                     "remove it, or choose another --dir"
                 )
+    if (
+        wanted.data != job.config.data and load_corpus(wanted.data).digest != job.corpus.digest
+    ):  # a path alone says little
+        raise ConfigError(
+            f"{folder.path} holds a run on other text than data.path={wanted.data.path} has now: "
+            "remove it, or choose another --dir"
+        )
 
 
 def provenance() -> dict[str, Any]:

@@ -193,8 +193,8 @@ class Worker:
         moments = self.shelf.load(task.worker, task.round)
         lost = moments is None and task.cursor > 0
         interval = train_interval(model, self.batches(task), self.job.config.train, seed, moments)
-        shared = {p.name for p in self.job.layout.params if self.job.layout.held(p, task.blueprint) is None}
-        self.shelf.save(task.worker, task.round, interval.moments, shared, task.keep_from)
+        kept = self.job.always_whole(task.worker)
+        self.shelf.save(task.worker, task.round, interval.moments, kept, task.keep_from)
         return interval, "its optimiser state is not on this machine: started anew" if lost else ""
 
 

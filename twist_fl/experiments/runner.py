@@ -7,15 +7,17 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from twist_fl.checkpoint import EventReader
 from twist_fl.checks import LaunchError
 from twist_fl.compare import duration_text
 from twist_fl.experiments.lab import SCALES, TRAIN, Lab, Task
@@ -59,6 +61,8 @@ class _Work:
     process: subprocess.Popen[bytes]
     began: float
     shown: TaskID
+    events: EventReader
+    """Of a training run."""
 
 
 class Pool:
@@ -123,13 +127,14 @@ class Pool:
                     env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
                 )  # fmt: skip
             shown = self._bar.add_task(f"  {task.name}", total=1.0, note="")
-            self._working.append(_Work(task, process, time.monotonic(), shown))
+            events = EventReader(self.lab.run(task.name))
+            self._working.append(_Work(task, process, time.monotonic(), shown, events))
 
     def _look(self) -> None:
         for work in list(self._working):
             if work.process.poll() is None:
                 if work.task.kind == TRAIN:
-                    done, of = self._rounds(work.task)
+                    done, of = _rounds(work.events.read())
                     self._bar.update(work.shown, completed=done / max(1, of), note=f"{done}/{of}")
                 continue
             self._working.remove(work)
@@ -143,12 +148,6 @@ class Pool:
                 if not self.console.is_terminal:
                     self.console.print(f"done: {work.task.name} ({duration_text(seconds)}){self._left()}")
 
-    def _rounds(self, task: Task) -> tuple[int, int]:
-        events = self.lab.run(task.name).events()
-        of = [event["num_rounds"] for event in events if event["event"] == "start"]
-        done = [event["round"] for event in events if event["event"] == "round"]
-        return (done[-1] if done else 0), (of[-1] if of else 0)
-
     def _left(self) -> str:
         """Time left, once each kind of task has been timed."""
         left = [*self.waiting, *(work.task for work in self._working)]
@@ -160,6 +159,12 @@ class Pool:
 
     def _log(self, task: Task) -> Path:
         return self.lab.folder / "logs" / f"{task.name}.log"
+
+
+def _rounds(events: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """Rounds done, of how many."""
+    of = next((event["num_rounds"] for event in reversed(events) if event["event"] == "start"), 0)
+    return next((event["round"] for event in reversed(events) if event["event"] == "round"), 0), of
 
 
 def _main(words: str) -> None:

@@ -26,7 +26,7 @@ Statistic = Callable[[torch.Tensor], torch.Tensor]
 """Of the inputs (N, in) of a matrix over N tokens; additive over tokens."""
 Say = Callable[[str], None]
 _CALIBRATION = 2
-"""Purpose of the random numbers; 0 and 1 are the blueprints'."""
+"""Purpose of the random numbers. That of `blueprint._SIZES` is 2 as well, with a round beside it."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,6 @@ class Matrix:
         return pieces.select(dim + 2, self.part).select(dim, self.section)
 
 
-def divided_params(layout: Layout, division: Division) -> list[Param]:
-    """The parameters that the division divides, in the model's order."""
-    layers = division.layers(layout.num_layers)
-    return [p for p in layout.params if p.kind is not None and division.divides(p.kind) and p.layer in layers]
-
-
 def divided_matrices(layout: Layout, division: Division) -> list[Matrix]:
     """All matrices that pruning is about; biases are not.
 
@@ -90,7 +84,7 @@ def divided_matrices(layout: Layout, division: Division) -> list[Matrix]:
     outputs that the last matrix takes in is so many matrices fused.
     """
     found = []
-    for param in divided_params(layout, division):
+    for param in division.params(layout):
         if param.kind is None or len(param.shape) != 2:
             continue
         last = layout.by_name[layout.outputs[param.kind].format(layer=param.layer) + ".weight"]
