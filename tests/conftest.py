@@ -107,3 +107,9 @@ def random_state() -> Callable[..., State]:
         return state
 
     return make
+
+
+@pytest.fixture(scope="session")
+def small(tiny: tuple[str, ...]) -> tuple[str, ...]:
+    """The tiny job for two workers, with little to evaluate."""
+    return (*tiny, "train.workers=2", "eval.every=0", "eval.max_windows=4", "eval.tickets=2", "deploy.new_tokens=4")

@@ -1,25 +1,18 @@
-"""The real thing, a few times: Flower's simulation and a SuperLink with SuperNodes, killed, interrupted, resumed."""
+"""The real thing, a few times: Flower's simulation, and a SuperLink with SuperNodes."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
 
-import psutil
 import pytest
-from local_grid import assert_same_run
+from app_runs import PATIENCE, assert_is_rounds_run, processes_of, twist_fl
 from transformers import AutoModelForCausalLM
 
-from twist_fl import launch, ship
+from twist_fl import ship
 from twist_fl.blueprint import draw_ticket, full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import DeviceConfig
@@ -29,77 +22,6 @@ from twist_fl.evaluate import perplexity
 from twist_fl.job import Job
 from twist_fl.loopback import network, stock_node
 from twist_fl.results import commit
-from twist_fl.rounds import run, start
-
-PATIENCE = 300.0
-"""Seconds after which a command counts as stuck: a busy machine is slow."""
-
-
-@pytest.fixture(scope="module")
-def small(tiny: tuple[str, ...]) -> tuple[str, ...]:
-    """The tiny job for two workers, with little to evaluate."""
-    return (*tiny, "train.workers=2", "eval.every=0", "eval.max_windows=4", "eval.tickets=2", "deploy.new_tokens=4")
-
-
-def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "twist_fl.cli", *map(str, words)]
-
-
-def twist_fl(*words: object) -> subprocess.CompletedProcess[str]:
-    """The command, to its end."""
-    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
-    return subprocess.run(
-        command(*words), env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
-    )
-
-
-@contextmanager
-def started(*words: object) -> Iterator[subprocess.Popen[str]]:
-    """The command, running; it is stopped with all its processes if the test fails."""
-    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
-    process = subprocess.Popen(
-        command(*words), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        yield process
-    finally:
-        launch.stop_tree(process)  # type: ignore[arg-type]
-        if process.stdout:
-            process.stdout.close()
-
-
-def processes_of(folder: RunFolder) -> list[psutil.Process]:
-    """Whatever runs for this run: its folder is in FLWR_HOME, which every process inherits, Ray's too."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            words = [*process.cmdline(), *process.environ().values()]
-        except psutil.Error:
-            continue
-        if process.pid != os.getpid() and any(str(folder.path) in word for word in words):
-            found.append(process)
-    return found
-
-
-def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not ready():
-        assert process.poll() is None, process.stdout and process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def saved_rounds(folder: RunFolder) -> int:
-    found = folder.checkpoints()
-    return int(found[-1].name.rpartition("-")[2]) if found else 0
-
-
-def assert_is_rounds_run(folder: RunFolder, scratch: Path) -> None:
-    """The final checkpoint is what `rounds.run` gives, bit for bit."""
-    job, ended = folder.job(), folder.load()
-    assert ended is not None
-    assert_same_run(ended, run(job, start(job), scratch))
-
 
 # A simulation
 
@@ -184,40 +106,6 @@ def test_a_run_whose_workers_fail_says_why(small: tuple[str, ...], tmp_path: Pat
     assert "training loss is nan" in done.stderr
     assert f"Flower's log: {folder.path / 'flower.log'}" in done.stderr
     assert not folder.results_file.exists()
-    assert processes_of(folder) == []
-
-
-def test_a_run_is_interrupted_then_killed_then_ends_as_if_nothing_had_happened(
-    small: tuple[str, ...], tmp_path: Path
-) -> None:
-    """With state that stays on the clients: the hardest to resume."""
-    folder = RunFolder(tmp_path / "run")
-    words = (*small, "train.optimizer_state=client", "train.rounds=16", "train.interval=20", "checkpoint_every=1")
-    with started("train", "demo", *words, f"dir={folder.path}") as process:
-        wait_until(lambda: saved_rounds(folder) >= 2, process)
-        names = " ".join(word for running in processes_of(folder) for word in running.cmdline())
-        assert "raylet" in names  # so that their absence below means something
-        process.send_signal(signal.SIGINT)
-        output, _ = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130, output
-    saved = saved_rounds(folder)
-    assert f"interrupted; {saved} rounds are saved. Go on with:  twist-fl train --resume {folder.path}" in output
-    assert processes_of(folder) == []
-    assert not folder.events("done")
-
-    with started("train", "--resume", folder.path) as process:
-        wait_until(lambda: saved_rounds(folder) >= saved + 2, process)
-        process.kill()  # first the one that would clean up
-        for running in processes_of(folder):
-            running.kill()
-        process.wait()
-    assert saved + 2 <= saved_rounds(folder) < 16
-    assert not folder.events("done")
-
-    done = twist_fl("train", "--resume", folder.path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert_is_rounds_run(folder, tmp_path / "oracle")
-    assert [event["round"] for event in folder.events("round")] == list(range(1, 17))
     assert processes_of(folder) == []
 
 
