@@ -26,7 +26,7 @@ from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError
 from twist_fl.cost import moment_bytes, round_bytes
 from twist_fl.evaluate import mean_nll
-from twist_fl.experiments import ablation, failure, real_cost, sweep, theorem
+from twist_fl.experiments import ablation, failure, real_cost, recipe, sweep, theorem
 from twist_fl.experiments.experiment import Experiment
 from twist_fl.experiments.extras import EXTRAS
 from twist_fl.experiments.lab import SCALES, TRAIN, Lab, Task
@@ -260,6 +260,8 @@ def made_up(task: Task, lab: Lab) -> dict[str, Any]:
         return {"rows": ratios, "draws": 3, "tokens": 1000, "seed": 0}
     if task.kind == "ordered_tickets":
         return {"tickets": [{"size": size, "of": 12, "mean": 90.0} for size in given["sizes"]]}
+    if task.kind == "prune":
+        return {"perplexity": 50.0 + given["size"]}
     assert task.kind == "real_cost"
     sizes = {"num_params": 1000, "file_bytes": 4000, "gzip_bytes": 3600, "ms_per_window": 8.0, "ms_per_token": 2.0}
     full = {"method": "full", "nonzero": 1000, "perplexity": base, "draws": 1, **sizes}
@@ -365,3 +367,27 @@ def test_the_sweep_names_the_best_value(lab: Lab) -> None:
     """Made-up perplexities grow with the run's name: 'twist-both-6' is the best of each."""
     note = sweep.notes(sweep.collect(lab))[-2]
     assert note.endswith("best are: full model at 0 (112.00), 6/12 tickets at 0 (118.00), 3/12 tickets at 0 (121.00).")
+
+
+def test_a_recipe_is_a_mean_over_seeds(lab: Lab) -> None:
+    data = recipe.collect(lab)
+    for rows in data["recipes"].values():
+        assert [row["seed"] for row in rows] == [0, 1, 2]
+    (table,) = recipe.tables(data).values()
+    nested = next(line for line in table if line[0] == recipe.NESTED)
+    assert nested[2:] == ["90.00 ± 0.00"] * 4
+    rows = data["recipes"][recipe.PRUNED]
+    fulls = [row["full"] for row in rows]
+    mean = sum(fulls) / 3
+    spread = (sum((full - mean) ** 2 for full in fulls) / 2) ** 0.5
+    assert recipe.over_seeds(rows)[0] == pytest.approx((mean, spread))
+    assert table[-1][1:] == [
+        f"{mean:.2f} ± {spread:.2f}",
+        "58.00 ± 0.00",
+        "56.00 ± 0.00",
+        "54.00 ± 0.00",
+        "53.00 ± 0.00",
+    ]
+    other = replace(lab, overrides=(*lab.overrides, "seed=5"))
+    runs = [task for task in recipe.tasks(other) if task.name.startswith("ddp") and task.kind == TRAIN]
+    assert [other.config(task).seed for task in runs] == [5, 6, 7]

@@ -1,0 +1,150 @@
+"""Which way of choosing blocks gives the flattest tickets, over seeds, beside the best pruner of a dense model."""
+
+from __future__ import annotations
+
+from statistics import fmean, stdev
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from twist_fl.compare import perplexity_text, size_label, spread_text
+from twist_fl.experiments import runs
+from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.experiments.lab import Lab, Task, measure, train
+from twist_fl.experiments.table1 import CALIBRATION_WINDOWS
+from twist_fl.plots import figure_of, looks_of, scale_perplexity
+
+NUM_SEEDS = 3
+MIXED = ("blueprint.num_sub=[12,6,4,3]", "blueprint.assign=shuffled")
+COMMON = "blueprint.common=[0, 1]"
+RECIPES = {
+    "random, 6/12 (the paper)": runs.twist("both", 6),
+    "random, 12, 6, 4, 3": runs.variation("mixed-shuffled", *MIXED),
+    "random, 6/12, two common": runs.variation("common-2", COMMON),
+    "random, 12, 6, 4, 3, two common": runs.variation("common-2-mixed", COMMON, *MIXED),
+}
+NESTED = "nested, 12, 6, 4, 3"
+PRUNED = "DDP, then SparseGPT"
+
+
+def seeded(lab: Lab, task: Task) -> list[Task]:
+    """The run with as many seeds; the first is the lab's own, which other experiments train, too."""
+    first = lab.base.seed
+    overrides = task.arguments["overrides"]
+    more = [train(f"{task.name}-seed-{s}", *overrides, f"seed={s}") for s in range(first + 1, first + NUM_SEEDS)]
+    return [task, *more]
+
+
+def _nested(lab: Lab) -> list[Task]:
+    """Tickets of each layer's first blocks, one a size."""
+    ordered = runs.variation("ordered-mixed", "blueprint.policy=ordered", MIXED[0])
+    return [measure("ordered_tickets", run, sizes=lab.base.eval.sizes) for run in seeded(lab, ordered)]
+
+
+def _pruned(lab: Lab, run: Task) -> list[Task]:
+    settings = {"method": "sparsegpt", "setting": "both"}
+    return [
+        measure("prune", run, **settings, size=size, calibration=CALIBRATION_WINDOWS) for size in lab.base.eval.sizes
+    ]
+
+
+def tasks(lab: Lab) -> list[Task]:
+    trained = [run for task in RECIPES.values() for run in seeded(lab, task)]
+    ordered = seeded(lab, runs.variation("ordered-mixed", "blueprint.policy=ordered", MIXED[0]))
+    dense = seeded(lab, runs.DDP)
+    return [*trained, *ordered, *_nested(lab), *dense, *(task for run in dense for task in _pruned(lab, run))]
+
+
+def collect(lab: Lab) -> Data:
+    found: dict[str, list[Data]] = {
+        label: [_row(lab, run, lab.result(run)["tickets"]) for run in seeded(lab, task)]
+        for label, task in RECIPES.items()
+    }
+    found[NESTED] = [_row(lab, train(task.runs[0]), lab.result(task)["tickets"]) for task in _nested(lab)]
+    found[PRUNED] = [
+        _row(
+            lab,
+            run,
+            [
+                {"size": task.arguments["size"], "of": 12, "mean": lab.result(task)["perplexity"]}
+                for task in _pruned(lab, run)
+            ],
+        )
+        for run in seeded(lab, runs.DDP)
+    ]
+    return {"recipes": found, "draws": lab.scale.tickets}
+
+
+def _row(lab: Lab, run: Task, tickets: list[dict[str, Any]]) -> Data:
+    results = lab.result(run)
+    keep = ("size", "of", "mean", "std")
+    return {
+        "seed": results["config"]["seed"],
+        "full": results["full"],
+        "tickets": [{key: ticket[key] for key in keep if key in ticket} for ticket in tickets],
+    }
+
+
+def over_seeds(rows: list[Data]) -> list[tuple[float, float]]:
+    """(mean, standard deviation) over seeds: of the full model, then of each size's mean ticket."""
+    columns = [[row["full"] for row in rows]]
+    columns += [[row["tickets"][i]["mean"] for row in rows] for i in range(len(rows[0]["tickets"]))]
+    return [(fmean(column), stdev(column)) for column in columns]
+
+
+def sizes_of(data: Data) -> list[dict[str, Any]]:
+    first: list[Data] = next(iter(data["recipes"].values()))
+    return list(first[0]["tickets"])
+
+
+def tables(data: Data) -> dict[str, Cells]:
+    header = ["blocks of a worker", "full model", *map(size_label, sizes_of(data))]
+    lines = [[label, *(spread_text(*value) for value in over_seeds(rows))] for label, rows in data["recipes"].items()]
+    return {f"Test perplexity, mean ± deviation over {NUM_SEEDS} seeds": [header, *lines]}
+
+
+def draw(data: Data) -> Figure:
+    """Perplexity against the blocks kept, down from the full model; a bar is the deviation over seeds."""
+    looks = looks_of(data["recipes"])
+    figure = figure_of(3.2, looks)
+    axes = figure.subplots()
+    sizes = sizes_of(data)
+    kept = [sizes[0]["of"], *(ticket["size"] for ticket in sizes)]
+    for label, rows in data["recipes"].items():
+        means, deviations = zip(*over_seeds(rows), strict=True)
+        axes.errorbar(kept, means, yerr=deviations, **looks[label], capsize=2, linewidth=1.4, markersize=5)
+    axes.set_xticks(kept)
+    axes.set_xlabel(f"blocks kept of {kept[0]}")
+    axes.set_ylabel("test perplexity")
+    scale_perplexity(axes, [mean for rows in data["recipes"].values() for mean, _ in over_seeds(rows)])
+    return figure
+
+
+def reading(data: Data) -> str:
+    seeds = [row["seed"] for row in next(iter(data["recipes"].values()))]
+    return (
+        f"Means over training runs with seed {', '.join(map(str, seeds))}, bars are their deviation; each run's "
+        f"tickets are a mean over {data['draws']} random ones, nested ones and SparseGPT's models are one a size."
+    )
+
+
+def notes(data: Data) -> list[str]:
+    recipes = {label: over_seeds(rows) for label, rows in data["recipes"].items()}
+    found = [
+        "Numbers are the sizes that the four workers hold, shuffled among them every round; common blocks are ids 0 "
+        "and 1, and tickets hold them too. Nested: whoever holds k blocks holds the first k, and a ticket is those. "
+        "All train as many batches.",
+    ]
+    for i, name in enumerate(["The full model", *(f"{size_label(ticket)}" for ticket in sizes_of(data))]):
+        best = min(recipes, key=lambda label: recipes[label][i][0])
+        ours = min((label for label in recipes if label != PRUNED), key=lambda label: recipes[label][i][0])
+        text = f"{name}: best is '{best}' with {perplexity_text(recipes[best][i][0])}"
+        if ours != best:
+            text += f", of TwIST '{ours}' with {perplexity_text(recipes[ours][i][0])}"
+        found.append(text + ".")
+    return found
+
+
+RECIPE = Experiment(
+    "recipe", "Flat tickets: which blocks workers hold", tasks, collect, tables, {"recipe": draw}, reading, notes
+)
