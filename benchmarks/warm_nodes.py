@@ -1,8 +1,10 @@
 """What a round costs beside its training on a network of nodes: Flower's own SuperNodes against `twist-fl node`.
 
-Both run the same job, one after the other, on a SuperLink with two nodes on this machine:
+Each runs the same job, one after the other, on a SuperLink with two nodes on this machine: a small job, and one whose
+subnets have `--mb` megabytes (0: none such). Tensors go inline, as between machines; in the last row of each, nodes may
+share the server's memory.
 
-    python benchmarks/warm_nodes.py [--out FILE] [key=value ...]
+    python benchmarks/warm_nodes.py [--mb 300] [--out FILE] [key=value ...]
 """
 
 from __future__ import annotations
@@ -13,23 +15,41 @@ import re
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from common import save
+from common import save, show
 
+from twist_fl.blocks import make_layout
+from twist_fl.blueprint import Division, draw_round
 from twist_fl.checkpoint import RunFolder
+from twist_fl.cost import state_bytes
 from twist_fl.loopback import NodeCommand, network, stock_node, warm_node
 
 NUM_NODES = 2
 TIMEOUT = 1800.0
 TINY = """
-    train.workers=2 train.rounds=12 train.interval=2 train.threads=1 train.device=cpu train.batch_size=2
+    train.workers=2 train.rounds=10 train.interval=2 train.threads=1 train.device=cpu train.batch_size=2
     model.n_layer=3 model.n_head=4 model.n_embd=32 model.n_positions=32 data.vocab_size=300 data.window=16
     blueprint.num_sub=2 blueprint.undivided_first=1 blueprint.undivided_last=1
-    eval.every=0 eval.max_windows=4 eval.sizes=[2] eval.tickets=1 train.optimizer_state=client
+    eval.every=0 eval.max_windows=4 eval.sizes=[2] eval.tickets=1 train.optimizer_state=reset checkpoint_every=1000
 """
+HEADS, KEPT, LAYERS = 12, 10, 12
 
 
-def measure(home: Path, overrides: str, node_command: NodeCommand) -> dict[str, object]:
+def large(megabytes: float) -> str:
+    """The same job with 12 layers, as wide as a subnet of `megabytes` (10^6 bytes) allows."""
+    division, width = Division("both", ((KEPT, KEPT),) * NUM_NODES, 1, 1), HEADS
+    sizes = {"model_type": "gpt2", "n_layer": LAYERS, "n_head": HEADS, "n_positions": 32, "vocab_size": 300}
+    while True:
+        layout = make_layout(sizes | {"n_embd": width + HEADS})
+        if state_bytes(layout, draw_round(layout, division, 0, 1)[0]) > 1e6 * megabytes:
+            break
+        width += HEADS
+    model = f"model.n_layer={LAYERS} model.n_head={HEADS} model.n_embd={width}"
+    return f"{TINY} train.rounds=4 train.interval=1 {model} blueprint.num_sub={KEPT}"
+
+
+def measure(home: Path, overrides: str, node_command: NodeCommand) -> dict[str, Any]:
     """Seconds beside training of each round after the first, and what the nodes said of their start-up."""
     folder = RunFolder(home / "run")
     with network(home / "flower", NUM_NODES, node_command) as running:
@@ -40,9 +60,10 @@ def measure(home: Path, overrides: str, node_command: NodeCommand) -> dict[str, 
     rounds = folder.events("round")
     beside = [event["seconds"] - event["training_seconds"] for event in rounds]
     return {
+        "mb_per_worker": rounds[-1]["bytes_down"]["weights"] / NUM_NODES / 1e6,
         "first": beside[0],
         "later": beside[1:],
-        "median": statistics.median(beside[1:]),
+        "seconds": statistics.median(beside[1:]),
         "start_up": start_up(logs),
         "load": os.getloadavg(),  # a ratio is worth what the machine's other jobs leave of it
     }
@@ -55,20 +76,40 @@ def start_up(logs: list[str]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mb", type=float, default=300.0, help="size of the large job's subnets, MB of 10^6 bytes")
     parser.add_argument("--out", type=Path, help="file for the results, JSON")
-    parser.add_argument("settings", nargs="*", help="key=value settings over those of the tiny job")
+    parser.add_argument("settings", nargs="*", help="key=value settings over those of the jobs")
     args = parser.parse_args()
-    overrides = " ".join([*TINY.split(), *args.settings])
-    with tempfile.TemporaryDirectory() as scratch:
-        stock = measure(Path(scratch) / "stock", overrides, stock_node)
-        warm = measure(Path(scratch) / "warm", overrides, warm_node)
-    save({"overrides": overrides, "stock": stock, "warm": warm}, args.out)
-    for name, found in (("stock SuperNodes", stock), ("twist-fl node", warm)):
-        print(
-            f"{name:<17} first round {found['first']:6.2f} s, later {found['median']:6.2f} s (median) beside training"
-        )
-    print(f"ratio of the medians: {stock['median'] / warm['median']:.1f}")  # type: ignore[operator]
-    print(f"start-up of a warm message: {max(warm['start_up']):.4f} s at most")  # type: ignore[call-overload]
+    jobs = [TINY, large(args.mb)] if args.mb else [TINY]
+    ways = {
+        "stock SuperNodes": (stock_node, "inline"),
+        "twist-fl node": (warm_node, "inline"),
+        "twist-fl node, shared memory": (warm_node, "auto"),
+    }
+    rows: list[dict[str, Any]] = []
+    for job in jobs:
+        found = {}
+        for name, (command, transport) in ways.items():
+            overrides = " ".join([*job.split(), f"flower.transport={transport}", *args.settings])
+            with tempfile.TemporaryDirectory() as scratch:
+                found[name] = measure(Path(scratch), overrides, command)
+        stock, *_ = found.values()
+        rows += [{"nodes": name, "faster": stock["seconds"] / row["seconds"], **row} for name, row in found.items()]
+    save({"overrides": [*args.settings], "num_nodes": NUM_NODES, "rows": rows}, args.out)
+    show(
+        ("nodes", "MB a worker", "first s", "later s", "times faster", "start-up s"),
+        [
+            (
+                row["nodes"],
+                f"{row['mb_per_worker']:.1f}",
+                f"{row['first']:.2f}",
+                f"{row['seconds']:.2f}",
+                f"{row['faster']:.1f}",
+                f"{max(row['start_up']):.4f}" if row["start_up"] else "-",
+            )
+            for row in rows
+        ],
+    )
 
 
 if __name__ == "__main__":

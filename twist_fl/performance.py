@@ -222,6 +222,18 @@ def _transport(found: Row) -> str:
     )
 
 
+def _warm_nodes(found: Row) -> str:
+    return table(
+        found["rows"],
+        ("nodes", lambda r: str(r["nodes"])),
+        ("MB a worker", lambda r: number(r["mb_per_worker"])),
+        ("first round, s", lambda r: number(r["first"])),
+        ("later, s", lambda r: number(r["seconds"])),
+        ("faster", lambda r: f"{r['faster']:.1f}"),
+        ("start-up, s", lambda r: number(max(r["start_up"])) if r["start_up"] else "-"),
+    )
+
+
 TABLES: dict[str, dict[str, Callable[[Row], str]]] = {
     "round": {"round": _round},
     "ddp": {"ddp": _ddp, "ddp through Flower": _ddp_flower},
@@ -232,6 +244,7 @@ TABLES: dict[str, dict[str, Callable[[Row], str]]] = {
     },
     "server": {"server": _server},
     "transport": {"transport": _transport},
+    "warm_nodes": {"nodes": _warm_nodes},
     "wire": {"wire": _wire},
     "step": {"step": _step},
 }
