@@ -1,8 +1,7 @@
 """What a round costs beside its training on a network of nodes: Flower's own SuperNodes against `twist-fl node`.
 
-Each runs the same job, one after the other, on a SuperLink with two nodes on this machine: a small job, and one whose
-subnets have `--mb` megabytes (0: none such). Tensors go inline, as between machines; in the last row of each, nodes may
-share the server's memory.
+Each runs the same job, one after the other, on a SuperLink with two nodes on this machine. Tensors go inline, as
+between machines; in the last row nodes may share the server's memory.
 
     python benchmarks/warm_nodes.py [--mb 300] [--out FILE] [key=value ...]
 """
@@ -27,26 +26,24 @@ from twist_fl.loopback import NodeCommand, network, stock_node, warm_node
 
 NUM_NODES = 2
 TIMEOUT = 1800.0
-TINY = """
-    train.workers=2 train.rounds=10 train.interval=2 train.threads=1 train.device=cpu train.batch_size=2
-    model.n_layer=3 model.n_head=4 model.n_embd=32 model.n_positions=32 data.vocab_size=300 data.window=16
-    blueprint.num_sub=2 blueprint.undivided_first=1 blueprint.undivided_last=1
-    eval.every=0 eval.max_windows=4 eval.sizes=[2] eval.tickets=1 train.optimizer_state=reset checkpoint_every=1000
-"""
 HEADS, KEPT, LAYERS = 12, 10, 12
+JOB = f"""
+    train.workers={NUM_NODES} train.interval=1 train.threads=1 train.device=cpu train.batch_size=2
+    train.optimizer_state=reset model.n_layer={LAYERS} model.n_head={HEADS} model.n_positions=32 data.vocab_size=300
+    data.window=16 blueprint.num_sub={KEPT} blueprint.undivided_first=1 blueprint.undivided_last=1
+    eval.every=0 eval.max_windows=4 eval.sizes=[{KEPT}] eval.tickets=1 checkpoint_every=1000
+"""
 
 
-def large(megabytes: float) -> str:
-    """The same job with 12 layers, as wide as a subnet of `megabytes` (10^6 bytes) allows."""
+def width_of(megabytes: float) -> int:
+    """The model's, whose subnet has as many megabytes (10^6 bytes) as possible, but no more."""
     division, width = Division("both", ((KEPT, KEPT),) * NUM_NODES, 1, 1), HEADS
     sizes = {"model_type": "gpt2", "n_layer": LAYERS, "n_head": HEADS, "n_positions": 32, "vocab_size": 300}
     while True:
         layout = make_layout(sizes | {"n_embd": width + HEADS})
         if state_bytes(layout, draw_round(layout, division, 0, 1)[0]) > 1e6 * megabytes:
-            break
+            return width
         width += HEADS
-    model = f"model.n_layer={LAYERS} model.n_head={HEADS} model.n_embd={width}"
-    return f"{TINY} train.rounds=4 train.interval=1 {model} blueprint.num_sub={KEPT}"
 
 
 def measure(home: Path, overrides: str, node_command: NodeCommand) -> dict[str, Any]:
@@ -76,26 +73,25 @@ def start_up(logs: list[str]) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mb", type=float, default=300.0, help="size of the large job's subnets, MB of 10^6 bytes")
+    parser.add_argument("--mb", type=float, default=300.0, help="size of a worker's subnet, MB of 10^6 bytes")
+    parser.add_argument("--rounds", type=int, default=4, help="the first, which builds the models, is not counted")
     parser.add_argument("--out", type=Path, help="file for the results, JSON")
-    parser.add_argument("settings", nargs="*", help="key=value settings over those of the jobs")
+    parser.add_argument("settings", nargs="*", help="key=value settings over those of the job")
     args = parser.parse_args()
-    jobs = [TINY, large(args.mb)] if args.mb else [TINY]
+    job = [*JOB.split(), f"model.n_embd={width_of(args.mb)}", f"train.rounds={args.rounds}", *args.settings]
     ways = {
         "stock SuperNodes": (stock_node, "inline"),
         "twist-fl node": (warm_node, "inline"),
         "twist-fl node, shared memory": (warm_node, "auto"),
     }
-    rows: list[dict[str, Any]] = []
-    for job in jobs:
-        found = {}
-        for name, (command, transport) in ways.items():
-            overrides = " ".join([*job.split(), f"flower.transport={transport}", *args.settings])
-            with tempfile.TemporaryDirectory() as scratch:
-                found[name] = measure(Path(scratch), overrides, command)
-        stock, *_ = found.values()
-        rows += [{"nodes": name, "faster": stock["seconds"] / row["seconds"], **row} for name, row in found.items()]
-    save({"overrides": [*args.settings], "num_nodes": NUM_NODES, "rows": rows}, args.out)
+    found = {}
+    for name, (command, transport) in ways.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            found[name] = measure(Path(scratch), " ".join([*job, f"flower.transport={transport}"]), command)
+        print(f"{name}: {found[name]['seconds']:.2f} s a round beside training", flush=True)
+    stock, *_ = found.values()
+    rows = [{"nodes": name, "faster": stock["seconds"] / row["seconds"], **row} for name, row in found.items()]
+    save({"job": job, "num_nodes": NUM_NODES, "rows": rows}, args.out)
     show(
         ("nodes", "MB a worker", "first s", "later s", "times faster", "start-up s"),
         [
