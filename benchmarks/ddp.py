@@ -234,7 +234,9 @@ def main() -> None:
     parser.add_argument("--d-model", type=int, default=192)
     parser.add_argument("--vocab", type=int, default=12_564)
     parser.add_argument("--window", type=int, default=256, help="tokens of a window")
-    parser.add_argument("--batch", type=int, default=8, help="windows of a batch: 2,048 tokens are the paper's 2 x 1024")
+    parser.add_argument(
+        "--batch", type=int, default=8, help="windows of a batch: 2,048 tokens are the paper's 2 x 1024"
+    )
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--interval", type=int, default=15, help="batches of a round")
     parser.add_argument("--setting", nargs="+", choices=SETTINGS, default=list(SETTINGS))
