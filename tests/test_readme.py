@@ -36,7 +36,7 @@ def test_every_command_is_one_that_exists(words: list[str]) -> None:
     name, *rest = words
     group = typer.main.get_command(app)
     parsed = group.commands[name].make_context(name, rest)  # type: ignore[attr-defined]
-    if name in ("train", "cost"):
+    if name in ("train", "cost") and "runs/mine" not in rest:
         load_config(parsed.params["preset"], parsed.params["overrides"] or [])
 
 
@@ -49,7 +49,8 @@ def test_your_text_block_runs(tmp_path: Path, text_folder: Path) -> None:
         if words[1] == "train":
             words += TINY
         if words[1] == "deploy":
-            words = [word.replace("phone=2.0", "phone=1.0").replace("watch=1.3", "watch=0.9") for word in words]
+            for there, here in (("phone=2.0", "phone=1.0"), ("watch=1.3", "watch=0.9"), ("20ms", "2000ms")):
+                words = [word.replace(there, here) for word in words]
         done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
     assert (tmp_path / "report.html").read_text().count("<svg") == 3

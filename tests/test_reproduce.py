@@ -168,25 +168,28 @@ def test_ctrl_c_leaves_no_process_and_the_same_command_goes_on(micro: list[str],
     assert events.stat().st_size == size
 
 
-def test_the_page_of_results_is_the_published_one(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parent.parent
-    page = root / "docs" / "results.md"
-    made = root / "docs" / ".results.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {"tiny": "results.md", "small": "results-small.md"}
+PUBLISHED = [
+    (scale, name) for scale in PAGES for name in EXPERIMENTS if (ROOT / "results" / scale / f"{name}.json").is_file()
+]
+
+
+@pytest.mark.parametrize("scale", PAGES)
+def test_the_page_of_results_is_the_published_one(scale: str) -> None:
+    page = ROOT / "docs" / PAGES[scale]
+    made = page.with_name(f".{page.name}")
     made.write_text(page.read_text())
     try:
-        fill_page(made, root / "results" / "tiny")
+        fill_page(made, ROOT / "results" / scale)
         assert made.read_text() == page.read_text()
     finally:
         made.unlink()
 
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "tiny"
-PUBLISHED = [name for name in EXPERIMENTS if (RESULTS / f"{name}.json").is_file()]
-
-
-@pytest.mark.parametrize("name", [name for name in PUBLISHED if EXPERIMENTS[name].figures])
-def test_published_figures_are_legible(name: str) -> None:
-    data = json.loads((RESULTS / f"{name}.json").read_text())
+@pytest.mark.parametrize(("scale", "name"), [each for each in PUBLISHED if EXPERIMENTS[each[1]].figures])
+def test_published_figures_are_legible(scale: str, name: str) -> None:
+    data = json.loads((ROOT / "results" / scale / f"{name}.json").read_text())
     for draw in EXPERIMENTS[name].figures.values():
         with styled():
             assert_legible(draw(data))
