@@ -89,7 +89,8 @@ def server_share(job: Job, one_segment: bool) -> tuple[float, int]:
                 replying -= time.perf_counter()
                 content = wire.reply_to_records(job, task.blueprint, unchanged(job, task, memory), memory)
                 replying += time.perf_counter()
-                mean.add(task, wire.reply_from_records(job, task.blueprint, content, memory))
+                reply = wire.reply_from_records(job, task.blueprint, content, memory)
+                mean.add(task, reply, lasts=not one_segment)
         assert not mean.report.dropped, mean.report.dropped
         state = mean.finish()
         state.cursors = [0] * num_workers

@@ -46,8 +46,8 @@ def must_do(job: Job, tasks: list[Task], args: argparse.Namespace) -> dict[str, 
         "load": {"at": WORKER, "bytes": 8 * subnet, "copies": 1, "flops": 0},
         "train": {"at": WORKER, "bytes": 0, "copies": 0, "flops": flops},
         "return": {"at": WORKER, "bytes": 8 * subnet, "copies": 1, "flops": 0},
-        # Into float64 sums: 4 + 16 a parameter, 4 + 8 where the sum is new; then sum, old state and new state.
-        "aggregate": {"at": SERVER, "bytes": 20 * subnet * all_ - 8 * full + 12 * full, "copies": 0, "flops": 0},
+        # All replies lie in their segments: each is read once, and the mean written.
+        "aggregate": {"at": SERVER, "bytes": 4 * subnet * all_ + 4 * full, "copies": 0, "flops": 0},
     }
 
 
@@ -96,7 +96,7 @@ class Round:
                 answer = wire.reply_to_records(job, blueprint, reply, parcel.segment)
             assert handle_of(answer), "the tensors did not go by shared memory"
             with clock("aggregate"):
-                mean.add(task, wire.reply_from_records(job, blueprint, answer, segment))
+                mean.add(task, wire.reply_from_records(job, blueprint, answer, segment), lasts=True)
         assert not mean.report.dropped, mean.report.dropped
         with clock("aggregate"):
             self.state = mean.finish()

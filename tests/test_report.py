@@ -270,7 +270,8 @@ def test_perplexity_while_training_says_how_much_of_the_test_split(make_run: Mak
 def test_runs_without_flower_say_that_nothing_was_sent(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("a", rounds=1)
     moved = {"seconds": 2.0, "loss": 4.0, "dropped": {}, "predicted_bytes": 500_000}
-    run.events_file.write_text(json.dumps({"event": "round", "round": 1, "bytes_down": {}, "bytes_up": {}, **moved}))
+    event = {"event": "round", "round": 1, "bytes_down": {}, "bytes_up": {}, **moved}
+    run.events_file.write_text(json.dumps(event) + "\n")
     assert table_cells(comparison_table([run]))[1][-7:-3] == ["-", "500.0 kB", "-", "-"]
     write_report([run], tmp_path / "report.html")
     assert "Nothing was sent" in Page((tmp_path / "report.html").read_text()).words

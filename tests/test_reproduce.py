@@ -197,10 +197,9 @@ def test_published_figures_are_legible(scale: str, name: str) -> None:
 
 def test_the_published_page_is_one_file_for_a_phone(tmp_path: Path) -> None:
     """Its contents lead to every experiment."""
-    for name in PUBLISHED:
-        (tmp_path / f"{name}.json").write_text((RESULTS / f"{name}.json").read_text())
+    names = [name for scale, name in PUBLISHED if scale == "tiny"]
+    for name in names:
+        (tmp_path / f"{name}.json").write_text((ROOT / "results" / "tiny" / f"{name}.json").read_text())
     page = Page(write_page(tmp_path).read_text())
     assert_one_file_for_a_phone(page)
-    assert (
-        page.values("a", "href") == [f"#{name}" for name in PUBLISHED] == [f"#{id_}" for id_ in page.values("h2", "id")]
-    )
+    assert page.values("a", "href") == [f"#{name}" for name in names] == [f"#{id_}" for id_ in page.values("h2", "id")]

@@ -124,9 +124,11 @@ def steps(precision: Precision, compile: bool = False) -> Callable[[Bench], dict
         for case in cases:
             torch.compiler.reset()
             row = bench.step(case, f"train.precision={precision}", f"train.compile={compile}")
-            row["speed_up"] = (rows[0] if rows else row)["seconds"] / row["seconds"]
-            row["flop_ratio"] = (rows[0] if rows else row)["flops"] / row["flops"]
-            row["memory"] = row["peak_mb"] / (rows[0] if rows else row)["peak_mb"]
+            first = rows[0] if rows else row
+            row["speed_up"] = first["seconds"] / row["seconds"]
+            row["flop_ratio"] = first["flops"] / row["flops"]
+            # On a CPU a small model may fit into what the process held before.
+            row["memory"] = row["peak_mb"] / first["peak_mb"] if first["peak_mb"] else None
             rows.append(row)
         show(
             (precision, "ms", "TFLOP/s", "speed-up", "FLOPs", "peak MB", "of full"),
