@@ -9,19 +9,20 @@ from matplotlib.figure import Figure
 
 from twist_fl.compare import perplexity_text, size_label, spread_text
 from twist_fl.experiments import runs
+from twist_fl.experiments.ablation import MIXED, ORDERED
 from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure, train
 from twist_fl.experiments.table1 import CALIBRATION_WINDOWS
 from twist_fl.plots import figure_of, looks_of, scale_perplexity
 
 NUM_SEEDS = 3
-MIXED = ("blueprint.num_sub=[12,6,4,3]", "blueprint.assign=shuffled")
+SHUFFLED = (MIXED, "blueprint.assign=shuffled")
 COMMON = "blueprint.common=[0, 1]"
 RECIPES = {
     "random, 6/12 (the paper)": runs.twist("both", 6),
-    "random, 12, 6, 4, 3": runs.variation("mixed-shuffled", *MIXED),
+    "random, 12, 6, 4, 3": runs.variation("mixed-shuffled", *SHUFFLED),
     "random, 6/12, two common": runs.variation("common-2", COMMON),
-    "random, 12, 6, 4, 3, two common": runs.variation("common-2-mixed", COMMON, *MIXED),
+    "random, 12, 6, 4, 3, two common": runs.variation("common-2-mixed", COMMON, *SHUFFLED),
 }
 NESTED = "nested, 12, 6, 4, 3"
 PRUNED = "DDP, then SparseGPT"
@@ -37,8 +38,7 @@ def seeded(lab: Lab, task: Task) -> list[Task]:
 
 def _nested(lab: Lab) -> list[Task]:
     """Tickets of each layer's first blocks, one a size."""
-    ordered = runs.variation("ordered-mixed", "blueprint.policy=ordered", MIXED[0])
-    return [measure("ordered_tickets", run, sizes=lab.base.eval.sizes) for run in seeded(lab, ordered)]
+    return [measure("ordered_tickets", run, sizes=lab.base.eval.sizes) for run in seeded(lab, ORDERED[1])]
 
 
 def _pruned(lab: Lab, run: Task) -> list[Task]:
@@ -50,9 +50,14 @@ def _pruned(lab: Lab, run: Task) -> list[Task]:
 
 def tasks(lab: Lab) -> list[Task]:
     trained = [run for task in RECIPES.values() for run in seeded(lab, task)]
-    ordered = seeded(lab, runs.variation("ordered-mixed", "blueprint.policy=ordered", MIXED[0]))
     dense = seeded(lab, runs.DDP)
-    return [*trained, *ordered, *_nested(lab), *dense, *(task for run in dense for task in _pruned(lab, run))]
+    return [
+        *trained,
+        *seeded(lab, ORDERED[1]),
+        *_nested(lab),
+        *dense,
+        *(task for run in dense for task in _pruned(lab, run)),
+    ]
 
 
 def collect(lab: Lab) -> Data:
