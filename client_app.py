@@ -21,7 +21,7 @@ def train(message: Message, context: Context) -> Message:
     """One interval on one subnet."""
     worker = serve.worker_for(wire.job_of(message.content))
     parcel = wire.task_from_records(worker.job, message.content)
-    reply = worker.train(parcel.task, parcel.params, parcel.moments)
+    reply = worker.train(parcel.task, parcel.params, parcel.moments, parcel.in_place)
     content = wire.reply_to_records(worker.job, parcel.task.blueprint, reply, parcel.segment, parcel.params)
     return Message(content, reply_to=message)
 

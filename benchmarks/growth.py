@@ -81,7 +81,8 @@ def server_share(job: Job, one_segment: bool) -> tuple[float, int]:
         mean = round_mean(job, state, tasks)
         for group in [[task] for task in tasks] if one_segment else [tasks]:
             for task in group:
-                segment = segments.take(0 if one_segment else task.worker, Packing.of(job, task.blueprint).total_bytes)
+                size = Packing.of(job, task.blueprint).segment_bytes
+                segment = segments.take(0 if one_segment else task.worker, size)
                 wire.task_to_records(job, "", task, state.params, None, segment)
             for task in group:
                 memory = segments.get(0 if one_segment else task.worker)
@@ -96,7 +97,7 @@ def server_share(job: Job, one_segment: bool) -> tuple[float, int]:
         state.cursors = [0] * num_workers
         seconds = time.perf_counter() - begin - replying
     num_segments = 1 if one_segment else num_workers
-    return seconds, num_segments * Packing.of(job, tasks[0].blueprint).total_bytes
+    return seconds, num_segments * Packing.of(job, tasks[0].blueprint).segment_bytes
 
 
 def unchanged(job: Job, task: Task, memory: transport.Segment) -> Reply:

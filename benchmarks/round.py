@@ -78,7 +78,7 @@ class Round:
         mean = round_mean(job, self.state, self.tasks)
         sent = []
         for task in self.tasks:  # all before the first reply, which takes the place of the state
-            segment = self.segments.take(task.worker, Packing.of(job, task.blueprint).total_bytes)
+            segment = self.segments.take(task.worker, Packing.of(job, task.blueprint).segment_bytes)
             with clock("send"):
                 content = wire.task_to_records(job, "", task, self.state.params, None, segment)
             with clock("checksum"):  # again, alone: sending is slicing into the segment, and this
@@ -89,7 +89,7 @@ class Round:
             with clock("receive"):
                 parcel = wire.task_from_records(job, content)
             with clock("load"):
-                model = self.models.load(parcel.task.blueprint, parcel.params)
+                model = self.models.load(parcel.task.blueprint, parcel.params, parcel.in_place)
             tokens = task.num_batches * job.shard(task.worker).batch_length(0) * (job.config.data.window - 1)
             reply = Reply(blueprint.digest, get_state(model), 1.0, tokens, task.num_batches)
             with clock("return"):

@@ -1,7 +1,8 @@
 """Seconds a round of everything but training, by Flower's messages and by shared memory, beside a plain copy.
 
-A real Flower simulation (Ray) with GPT-2's proportions and `both` 4/12; the workers load what they get into their model
-and return it untrained. The limit is one copy of the same bytes by one thread, taken in the same process right after.
+A real Flower simulation (Ray) with GPT-2's proportions and `both` 4/12. The workers load what they get into their model
+(by shared memory, the model takes it where it lies) and return it untrained. The limit is one copy of the same bytes by
+one thread, taken in the same process right after.
 
     python benchmarks/transport.py --mb 300 --workers 4 --rounds 5
 """
@@ -40,7 +41,7 @@ from twist_fl.job import Job, make_job
 from twist_fl.results import provenance
 from twist_fl.rounds import Reply
 from twist_fl.strategy import TwistStrategy
-from twist_fl.subnet import get_state
+from twist_fl.subnet import get_state, take_back
 
 VOCAB, POSITIONS, LAYERS, HEADS, HELD = 50_257, 1_024, 12, 12, 4
 
@@ -96,11 +97,12 @@ def client_app() -> ClientApp:
         started = time.perf_counter()
         parcel = wire.task_from_records(worker.job, message.content)
         task = parcel.task
-        model = worker.models.load(task.blueprint, parcel.params)
+        model = worker.load(task, parcel.params, parcel.in_place)
         seconds = time.perf_counter() - started
         shard = worker.job.shard(task.worker)
         tokens = shard.batch_length(task.cursor) * (worker.job.config.data.window - 1)
         reply = Reply(task.blueprint.digest, get_state(model), 1.0, tokens, task.num_batches, seconds)
+        take_back(model)
         return Message(wire.reply_to_records(worker.job, task.blueprint, reply, parcel.segment), reply_to=message)
 
     return app

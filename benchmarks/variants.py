@@ -45,7 +45,7 @@ def measure(args: argparse.Namespace, variant: str) -> dict[str, float]:
         model = models.load(blueprint, slice_state(LAYOUT, state, blueprint))
     else:
         masked = MaskedModel(models)
-        model = (masked.load if variant == "masked" else masked.view)(blueprint, state)
+        model = masked.load(blueprint, state, in_place=variant == "hybrid")
     seconds = []
     for _ in range(2):
         begin = time.perf_counter()

@@ -189,8 +189,7 @@ def test_pieces_and_threads_do_not_matter(
 ) -> None:
     old, replies = random_state(LAYOUT, 99), replies_of(random_state, 5)
     expected = aggregate(old, replies, [3, 1, 2, 1, 5])
-    monkeypatch.setattr("twist_fl.threads.PIECE", size)
-    monkeypatch.setattr("twist_fl.aggregate.SUMMED", 2 * size)
+    monkeypatch.setattr("twist_fl.aggregate.PIECE", 2 * size)
     monkeypatch.setattr("twist_fl.threads.usable_cores", lambda: num)
     with threads(num):
         for seed, (blueprint, state) in enumerate(replies):

@@ -169,7 +169,7 @@ def test_a_round_through_the_records_is_a_round(tiny_job: MakeJob, tmp_path: Pat
 
 def test_segments_are_one_per_worker_or_one(tiny_job: MakeJob) -> None:
     job = tiny_job()
-    size = Packing.of(job, job.blueprints(1)[0]).total_bytes
+    size = Packing.of(job, job.blueprints(1)[0]).segment_bytes
     assert size < state_bytes(job.layout, full_blueprint(job.layout))
     assert [server_share(job, one)[1] for one in (True, False)] == [size, 3 * size]
 

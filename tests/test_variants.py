@@ -24,7 +24,7 @@ from twist_fl.masked import MaskedModel
 from twist_fl.rounds import RoundMean, RunState, Task, Worker, dispatch, own_last, plan, run, start
 from twist_fl.shelf import MomentShelf
 from twist_fl.strategy import NoWorkersError, TwistStrategy
-from twist_fl.subnet import ModelCache, State, mask_state, slice_state
+from twist_fl.subnet import ModelCache, State, mask_state, slice_state, take_back
 from twist_fl.train import train_interval
 
 MakeJob = Callable[..., Job]
@@ -66,7 +66,7 @@ def test_logits_and_gradients_in_float64(setting: Setting, scale: Scale, random_
         state, blueprint = random_state(LAYOUT, draw, torch.float64), ticket(setting, draw)
         true = in_float64(ModelCache(CONFIG, LAYOUT, scale), blueprint)
         logits, grads = results(true.load_sliced(blueprint, state))
-        for model in (masked.load(blueprint, state), hybrid.view(blueprint, state)):
+        for model in (masked.load(blueprint, state), hybrid.load(blueprint, state, in_place=True)):
             our_logits, our_grads = results(model)
             torch.testing.assert_close(our_logits, logits, rtol=1e-10, atol=1e-10)
             sliced = slice_state(LAYOUT, our_grads, blueprint)
@@ -77,12 +77,12 @@ def test_logits_and_gradients_in_float64(setting: Setting, scale: Scale, random_
             assert all(torch.equal(grad, beside[name]) for name, grad in our_grads.items())  # zero where it is masked
 
 
-def test_a_view_is_no_copy_and_trains_the_state_in_place(tiny_job: MakeJob) -> None:
+def test_a_state_lent_to_a_model_is_no_copy_and_trains_the_state_in_place(tiny_job: MakeJob) -> None:
     job = tiny_job("train.variant=hybrid")
     state, (blueprint, *_) = job.initial_state(), job.blueprints(1)
     before = {name: value.clone() for name, value in state.items()}
     masked = MaskedModel(job.models())
-    model = masked.view(blueprint, state)
+    model = masked.load(blueprint, state, in_place=True)
     assert {p.data_ptr() for p in model.parameters()} == {value.data_ptr() for value in state.values()}
     train_interval(model, [torch.arange(16)[None]] * 2, job.config.train, 0)
     taken, was = slice_state(job.layout, state, blueprint), slice_state(job.layout, before, blueprint)
@@ -93,9 +93,8 @@ def test_a_view_is_no_copy_and_trains_the_state_in_place(tiny_job: MakeJob) -> N
             others = sorted(set(range(param.num_blocks)) - set(held))
             shape = param.blocked(param.num_blocks)
             assert torch.equal(*(s[param.name].reshape(shape)[:, :, others] for s in (state, before)))
-    masked.release()
-    assert all(not p.numel() for p in model.parameters())
-    assert all(value.numel() for value in state.values())
+    take_back(model)
+    assert not {p.data_ptr() for p in model.parameters()} & {value.data_ptr() for value in state.values()}
 
 
 VARIANTS = ("true", "masked", "hybrid")
@@ -227,7 +226,7 @@ def held_bytes(job: Job, worker: int, folder: Path) -> dict[str, int]:
     task = plan(job, state)[worker]
     params, _ = dispatch(job, state, task)
     pointers = {value.data_ptr() for value in state.params.values()}
-    model = own.load(task, params)
+    model = own.load(task, params, in_place=worker not in job.clients)
     mine = [p for p in model.parameters() if p.data_ptr() not in pointers]
     moments = train_interval(model, own.batches(task), job.config.train, 0).moments
     return {

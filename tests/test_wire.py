@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,16 @@ from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from hypothesis import given
 from hypothesis import strategies as st
 from local_grid import same
+from transformers import GPT2Config
 
 from twist_fl import tensors, transport, wire
 from twist_fl.aggregate import ReplyError
-from twist_fl.blueprint import Blueprint, draw_ticket
+from twist_fl.blocks import make_layout
+from twist_fl.blueprint import Blueprint, Division, draw_ticket
 from twist_fl.cost import state_bytes
 from twist_fl.job import Job
-from twist_fl.packing import Packing
-from twist_fl.rounds import Reply, RunState, Task, Worker, dispatch, plan
+from twist_fl.packing import DTYPES, Packing
+from twist_fl.rounds import Reply, RunState, Task, Worker, dispatch, plan, start
 from twist_fl.shelf import MomentShelf
 from twist_fl.subnet import State, copy_all, slice_state, take_slice
 from twist_fl.train import MOMENTS, Moments
@@ -62,7 +65,7 @@ def tasks(job: Job, state: RunState) -> list[tuple[Task, RecordDict]]:
 @contextmanager
 def new_segment(job: Job, blueprint: Blueprint) -> Iterator[Segment]:
     """As the server makes it for a task."""
-    segment = transport.create(job.run_id, Packing.of(job, blueprint).total_bytes)
+    segment = transport.create(job.run_id, Packing.of(job, blueprint).segment_bytes)
     yield segment
     transport.close(segment)
 
@@ -172,6 +175,55 @@ def test_what_arrives_is_read_where_it_lies_and_training_leaves_it_alone(
     assert same(again.params, before)
     if segment is None:
         assert {name: tensor.data_ptr() for name, tensor in again.params.items()} == where
+
+
+def test_by_shared_memory_a_task_is_trained_where_it_lies(job: Job, tmp_path: Path) -> None:
+    """The same numbers, bit for bit; then the model lets go of the memory."""
+    worker, state = Worker(job, MomentShelf(tmp_path)), start(job)
+    task = plan(job, state)[1]
+    expected = worker.train(task, *dispatch(job, state, task))
+    expected = replace(expected, params={name: tensor.clone() for name, tensor in expected.params.items()})
+    with new_segment(job, task.blueprint) as segment:
+        parcel = wire.task_from_records(job, task_records(job, state, task, segment))
+        reply = worker.train(parcel.task, parcel.params, parcel.moments, parcel.in_place)
+        assert pointers(reply) == pointers(parcel)
+        content = wire.reply_to_records(job, task.blueprint, reply, segment)
+        arrived = wire.reply_from_records(job, task.blueprint, content, segment)
+        assert (arrived.loss, arrived.digest) == (expected.loss, expected.digest)
+        assert same(arrived.params, expected.params)
+        assert_same_moments(arrived.moments, expected.moments)
+        segment.memory.zero_()
+        assert same(worker.train(task, *dispatch(job, state, task)).params, expected.params)
+        assert not segment.memory.any()
+
+
+@pytest.mark.parametrize("overrides", [(), ("flower.wire_dtype=bfloat16",)])
+def test_only_float32_in_shared_memory_is_trained_in_place(overrides: tuple[str, ...], tiny_job: MakeJob) -> None:
+    job = tiny_job(*overrides)
+    state = start(job)
+    task = plan(job, state)[0]
+    assert not wire.task_from_records(job, task_records(job, state, task)).in_place
+    with new_segment(job, task.blueprint) as segment:
+        parcel = wire.task_from_records(job, task_records(job, state, task, segment))
+        assert parcel.in_place == (not overrides)
+
+
+def pointers(of: Reply | wire.Parcel) -> list[int]:
+    states = [of.params, *(of.moments.values.values() if of.moments else ())]
+    return [tensor.data_ptr() for state in states for tensor in state.values()]
+
+
+@given(st.integers(0, 3), st.sampled_from(list(DTYPES)), st.booleans())
+def test_tensors_in_a_segment_are_aligned_and_apart(draw: int, wire_dtype: str, with_moments: bool) -> None:
+    layout = make_layout(GPT2Config(n_embd=12, n_layer=3, n_head=4, n_positions=7, vocab_size=11).to_dict())
+    division = Division("both", ((1 + draw, 2),), undivided_first=1, undivided_last=0)
+    packing = Packing(layout, draw_ticket(layout, division, (1 + draw, 2), 0, 0), with_moments, wire_dtype)
+    places = sorted(packing.places.values(), key=lambda place: place.start)
+    assert len(places) == len(packing.records) * len(layout.params)
+    assert all(place.start % 64 == 0 for place in places)
+    assert all(before.stop <= after.start < before.stop + 64 for before, after in pairwise(places))
+    sizes = sum(map(packing.num_bytes, packing.records))
+    assert sizes <= places[-1].stop == packing.segment_bytes < sizes + 64 * len(places)
 
 
 # Sixteen bits
@@ -547,7 +599,7 @@ def test_a_reply_by_a_handle_that_is_not_its_own_is_refused(tiny_job: MakeJob, r
     state = random_run(job, random_state)
     task = plan(job, state)[0]
     reply = Reply(task.blueprint.digest, dispatch(job, state, task)[0], 1.25, 60, 2)
-    size = len(reply.params) and Packing.of(job, task.blueprint).total_bytes
+    size = len(reply.params) and Packing.of(job, task.blueprint).segment_bytes
     with new_segment(job, task.blueprint) as segment:
         content = wire.reply_to_records(job, task.blueprint, reply, segment)
         sent = dict(content.config_records["segment"])

@@ -22,14 +22,11 @@ import torch
 from twist_fl.blocks import KINDS, Layout, Param, runs
 from twist_fl.blueprint import Blueprint, Debt, Division
 from twist_fl.subnet import State
-from twist_fl.threads import for_each, pieces
+from twist_fl.threads import PIECE, for_each, pieces
 
 Array = npt.NDArray[Any]
 Memory = dict[str, Array]
 """Half of the float64 sums of each parameter: 4 bytes an element, as the float32 parameter itself."""
-
-SUMMED = 2**16
-"""Elements summed at once, so that their float64 sums stay in a core's cache. Even."""
 
 
 class ReplyError(ValueError):
@@ -105,8 +102,8 @@ class StreamingMean:
         *outer, inner = places.shape
         if with_sums and param.name not in self.memory:
             self.memory[param.name] = np.empty((*outer, inner - inner // 2))
-        for at in pieces(places[:, :, blocks].shape, SUMMED):
-            # A piece's inner run starts at the same element whatever the blocks, and at an even one.
+        for at in pieces(places[:, :, blocks].shape, PIECE):
+            # A piece's inner run starts at the same element whatever the blocks, and at an even one, as PIECE is even.
             place, start, sums = places[:, :, blocks][at], at[-1].start // 2, []
             if with_sums:
                 half = place.shape[-1] // 2

@@ -33,24 +33,12 @@ class MaskedModel:
         self._full = full_blueprint(models.layout)
         self._masks: dict[tuple[Kind, int], torch.Tensor] = {}
 
-    def load(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-        """The whole `state`, copied, masked to the blueprint's subnet."""
-        return self._masked(self._models.load(self._full, state), blueprint)
+    def load(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor], in_place: bool = False) -> PreTrainedModel:
+        """The whole `state`, masked to the blueprint's subnet; `in_place` as in `ModelCache.load`.
 
-    def view(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-        """As `load`, without a copy: on a CPU the model's parameters are the tensors of `state`, and training it moves
-        them (on a GPU, it is a copy there). Blocks that are not held get zero gradients."""
-        model = self._models.warm(self._full)
-        for name, parameter in model.named_parameters():
-            parameter.data = state[name].to(self._models.device)
-        return self._masked(model, blueprint)
-
-    def release(self) -> None:
-        """Let go of the tensors that `view` looks at."""
-        for parameter in self._models.warm(self._full).parameters():
-            parameter.data = parameter.data.new_empty(0)
-
-    def _masked(self, model: PreTrainedModel, blueprint: Blueprint) -> PreTrainedModel:
+        Blocks that are not held get zero gradients.
+        """
+        model = self._models.load(self._full, state, in_place)
         layout, like = self._models.layout, next(model.parameters())
         is_new = not self._masks
         for kind in KINDS:

@@ -1,6 +1,7 @@
 """Where each tensor of a message lies: a function of the block table, the blueprint and the job, never sent along.
 
-A buffer holds tensors one behind another, in the table's order. Weights may travel in 16 bits, rounded to nearest:
+Tensors lie in the table's order: in a message's array one behind another, in a segment each at a multiple of 64 bytes,
+as torch's own, so that a model computes with them where they lie. Weights may travel in 16 bits, rounded to nearest:
 out to the worker as they are, back as what training has changed, which the server adds to the float32 weights that it
 kept. So what rounding takes away is not lost, but goes out again in the next round. Moments are always float32.
 """
@@ -20,6 +21,8 @@ from twist_fl.job import Job
 from twist_fl.subnet import State
 from twist_fl.train import MOMENTS
 
+ALIGNMENT = 64
+"""Bytes of a cache line."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,8 +45,7 @@ class Packing:
 
     @property
     def records(self) -> tuple[str, ...]:
-        """Weights last: whatever their dtype, all float32 numbers lie at multiples of 4 bytes."""
-        return (*MOMENTS, "params") if self.with_moments else ("params",)
+        return ("params", *MOMENTS) if self.with_moments else ("params",)
 
     @cached_property
     def shared(self) -> tuple[Param, ...]:
@@ -69,9 +71,21 @@ class Packing:
     def num_bytes(self, record: str) -> int:
         return DTYPES[self.dtype(record)].itemsize * self.num_elements(self.layout.params)
 
+    @cached_property
+    def places(self) -> dict[tuple[str, str], slice]:
+        """Where each record's tensors lie in a segment, in bytes."""
+        places, start = {}, 0
+        for record in self.records:
+            for name, shape in self.shapes.items():
+                size = DTYPES[self.dtype(record)].itemsize * prod(shape)
+                places[record, name] = slice(start, start + size)
+                start += -(-size // ALIGNMENT) * ALIGNMENT
+        return places
+
     @property
-    def total_bytes(self) -> int:
-        return sum(map(self.num_bytes, self.records))
+    def segment_bytes(self) -> int:
+        """Of a segment that holds all tensors; a few more than are sent."""
+        return max(int(place.stop) for place in self.places.values())
 
     def views(self, params: Sequence[Param], buffer: torch.Tensor) -> State:
         """`params` as consecutive parts of `buffer`, a vector of as many elements as they have."""
@@ -80,8 +94,7 @@ class Packing:
 
     def views_of_all(self, memory: torch.Tensor) -> dict[str, State]:
         """Every tensor of every record, in a segment's memory (uint8)."""
-        parts = torch.split(memory, [self.num_bytes(record) for record in self.records])
-        return {
-            record: self.views(self.layout.params, part.view(DTYPES[self.dtype(record)]))
-            for record, part in zip(self.records, parts, strict=True)
-        }
+        views: dict[str, State] = {record: {} for record in self.records}
+        for (record, name), place in self.places.items():
+            views[record][name] = memory[place].view(DTYPES[self.dtype(record)]).view(self.shapes[name])
+        return views

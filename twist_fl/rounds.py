@@ -7,7 +7,7 @@ network in between (`wire.task_to_records` sends what `dispatch` gives); on CPU 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -25,7 +25,7 @@ from twist_fl.masked import MaskedModel
 from twist_fl.memory import Peak
 from twist_fl.precision import check_precision
 from twist_fl.shelf import MomentShelf
-from twist_fl.subnet import State, mask_state, slice_state
+from twist_fl.subnet import State, mask_state, slice_state, take_back
 from twist_fl.train import MOMENTS, Interval, Moments, adam_step, batch_gradient, train_interval, zero_moments
 
 
@@ -138,12 +138,10 @@ class Worker:
         self.masked = MaskedModel(job.models(compile=job.config.train.compile))
         self.peak = Peak(self.device)  # no model is built yet
 
-    def load(self, task: Task, params: State) -> PreTrainedModel:
-        """The task's subnet: a smaller model, or the whole one masked; on the server, over the server's own tensors."""
-        if not self.job.masks(task.worker):
-            return self.models.load(task.blueprint, params)
-        load = self.masked.load if task.worker in self.job.clients else self.masked.view
-        return load(task.blueprint, params)
+    def load(self, task: Task, params: State, in_place: bool = False) -> PreTrainedModel:
+        """The task's subnet: a smaller model, or the whole one masked. With `in_place` until `subnet.take_back`."""
+        models = self.masked if self.job.masks(task.worker) else self.models
+        return models.load(task.blueprint, params, in_place)
 
     def batches(self, task: Task) -> Iterator[torch.Tensor]:
         """The task's batches, each read when it is asked for: a GPU is still busy with the one before."""
@@ -155,38 +153,51 @@ class Worker:
                 batch = batch.pin_memory()
             yield batch.to(self.device, non_blocking=True)
 
-    def train(self, task: Task, params: State, moments: Moments | None) -> Reply:
-        """Train the subnet for one interval, or for DDP take a batch's gradient; the reply's tensors are on the CPU."""
+    def train(self, task: Task, params: State, moments: Moments | None, in_place: bool = False) -> Reply:
+        """Train the subnet for one interval, or for DDP take a batch's gradient; the reply's tensors are on the CPU.
+
+        With `in_place` they are those given, where they are not gradients; else those given stay as they are.
+        """
         started = time.perf_counter()
         self.peak.restart()
         config = self.job.config
         torch.set_num_threads(config.train.threads or 1)
-        model, note = self.load(task, params), ""
-        seed = int(np.random.SeedSequence((config.seed, task.round, task.worker)).generate_state(1)[0])
-        if config.algorithm == "ddp":
-            (batch,) = self.batches(task)
-            interval = batch_gradient(model, batch, config.train, seed)
-        elif config.train.optimizer_state == "client":
-            interval, note = self._continue(model, task, seed)
-        else:
-            interval = train_interval(model, self.batches(task), config.train, seed, moments)
-        after = interval.moments
-        reply = Reply(
+        model = self.load(task, params, in_place)
+        try:
+            own = moments.clone() if moments and not in_place else moments
+            interval, note = self._interval(model, task, own)
+        finally:
+            if in_place:
+                take_back(model)
+        trained_in_place = in_place and config.algorithm != "ddp"
+        return Reply(
             task.blueprint.digest,
-            _on_cpu(interval.result),
+            _back(interval.result, params if trained_in_place else {}),
             interval.loss,
             interval.num_tokens,
             interval.num_batches,
             time.perf_counter() - started,
-            moments=Moments(after.step, {m: _on_cpu(v) for m, v in after.values.items()})
-            if self.job.moments_travel
-            else None,
+            moments=self._moments(interval.moments, moments.values if moments and in_place else {}),
             peak_bytes=self.peak.num_bytes(),
             note=note,
         )
-        if task.worker not in self.job.clients:
-            self.masked.release()
-        return reply
+
+    def _interval(self, model: PreTrainedModel, task: Task, moments: Moments | None) -> tuple[Interval, str]:
+        """What the job's algorithm does in a round, and what the run's log should say of it."""
+        config = self.job.config
+        seed = int(np.random.SeedSequence((config.seed, task.round, task.worker)).generate_state(1)[0])
+        if config.algorithm == "ddp":
+            (batch,) = self.batches(task)
+            return batch_gradient(model, batch, config.train, seed), ""
+        if config.train.optimizer_state == "client":
+            return self._continue(model, task, seed)
+        return train_interval(model, self.batches(task), config.train, seed, moments), ""
+
+    def _moments(self, after: Moments, places: Mapping[str, State]) -> Moments | None:
+        """Those that travel."""
+        if not self.job.moments_travel:
+            return None
+        return Moments(after.step, {name: _back(after.values[name], places.get(name, {})) for name in MOMENTS})
 
     def _continue(self, model: PreTrainedModel, task: Task, seed: int) -> tuple[Interval, str]:
         """An interval with the client's own optimiser state of what it always holds, and a note if that is lost."""
@@ -198,8 +209,15 @@ class Worker:
         return interval, "its optimiser state is not on this machine: started anew" if lost else ""
 
 
-def _on_cpu(state: State) -> State:
-    return {name: tensor.cpu() for name, tensor in state.items()}
+def _back(state: State, places: Mapping[str, torch.Tensor]) -> State:
+    """`state` on the CPU; from a GPU it goes to its place, where it has one."""
+
+    def back(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "cpu" or name not in places:
+            return tensor.cpu()
+        return places[name].copy_(tensor)
+
+    return {name: back(name, tensor) for name, tensor in state.items()}
 
 
 class RoundMean:
@@ -306,7 +324,8 @@ def twist_round(job: Job, state: RunState, workers: list[Worker], keep_from: int
     tasks = plan(job, state, keep_from)
     mean = RoundMean(job, state, tasks)
     for task, worker in own_last(job, tasks, workers):
-        mean.add(task, worker.train(task, *dispatch(job, state, task)))
+        in_place = task.worker not in job.clients
+        mean.add(task, worker.train(task, *dispatch(job, state, task), in_place))
     return mean.finish(), mean.report
 
 

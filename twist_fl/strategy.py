@@ -85,7 +85,7 @@ class TwistStrategy(Strategy):
             node, group = self.node_of(task.worker), str(task.worker)
             segment = None
             if node in self._neighbours:
-                size = Packing.of(self.job, task.blueprint).total_bytes
+                size = Packing.of(self.job, task.blueprint).segment_bytes
                 segment = self._segments.take(task.worker, size)
             params, moments = self.state.params, self.state.moments if self.job.moments_travel else None
             with threads(usable_cores()):  # until the last worker has its part, the round waits for it
@@ -103,7 +103,7 @@ class TwistStrategy(Strategy):
         for task in self._planned:
             if task.worker not in self.job.clients:
                 self._worker = self._worker or Worker(self.job, MomentShelf(moment_folder(self.job.run_id)))
-                reply = self._worker.train(task, *dispatch(self.job, self.state, task))
+                reply = self._worker.train(task, *dispatch(self.job, self.state, task), in_place=True)
                 torch.set_num_threads(1)
                 assert self._mean is not None
                 self._mean.add(task, reply)

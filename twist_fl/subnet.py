@@ -103,6 +103,22 @@ def load_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
             parameter.copy_(state[name])
 
 
+def lend_state(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+    """Make the tensors of `state` the model's parameters, without a copy: training moves them, until `take_back`."""
+    for name, parameter in model.named_parameters():
+        parameter.data = state[name]
+
+
+def take_back(model: nn.Module) -> None:
+    """End `lend_state`: the model has memory of its own again, which takes up no room before it is written.
+
+    On a GPU nothing was lent, and nothing changes.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = torch.empty_like(parameter.data)
+
+
 def subnet_sizes(layout: Layout, blueprint: Blueprint) -> dict[str, list[int]]:
     """What a config needs on top of the full model's for the classes of `modeling_subnet.py`."""
     heads, ffn_blocks = blueprint.shape
@@ -165,7 +181,7 @@ def fold_scale(layout: Layout, state: Mapping[str, torch.Tensor], blueprint: Blu
 
 
 class ModelCache:
-    """One physical model per shape, kept warm between rounds: new weights are copied into it.
+    """One physical model per shape, kept warm between rounds: new weights are copied into it, or lent to it.
 
     With `compile` its body is compiled, too, once per shape: parameters keep their place, so nothing makes torch
     compile again but another batch size. Raises ConfigError where torch cannot compile.
@@ -181,10 +197,13 @@ class ModelCache:
         self.config, self.layout, self.scale, self.device, self.compile = config, layout, scale, device, compile
         self._models: dict[object, PreTrainedModel] = {}
 
-    def load(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-        """The model of `blueprint`'s shape, holding `state` (already sliced)."""
+    def load(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor], in_place: bool = False) -> PreTrainedModel:
+        """The model of `blueprint`'s shape, holding `state` (already sliced).
+
+        With `in_place` and on a CPU it holds the very tensors of `state`, until `take_back`.
+        """
         model = self.warm(blueprint)
-        load_state(model, state)
+        (lend_state if in_place and self.device == "cpu" else load_state)(model, state)
         return model
 
     def warm(self, blueprint: Blueprint) -> PreTrainedModel:

@@ -92,7 +92,8 @@ def put_tensors(
     views = packing.views_of_all(segment.memory)
     outs = [(record, name, out) for record in views for name, out in views[record].items()]
     copy_all(pair for record, name, out in outs for pair in take(name, states[record][name], out))
-    content["segment"] = ConfigRecord(asdict(segment.handle()) | {"weights": packing.num_bytes("params")})
+    sizes = {"weights": packing.num_bytes("params"), "moments": sum(map(packing.num_bytes, packing.records[1:]))}
+    content["segment"] = ConfigRecord(asdict(segment.handle()) | sizes)
 
 
 def _pack(packing: Packing, record: str, state: State, take: Take, known: KnownArrays) -> ArrayRecord:
@@ -117,7 +118,7 @@ def _pack(packing: Packing, record: str, state: State, take: Take, known: KnownA
 def get_tensors(
     content: RecordDict, packing: Packing, step: int | None, segment: Segment | None
 ) -> tuple[State, Moments | None]:
-    """Weights in the dtype of the wire, and moments, where they lie: nobody may write into them."""
+    """Weights in the dtype of the wire, and moments, where they lie. What came inline cannot be written into."""
     if (step is not None) != packing.with_moments:
         raise TypeError(f"moment_step={step}, where the job's messages hold {', '.join(packing.records)}")
     handle = handle_of(content)
@@ -132,8 +133,8 @@ def _checked(segment: Segment | None, handle: Handle, packing: Packing) -> torch
     """The segment's memory, if the handle is its and it holds what was written. Raises SegmentError."""
     if segment is None:
         raise SegmentError(f"handle of segment {handle.name!r}, but none was sent")
-    if handle.num_bytes != packing.total_bytes:
-        raise SegmentError(f"segment {handle.name} has {handle.num_bytes} bytes, expected {packing.total_bytes}")
+    if handle.num_bytes != packing.segment_bytes:
+        raise SegmentError(f"segment {handle.name} has {handle.num_bytes} bytes, expected {packing.segment_bytes}")
     segment.check(handle)
     return segment.memory
 
@@ -154,7 +155,8 @@ def _unpack(packing: Packing, record: str, arrays: ArrayRecord) -> State:
 def take_whole(name: str, value: torch.Tensor, out: torch.Tensor) -> Copies:
     if value.shape != out.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(out.shape)}")
-    yield value, out
+    if value.data_ptr() != out.data_ptr():  # a worker's tensors, trained in place, are there already
+        yield value, out
 
 
 def handle_of(content: RecordDict) -> Handle | None:
@@ -177,9 +179,8 @@ def num_bytes(content: RecordDict) -> dict[str, int]:
     weights = sizes.pop("params", 0)
     moments = sum(sizes.values())
     segment = content.config_records.get("segment", ConfigRecord())
-    in_segment, whole = segment.get("weights", 0), segment.get("num_bytes", 0)
-    if isinstance(in_segment, int) and isinstance(whole, int):
-        weights, moments = weights + in_segment, moments + whole - in_segment
+    weights += int(str(segment.get("weights", 0)))
+    moments += int(str(segment.get("moments", 0)))
     other = sum(len(record.deflate()) for record in content.config_records.values())
     return {"weights": weights, "moments": moments, "other": other}
 

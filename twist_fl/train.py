@@ -25,6 +25,10 @@ class Moments:
     step: int = 0
     values: dict[str, State] = field(default_factory=lambda: {name: {} for name in MOMENTS})
 
+    def clone(self) -> Moments:
+        values = {moment: {name: value.clone() for name, value in self.values[moment].items()} for moment in MOMENTS}
+        return Moments(self.step, values)
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -75,8 +79,9 @@ def train_interval(
 ) -> Interval:
     """Train `model` in place on `batches`, each (B, T) int64 on the model's device.
 
-    `moments` may cover any subset of the parameters; the others start anew. `seed` fixes the dropout. The host
-    never waits for the device between the first batch and the last: it reads the next one meanwhile.
+    `moments` may cover any subset of the parameters; the others start anew. On a CPU they change in place. `seed` fixes
+    the dropout. The host never waits for the device between the first batch and the last: it reads the next one
+    meanwhile.
     """
     torch.manual_seed(seed)
     model.train()
@@ -118,7 +123,7 @@ def adam_step(params: State, gradient: State, moments: Moments, config: TrainCon
     for name, parameter in named.items():
         parameter.grad = gradient[name]
     optimizer = make_optimizer(named.values(), config)
-    _restore(optimizer, named, moments)
+    _restore(optimizer, named, moments.clone())
     optimizer.step()
     return {name: parameter.detach() for name, parameter in named.items()}, _collect(optimizer, named, moments.step + 1)
 
@@ -142,7 +147,7 @@ def _restore(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter]
         parameter = named[name]
         optimizer.state[parameter] = {
             "step": torch.tensor(float(moments.step), device=parameter.device),
-            **{moment: moments.values[moment][name].to(parameter.device, copy=True) for moment in MOMENTS},
+            **{moment: moments.values[moment][name].to(parameter.device) for moment in MOMENTS},
         }
 
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from twist_fl import transport
@@ -96,15 +97,17 @@ def token_of(content: RecordDict) -> str:
 
 @dataclass(frozen=True)
 class Parcel:
-    """A task with its tensors, weights in the dtype of the wire.
-
-    They are read where they lie: until `reply_to_records` writes into `segment`.
-    """
+    """A task with its tensors, weights in the dtype of the wire, where they lie."""
 
     task: Task
     params: State
     moments: Moments | None
     segment: Segment | None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the tensors may be trained where they lie: the segment then holds the reply's."""
+        return self.segment is not None and all(tensor.dtype == torch.float32 for tensor in self.params.values())
 
 
 def task_to_records(
