@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 from math import exp, log
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from transformers import GPT2Config
 
 from twist_fl.blocks import make_layout
-from twist_fl.blueprint import Division, draw_round
-from twist_fl.checkpoint import RunFolder
+from twist_fl.blueprint import Division, Setting, draw_round
 from twist_fl.config import ConfigError
-from twist_fl.experiments import fig2, fig5, fig6, shared, table1, table2
+from twist_fl.experiments import fig2, fig5, fig6, shared, table1
 from twist_fl.experiments.catalog import PAPER
 from twist_fl.experiments.lab import TRAIN, Lab, Scale, Task
+from twist_fl.experiments.latency import FULL, MEASURE, SIZES, shape_name
 from twist_fl.experiments.measures import MEASURES
 from twist_fl.experiments.runner import execute
 from twist_fl.experiments.runs import DDP, twist
@@ -56,8 +56,6 @@ def fake(lab: Lab, task: Task) -> None:
         else:
             write_text(json.dumps({"run_id": task.name}), folder.job_file)
         write_text(json.dumps({"full": full_of(task.name)}), folder.results_file)
-        for round_ in range(4):
-            folder.log("round", round=round_ + 1, training_seconds=seconds_of(task.name))
         folder.log("done")
         return
     result = {"tickets": fake_tickets, "prune": fake_prune, "latency": fake_latency}[task.kind](task)
@@ -66,10 +64,6 @@ def fake(lab: Lab, task: Task) -> None:
 
 def full_of(run: str) -> float:
     return 30.0 + (0 if run == "ddp" else int(run.rpartition("-")[2]))
-
-
-def seconds_of(run: str) -> float:
-    return 0.5 if run == "ddp" else 0.25 + 0.02 * int(run.rpartition("-")[2])
 
 
 def mean_of(run: str, size: int) -> float:
@@ -104,9 +98,17 @@ def fake_prune(task: Task) -> dict[str, Any]:
     }
 
 
+SHAPES = [FULL, *(shape_name(setting, size) for setting in get_args(Setting) for size in SIZES)]
+
+
+def ms_of(shape: str) -> float:
+    kind, _, size = shape.partition(" ")
+    return {"DDP": 28.0, "ffn": 32.0, "attn": 30.0, "both": 26.0}[kind] + int(size.partition("/")[0])
+
+
 def fake_latency(task: Task) -> dict[str, Any]:
     return {
-        "ms": {"full": 40.0, "ffn": 36.0, "attn": 34.0, "both": 30.0},
+        "ms": {shape: ms_of(shape) for shape in SHAPES},
         **{"turns": 9, "batches": 15, "tokens": 512, "device": "cpu", "threads": 1, "num_params": 500_000},
         "hardware": {"processor": "a processor", "cores": 4, "gpu": None},
     }
@@ -221,10 +223,10 @@ def test_a_run_of_other_sizes_is_refused(tmp_path: Path) -> None:
 
 def test_one_setting_needs_only_its_runs(faked: Lab, collected: dict[str, dict[str, Any]]) -> None:
     lab = replace(faked, overrides=("blueprint.setting=ffn",))
-    for name, runs in (("table1", 5), ("table2", 5)):
-        tasks = EXPERIMENTS[name].tasks(lab)
-        assert {task.name for task in tasks} < {task.name for task in EXPERIMENTS[name].tasks(faked)}
-        assert sum(task.kind == TRAIN for task in tasks) == runs
+    tasks = EXPERIMENTS["table1"].tasks(lab)
+    assert {task.name for task in tasks} < {task.name for task in EXPERIMENTS["table1"].tasks(faked)}
+    assert sum(task.kind == TRAIN for task in tasks) == 5
+    for name in ("table1", "table2"):
         data = EXPERIMENTS[name].collect(lab)
         assert all(len(cells) > 1 for cells in EXPERIMENTS[name].tables(data).values())
         assert EXPERIMENTS[name].notes(data)
@@ -293,10 +295,10 @@ def test_table_2_meets_the_papers(collected: dict[str, dict[str, Any]]) -> None:
 
 def test_table_2_clocks_are_relative_to_ddp(collected: dict[str, dict[str, Any]]) -> None:
     rows = {(row["setting"], row["size"]): row for row in collected["table2"]["rows"]}
-    assert rows["both", "4/12"]["wall_clock"] == pytest.approx(0.33 / 0.5)
+    assert rows["both", "4/12"]["wall_clock"] == pytest.approx(30 / 40)
     assert rows["both", "4/12"]["paper"]["wall_clock"] == pytest.approx((3 * 3600 + 279) / (4 * 3600 + 35 * 60 + 42))
     assert rows["DDP", "12/12"]["wall_clock"] == rows["DDP", "12/12"]["paper"]["wall_clock"] == 1.0
-    assert collected["table2"]["ddp_seconds"] == 2.0
+    assert collected["table2"]["ddp_ms"] == 40.0
     (text,) = EXPERIMENTS["table2"].tables(collected["table2"])
     assert "wall clock at scale micro" in text
 
@@ -397,7 +399,7 @@ def test_flops_stand_beside_the_times(collected: dict[str, dict[str, Any]]) -> N
     left, right = fig6.draw(data).axes
     for axes, ms, flops in ((left, data["ms"], data["flops"]), (right, data["paper"], data["paper_flops"])):
         (marks,) = axes.lines
-        assert np.asarray(marks.get_ydata()).tolist() == [ms[fig6.FULL] * flops[name] for name in fig6.SHAPES]
+        assert np.asarray(marks.get_ydata()).tolist() == [ms[FULL] * flops[name] for name in fig6.SHAPES]
 
 
 # -- for real
@@ -428,18 +430,10 @@ def test_figure_4_from_training_to_page(trained: Lab) -> None:
 
 def test_latency_measures_each_shape(trained: Lab) -> None:
     threads = torch.get_num_threads()
-    arguments: dict[str, Any] = {**fig6.MEASURE.arguments, "turns": 2}
+    arguments: dict[str, Any] = {**MEASURE.arguments, "turns": 2}
     found = MEASURES["latency"](trained.run("ddp"), **arguments)
-    assert found["ms"].keys() == set(fig6.SHAPES.values())
+    assert found["ms"].keys() == set(SHAPES)
     assert all(0 < value < 5000 for value in found["ms"].values())
     assert (found["batches"], found["tokens"], found["threads"]) == (2, 32, 1)
     assert torch.get_num_threads() == threads
     assert json.loads(json.dumps(found)) == found
-
-
-def test_wall_clock_is_read_from_the_round_events(tmp_path: Path) -> None:
-    lab = Lab(tmp_path, MICRO)
-    folder = RunFolder(lab.run("ddp").path)
-    for seconds in (1.0, 0.5):
-        folder.log("round", training_seconds=seconds, seconds=9.0)
-    assert table2.training_seconds(lab, DDP) == 1.5

@@ -133,7 +133,7 @@ def test_a_run_that_was_made_anew_is_measured_anew(micro: list[str], tmp_path: P
 def test_failed_tasks_are_named_and_what_needs_them_is_left(tmp_path: Path) -> None:
     lab = Lab(tmp_path, SCALES["tiny"], (*MICRO, "data.source=files", f"data.path={tmp_path / 'nothing'}"))
     with pytest.raises(LaunchError, match=r"1 of 2 tasks failed; 1 others need them\. Their logs: .*ddp\.log"):
-        Pool(quiet(), lab, [DDP, measure("latency", DDP, settings=["both"], size=4, turns=1)], 2).run()
+        Pool(quiet(), lab, [DDP, measure("latency", DDP, settings=["both"], sizes=[4], turns=1)], 2).run()
 
 
 def test_what_does_not_exist_is_refused_with_what_does(tmp_path: Path) -> None:

@@ -11,18 +11,14 @@ from twist_fl.blocks import make_layout
 from twist_fl.blueprint import Division, Setting, draw_ticket
 from twist_fl.cost import step_flops
 from twist_fl.experiments.experiment import Cells, Data, Experiment
-from twist_fl.experiments.lab import Lab, Task, measure
-from twist_fl.experiments.latency import subnet
+from twist_fl.experiments.lab import Lab, Task
+from twist_fl.experiments.latency import FULL, MEASURE, shape_name, subnet
 from twist_fl.experiments.runs import DDP
 from twist_fl.experiments.shared import PAPER, about, caption
 from twist_fl.plots import COLORS, NO_LINE, figure_of
 
-FULL = "DDP 12/12"
-SHAPES = {FULL: "full", "ffn 4/12": "ffn", "attn 4/12": "attn", "both 4/12": "both"}
-"""The paper's names of what `latency` measures."""
-SETTINGS: tuple[Setting, ...] = ("ffn", "attn", "both")
 SIZE = 4
-MEASURE = measure("latency", DDP, settings=list(SETTINGS), size=SIZE, turns=9)
+SHAPES: dict[str, Setting | None] = {FULL: None} | {shape_name(s, SIZE): s for s in ("ffn", "attn", "both")}
 PAPER_BATCH = (2, 1024)
 """Windows, and tokens of each."""
 FLOPS: dict[str, Any] = {"marker": "D", "color": "black", "markerfacecolor": "white", **NO_LINE}
@@ -37,36 +33,32 @@ def collect(lab: Lab) -> Data:
     milliseconds = found.pop("ms")
     return {
         "about": about(lab),
-        "ms": {name: milliseconds[shape] for name, shape in SHAPES.items()},
+        "ms": {name: milliseconds[name] for name in SHAPES},
         "measured": found,
-        "flops": _by_name(_flops(lab)),
+        "flops": _flops(lab),
         "paper": PAPER["figure6_ms_per_batch"],
-        "paper_flops": _by_name(_paper_flops()),
+        "paper_flops": _paper_flops(),
     }
 
 
-def _by_name(flops: dict[str, int]) -> dict[str, float]:
-    """Of the full model's, by the paper's names."""
-    return {name: flops[shape] / flops["full"] for name, shape in SHAPES.items()}
-
-
-def _flops(lab: Lab) -> dict[str, int]:
+def _flops(lab: Lab) -> dict[str, float]:
+    """A step's, of the full model's."""
     job = lab.run(DDP.name).job()
     batch = (job.config.train.batch_size, job.config.data.window)
-    found = {"full": step_flops(job.layout, None, *batch)}
-    for setting in SETTINGS:
-        found[setting] = step_flops(job.layout, subnet(job, setting, SIZE), *batch)
-    return found
+    tickets = {name: setting and subnet(job, setting, SIZE) for name, setting in SHAPES.items()}
+    found = {name: step_flops(job.layout, ticket, *batch) for name, ticket in tickets.items()}
+    return {name: flops / found[FULL] for name, flops in found.items()}
 
 
-def _paper_flops() -> dict[str, int]:
+def _paper_flops() -> dict[str, float]:
     """Of GPT-2 124M, the first and last two layers whole."""
     layout = make_layout(GPT2Config().to_dict())
-    found = {"full": step_flops(layout, None, *PAPER_BATCH)}
-    for setting in SETTINGS:
-        ticket = draw_ticket(layout, Division(setting, ()), (SIZE, SIZE), 0, 0)
-        found[setting] = step_flops(layout, ticket, *PAPER_BATCH)
-    return found
+    tickets = {
+        name: setting and draw_ticket(layout, Division(setting, ()), (SIZE, SIZE), 0, 0)
+        for name, setting in SHAPES.items()
+    }
+    found = {name: step_flops(layout, ticket, *PAPER_BATCH) for name, ticket in tickets.items()}
+    return {name: flops / found[FULL] for name, flops in found.items()}
 
 
 def tables(data: Data) -> dict[str, Cells]:

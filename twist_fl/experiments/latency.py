@@ -1,24 +1,36 @@
-"""The time of a training step of a subnet's shape, measured side by side."""
+"""The time of a training step of each shape in Table 2 and Figure 6, measured side by side."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from twist_fl.blueprint import Blueprint, Setting, draw_ticket, full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.evaluate import ticket_sizes
+from twist_fl.experiments.lab import measure
+from twist_fl.experiments.runs import DDP
+from twist_fl.experiments.shared import BLOCKS, label
 from twist_fl.job import Job
 from twist_fl.results import provenance
 from twist_fl.train import train_interval
 
+SIZES = (10, 8, 6, 4)
+FULL = f"DDP {label(BLOCKS)}"
+MEASURE = measure("latency", DDP, settings=list(get_args(Setting)), sizes=list(SIZES), turns=9)
 
-def latency(folder: RunFolder, *, settings: list[Setting], size: int, turns: int) -> dict[str, Any]:
-    """Milliseconds per batch of the run's model, whole and with `size` blocks a divided layer in each setting.
+
+def shape_name(setting: Setting, size: int) -> str:
+    """As the paper names it: `both 4/12`."""
+    return f"{setting} {label(size)}"
+
+
+def latency(folder: RunFolder, *, settings: list[Setting], sizes: list[int], turns: int) -> dict[str, Any]:
+    """Milliseconds per batch of the run's model, whole and with each of `sizes` blocks a divided layer in each setting.
 
     One process trains an interval of each shape in turn, `turns` times after one that does not count; the median is
     what other work on the machine disturbs least. Only the run's job is needed, not its weights.
@@ -26,7 +38,8 @@ def latency(folder: RunFolder, *, settings: list[Setting], size: int, turns: int
     job = folder.job()
     config, state, models = job.config, job.initial_state(), job.models(compile=job.config.train.compile)
     batches = _batches(job)
-    shapes = {"full": full_blueprint(job.layout)} | {str(setting): subnet(job, setting, size) for setting in settings}
+    shapes = {FULL: full_blueprint(job.layout)}
+    shapes |= {shape_name(setting, size): subnet(job, setting, size) for setting in settings for size in sizes}
     seconds: dict[str, list[float]] = {name: [] for name in shapes}
     threads = torch.get_num_threads()
     torch.set_num_threads(config.train.threads or 1)
