@@ -32,7 +32,8 @@ from twist_fl.job import Job, make_job
 from twist_fl.launch import flower_run
 from twist_fl.memory import Peak
 from twist_fl.packing import Packing
-from twist_fl.rounds import Reply, RunState, Task, plan
+from twist_fl.rounds import RunState, plan
+from twist_fl.worker import Reply, Task
 
 TINY = """
     model.n_layer=5 model.n_head=12 model.n_embd=48 model.n_positions=32 data.vocab_size=512 data.window=32

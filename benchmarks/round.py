@@ -27,10 +27,11 @@ from twist_fl.config import TrainConfig
 from twist_fl.cost import step_flops
 from twist_fl.job import Job
 from twist_fl.packing import Packing
-from twist_fl.rounds import Reply, RunState, Task, plan
+from twist_fl.rounds import RunState, plan
 from twist_fl.subnet import get_state
 from twist_fl.tensors import handle_of
 from twist_fl.train import train_interval
+from twist_fl.worker import Reply, Task
 
 SERVER, WORKER, BOTH = "server", "worker", "both"
 

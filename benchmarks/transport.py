@@ -39,9 +39,9 @@ from twist_fl.cost import round_bytes
 from twist_fl.files import write_text
 from twist_fl.job import Job, make_job
 from twist_fl.results import provenance
-from twist_fl.rounds import Reply
 from twist_fl.strategy import TwistStrategy
 from twist_fl.subnet import get_state, take_back
+from twist_fl.worker import Reply
 
 VOCAB, POSITIONS, LAYERS, HEADS, HELD = 50_257, 1_024, 12, 12, 4
 

@@ -27,8 +27,9 @@ from twist_fl.blueprint import full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import load_config
 from twist_fl.job import Job, make_job
-from twist_fl.rounds import RoundMean, RunState, Worker, plan, start
+from twist_fl.rounds import RoundMean, RunState, plan, start
 from twist_fl.shelf import MomentShelf
+from twist_fl.worker import Worker
 
 RIVAL = "bfloat16, weights"
 WIRES = ("float32", "bfloat16", "float16", RIVAL)

@@ -15,9 +15,10 @@ from flwr.supercore.task_identity import TaskIdentity
 import client_app
 from twist_fl import serve, tensors, transport, wire
 from twist_fl.job import Job
-from twist_fl.rounds import Reply, RunState, Task
+from twist_fl.rounds import RunState
 from twist_fl.subnet import State
 from twist_fl.train import MOMENTS
+from twist_fl.worker import Reply, Task
 
 # Every message names the task that made it; Flower sets this when it starts an app.
 TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1

@@ -18,10 +18,11 @@ from twist_fl.aggregate import ReplyError, StreamingMean, check_state, coverage_
 from twist_fl.blocks import KINDS, Layout, make_layout
 from twist_fl.blueprint import Blueprint, Division, draw_round, full_blueprint
 from twist_fl.job import Job
-from twist_fl.rounds import Reply, RoundMean, RunState, Task, plan, start
+from twist_fl.rounds import RoundMean, RunState, plan, start
 from twist_fl.subnet import State, slice_state
 from twist_fl.threads import PIECE, threads
 from twist_fl.train import MOMENTS, Moments
+from twist_fl.worker import Reply, Task
 
 RandomState = Callable[..., State]
 

@@ -27,10 +27,11 @@ from twist_fl.cost import state_bytes
 from twist_fl.job import Job
 from twist_fl.packing import Packing
 from twist_fl.plots import styled
-from twist_fl.rounds import Worker, start, twist_round
+from twist_fl.rounds import start, twist_round
 from twist_fl.shelf import MomentShelf
 from twist_fl.subnet import get_state
 from twist_fl.train import train_interval
+from twist_fl.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "performance.md").read_text()

@@ -15,10 +15,11 @@ from twist_fl import checkpoint, files, serve, shelf
 from twist_fl.checkpoint import EventReader, RunFolder
 from twist_fl.config import ConfigError
 from twist_fl.job import Job
-from twist_fl.rounds import RunState, Task, run, start
+from twist_fl.rounds import RunState, run, start
 from twist_fl.strategy import NoWorkersError, TwistStrategy
 from twist_fl.subnet import State
 from twist_fl.train import MOMENTS, Moments
+from twist_fl.worker import Task
 
 MakeJob = Callable[..., Job]
 RandomState = Callable[..., State]

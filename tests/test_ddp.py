@@ -18,11 +18,12 @@ from twist_fl.blueprint import full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.cost import round_bytes
 from twist_fl.job import Job
-from twist_fl.rounds import RoundMean, RunState, Task, Worker, dispatch, plan, run, start
+from twist_fl.rounds import RoundMean, RunState, dispatch, plan, run, start
 from twist_fl.shelf import MomentShelf
 from twist_fl.strategy import TwistStrategy
 from twist_fl.subnet import State, get_state, load_state
 from twist_fl.train import MOMENTS, next_token_loss
+from twist_fl.worker import Task, Worker
 
 MakeJob = Callable[..., Job]
 DDP = ("algorithm=ddp", "model.dropout=0.1", "flower.wait_for_nodes=0.05", "eval.every=0")

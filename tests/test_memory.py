@@ -19,7 +19,8 @@ import json, sys
 from pathlib import Path
 import torch
 from twist_fl.job import job_from_json
-from twist_fl.rounds import Worker, dispatch, plan, start
+from twist_fl.rounds import dispatch, plan, start
+from twist_fl.worker import Worker
 from twist_fl.shelf import MomentShelf
 job = job_from_json(Path(sys.argv[1]).read_text())
 state, worker = start(job), Worker(job, MomentShelf(Path(sys.argv[1]).parent))

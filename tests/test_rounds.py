@@ -17,10 +17,11 @@ from twist_fl.blueprint import Blueprint, full_blueprint
 from twist_fl.config import ConfigError
 from twist_fl.evaluate import perplexity
 from twist_fl.job import Job
-from twist_fl.rounds import RoundMean, RunState, Worker, dispatch, plan, run, start, twist_round
+from twist_fl.rounds import RoundMean, RunState, dispatch, plan, run, start, twist_round
 from twist_fl.shelf import MomentShelf
 from twist_fl.subnet import State, attach_factors, get_state, load_state
 from twist_fl.train import MOMENTS, Moments
+from twist_fl.worker import Worker
 
 MakeJob = Callable[..., Job]
 ALL_KEPT = ("train.workers=1", "blueprint.num_sub=4", "train.rounds=3", "model.dropout=0.1")

@@ -15,10 +15,11 @@ from twist_fl import subnet
 from twist_fl.config import ConfigError, TrainConfig, load_config
 from twist_fl.job import Job
 from twist_fl.precision import check_precision, product_precision
-from twist_fl.rounds import Worker, dispatch, plan, run, start
+from twist_fl.rounds import dispatch, plan, run, start
 from twist_fl.shelf import MomentShelf
 from twist_fl.subnet import ModelCache, State, get_state
 from twist_fl.train import train_interval
+from twist_fl.worker import Worker
 
 MakeJob = Callable[..., Job]
 

@@ -22,10 +22,11 @@ from twist_fl.config import ConfigError
 from twist_fl.cost import moment_bytes, round_bytes, state_bytes
 from twist_fl.evaluate import perplexity, subnet_perplexity
 from twist_fl.job import Job
-from twist_fl.rounds import RoundMean, RunState, Task, Worker, dispatch, plan, run, start
+from twist_fl.rounds import RoundMean, RunState, dispatch, plan, run, start
 from twist_fl.shelf import MomentShelf
 from twist_fl.strategy import NoWorkersError, TwistStrategy, exchange
 from twist_fl.transport import SegmentError
+from twist_fl.worker import Task, Worker
 
 MakeJob = Callable[..., Job]
 

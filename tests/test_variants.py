@@ -21,11 +21,12 @@ from twist_fl.config import ConfigError
 from twist_fl.cost import moment_bytes, round_bytes
 from twist_fl.job import Job
 from twist_fl.masked import MaskedModel
-from twist_fl.rounds import RoundMean, RunState, Task, Worker, dispatch, own_last, plan, run, start
+from twist_fl.rounds import RoundMean, RunState, dispatch, own_last, plan, run, start
 from twist_fl.shelf import MomentShelf
 from twist_fl.strategy import NoWorkersError, TwistStrategy
 from twist_fl.subnet import ModelCache, State, mask_state, slice_state, take_back
 from twist_fl.train import train_interval
+from twist_fl.worker import Task, Worker
 
 MakeJob = Callable[..., Job]
 

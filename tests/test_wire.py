@@ -30,11 +30,12 @@ from twist_fl.blueprint import Blueprint, Division, draw_ticket
 from twist_fl.cost import state_bytes
 from twist_fl.job import Job
 from twist_fl.packing import DTYPES, Packing
-from twist_fl.rounds import Reply, RunState, Task, Worker, dispatch, plan, start
+from twist_fl.rounds import RunState, dispatch, plan, start
 from twist_fl.shelf import MomentShelf
 from twist_fl.subnet import State, copy_all, slice_state, take_slice
 from twist_fl.train import MOMENTS, Moments
 from twist_fl.transport import Handle, Segment, SegmentError
+from twist_fl.worker import Reply, Task, Worker
 
 MakeJob = Callable[..., Job]
 RandomState = Callable[..., State]

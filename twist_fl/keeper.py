@@ -9,7 +9,8 @@ from twist_fl.blueprint import Blueprint, full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.cost import moment_bytes, round_bytes, training_bytes
 from twist_fl.job import Job
-from twist_fl.rounds import RunState, Task, plan
+from twist_fl.rounds import RunState, plan
+from twist_fl.worker import Task
 
 
 class Keeper:

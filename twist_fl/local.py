@@ -17,8 +17,9 @@ from twist_fl.checkpoint import RunFolder
 from twist_fl.checks import LaunchError
 from twist_fl.keeper import Keeper
 from twist_fl.results import final_results
-from twist_fl.rounds import Worker, plan, start, twist_round
+from twist_fl.rounds import plan, start, twist_round
 from twist_fl.shelf import MomentShelf, moment_folder
+from twist_fl.worker import Worker
 
 
 def train_local(folder: RunFolder) -> None:

@@ -6,27 +6,18 @@ network in between (`wire.task_to_records` sends what `dispatch` gives); on CPU 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 
-import numpy as np
-import torch
-from transformers import PreTrainedModel
-
 from twist_fl.aggregate import Memory, ReplyError, StreamingMean, check_state, coverage_debt
-from twist_fl.blueprint import Blueprint, Debt, Scores
-from twist_fl.data import Windows
+from twist_fl.blueprint import Debt, Scores
 from twist_fl.importance import score_blocks
 from twist_fl.job import Job
-from twist_fl.masked import MaskedModel
-from twist_fl.memory import Peak
-from twist_fl.precision import check_precision
 from twist_fl.shelf import MomentShelf
-from twist_fl.subnet import State, mask_state, slice_state, take_back
-from twist_fl.train import MOMENTS, Interval, Moments, adam_step, batch_gradient, train_interval, zero_moments
+from twist_fl.subnet import State, mask_state, slice_state
+from twist_fl.train import MOMENTS, Moments, adam_step, zero_moments
+from twist_fl.worker import Reply, Task, Worker
 
 
 @dataclass
@@ -43,35 +34,6 @@ class RunState:
     """Of the blocks, with blueprint.policy=importance."""
     spare: list[Memory] = field(default_factory=list, repr=False, compare=False)
     """Where the sums of the round before were: the next round takes this memory."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One worker's part of a round: everything but the tensors."""
-
-    round: int
-    worker: int
-    blueprint: Blueprint
-    cursor: int
-    num_batches: int
-    keep_from: int = 0
-    """Oldest round whose client-side moments a resumed run could still need."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    digest: str
-    params: State
-    """As trained; of DDP, their gradient."""
-    loss: float
-    num_tokens: int
-    num_batches: int
-    seconds: float = 0.0
-    moments: Moments | None = None
-    peak_bytes: int = 0
-    """Most memory held while training, above what was held before there was a model: see `memory.Peak`."""
-    note: str = ""
-    """What the run's log should say of this worker."""
 
 
 @dataclass
@@ -125,99 +87,6 @@ def dispatch(job: Job, state: RunState, task: Task) -> tuple[State, Moments | No
     if task.worker not in job.clients:
         values = {name: mask_state(job.layout, value, task.blueprint) for name, value in values.items()}
     return params, Moments(state.moments.step, values)
-
-
-class Worker:
-    """A training client. Data and one model per shape stay warm; all else comes with the task."""
-
-    def __init__(self, job: Job, shelf: MomentShelf) -> None:
-        self.job, self.shelf = job, shelf
-        self.device = job.device()
-        check_precision(job.config.train.precision, self.device)
-        self.models = job.models(compile=job.config.train.compile)
-        self.masked = MaskedModel(job.models(compile=job.config.train.compile))
-        self.peak = Peak(self.device)  # no model is built yet
-
-    def load(self, task: Task, params: State, in_place: bool = False) -> PreTrainedModel:
-        """The task's subnet: a smaller model, or the whole one masked. With `in_place` until `subnet.take_back`."""
-        models = self.masked if self.job.masks(task.worker) else self.models
-        return models.load(task.blueprint, params, in_place)
-
-    def batches(self, task: Task) -> Iterator[torch.Tensor]:
-        """The task's batches, each read when it is asked for: a GPU is still busy with the one before."""
-        windows: Windows = self.job.corpus.train
-        shard = self.job.shard(task.worker)
-        for cursor in range(task.cursor, task.cursor + task.num_batches):
-            batch = torch.tensor(windows[shard.batch(cursor)], dtype=torch.int64)  # (B, T)
-            if self.device.startswith("cuda"):
-                batch = batch.pin_memory()
-            yield batch.to(self.device, non_blocking=True)
-
-    def train(self, task: Task, params: State, moments: Moments | None, in_place: bool = False) -> Reply:
-        """Train the subnet for one interval, or for DDP take a batch's gradient; the reply's tensors are on the CPU.
-
-        With `in_place` they are those given, where they are not gradients; else those given stay as they are.
-        """
-        started = time.perf_counter()
-        self.peak.restart()
-        config = self.job.config
-        torch.set_num_threads(config.train.threads or 1)
-        model = self.load(task, params, in_place)
-        try:
-            own = moments.clone() if moments and not in_place else moments
-            interval, note = self._interval(model, task, own)
-        finally:
-            if in_place:
-                take_back(model)
-        trained_in_place = in_place and config.algorithm != "ddp"
-        return Reply(
-            task.blueprint.digest,
-            _back(interval.result, params if trained_in_place else {}),
-            interval.loss,
-            interval.num_tokens,
-            interval.num_batches,
-            time.perf_counter() - started,
-            moments=self._moments(interval.moments, moments.values if moments and in_place else {}),
-            peak_bytes=self.peak.num_bytes(),
-            note=note,
-        )
-
-    def _interval(self, model: PreTrainedModel, task: Task, moments: Moments | None) -> tuple[Interval, str]:
-        """What the job's algorithm does in a round, and what the run's log should say of it."""
-        config = self.job.config
-        seed = int(np.random.SeedSequence((config.seed, task.round, task.worker)).generate_state(1)[0])
-        if config.algorithm == "ddp":
-            (batch,) = self.batches(task)
-            return batch_gradient(model, batch, config.train, seed), ""
-        if config.train.optimizer_state == "client":
-            return self._continue(model, task, seed)
-        return train_interval(model, self.batches(task), config.train, seed, moments), ""
-
-    def _moments(self, after: Moments, places: Mapping[str, State]) -> Moments | None:
-        """Those that travel."""
-        if not self.job.moments_travel:
-            return None
-        return Moments(after.step, {name: _back(after.values[name], places.get(name, {})) for name in MOMENTS})
-
-    def _continue(self, model: PreTrainedModel, task: Task, seed: int) -> tuple[Interval, str]:
-        """An interval with the client's own optimiser state of what it always holds, and a note if that is lost."""
-        moments = self.shelf.load(task.worker, task.round)
-        lost = moments is None and task.cursor > 0
-        interval = train_interval(model, self.batches(task), self.job.config.train, seed, moments)
-        kept = self.job.always_whole(task.worker)
-        self.shelf.save(task.worker, task.round, interval.moments, kept, task.keep_from)
-        return interval, "its optimiser state is not on this machine: started anew" if lost else ""
-
-
-def _back(state: State, places: Mapping[str, torch.Tensor]) -> State:
-    """`state` on the CPU; from a GPU it goes to its place, where it has one."""
-
-    def back(name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device.type == "cpu" or name not in places:
-            return tensor.cpu()
-        return places[name].copy_(tensor)
-
-    return {name: back(name, tensor) for name, tensor in state.items()}
 
 
 class RoundMean:

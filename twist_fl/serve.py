@@ -13,9 +13,9 @@ from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError, load_config
 from twist_fl.job import Job, job_from_json, make_job
 from twist_fl.results import final_results
-from twist_fl.rounds import Worker
 from twist_fl.shelf import MomentShelf, moment_folder
 from twist_fl.strategy import TwistStrategy
+from twist_fl.worker import Worker
 
 
 def open_run(run_dir: str, preset: str, overrides: str) -> tuple[RunFolder, Job]:

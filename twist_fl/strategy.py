@@ -24,11 +24,12 @@ from twist_fl.job import Job
 from twist_fl.keeper import Keeper
 from twist_fl.machine import usable_cores
 from twist_fl.packing import Packing
-from twist_fl.rounds import RoundMean, RunState, Task, Worker, dispatch, plan, start
+from twist_fl.rounds import RoundMean, RunState, dispatch, plan, start
 from twist_fl.shelf import MomentShelf, moment_folder
 from twist_fl.subnet import State
 from twist_fl.tensors import KnownArrays
 from twist_fl.threads import threads
+from twist_fl.worker import Task, Worker
 
 BYTE_KINDS = ("weights", "moments", "other")
 TRANSPORTS = ("shm", "inline")

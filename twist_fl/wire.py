@@ -18,11 +18,11 @@ from twist_fl.aggregate import ReplyError
 from twist_fl.blueprint import Blueprint
 from twist_fl.job import Job
 from twist_fl.packing import Packing
-from twist_fl.rounds import Reply, Task
 from twist_fl.subnet import State, slice_state, take_slice
 from twist_fl.tensors import KnownArrays, get_tensors, handle_of, put_tensors, take_whole
 from twist_fl.train import Moments
 from twist_fl.transport import Segment, SegmentError
+from twist_fl.worker import Reply, Task
 
 _REPLY_TYPES = {
     "digest": str,

@@ -41,9 +41,10 @@ from twist_fl.job import Job
 from twist_fl.memory import Peak
 from twist_fl.precision import check_precision
 from twist_fl.results import provenance
-from twist_fl.rounds import RoundMean, RunState, Worker, dispatch, plan, start
+from twist_fl.rounds import RoundMean, RunState, dispatch, plan, start
 from twist_fl.shelf import MomentShelf
 from twist_fl.subnet import check_compiler
+from twist_fl.worker import Worker
 
 WORKERS = 4
 PLAIN = 10**9
