@@ -68,7 +68,8 @@ def through_flower(workers: int, args: argparse.Namespace, scratch: Path) -> dic
 def server_share(job: Job, one_segment: bool) -> tuple[float, int]:
     """Seconds of the server's part of a round in which replies come back as they were sent; bytes of segments.
 
-    Without `one_segment`, as in a run, every worker has its task before the first one answers.
+    With `one_segment` each task takes the memory of the one before, and every reply is the last task's tensors, which
+    have the same shapes: so a machine holds one worker's where a run would hold all of them.
     """
     generator = torch.Generator().manual_seed(0)
     num_workers = job.config.train.workers
@@ -80,19 +81,18 @@ def server_share(job: Job, one_segment: bool) -> tuple[float, int]:
         begin, replying = time.perf_counter(), 0.0
         tasks = plan(job, state)
         mean = round_mean(job, state, tasks)
-        for group in [[task] for task in tasks] if one_segment else [tasks]:
-            for task in group:
-                size = Packing.of(job, task.blueprint).segment_bytes
-                segment = segments.take(0 if one_segment else task.worker, size)
-                wire.task_to_records(job, "", task, state.params, None, segment)
-            for task in group:
-                memory = segments.get(0 if one_segment else task.worker)
-                assert memory is not None
-                replying -= time.perf_counter()
-                content = wire.reply_to_records(job, task.blueprint, unchanged(job, task, memory), memory)
-                replying += time.perf_counter()
-                reply = wire.reply_from_records(job, task.blueprint, content, memory)
-                mean.add(task, reply, lasts=not one_segment)
+        for task in tasks:
+            size = Packing.of(job, task.blueprint).segment_bytes
+            segment = segments.take(0 if one_segment else task.worker, size)
+            wire.task_to_records(job, "", task, state.params, None, segment)
+        for task in tasks:
+            memory = segments.get(0 if one_segment else task.worker)
+            assert memory is not None
+            replying -= time.perf_counter()
+            content = wire.reply_to_records(job, task.blueprint, unchanged(job, task, memory), memory)
+            replying += time.perf_counter()
+            reply = wire.reply_from_records(job, task.blueprint, content, memory)
+            mean.add(task, reply, lasts=not one_segment)
         assert not mean.report.dropped, mean.report.dropped
         state = mean.finish()
         state.cursors = [0] * num_workers

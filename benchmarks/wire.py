@@ -81,7 +81,7 @@ def one(args: argparse.Namespace, scratch: Path) -> None:
     assert state is not None
     for _ in range(args.rounds):
         state = round_by_wire(job, state, worker, args.only == RIVAL)
-    RunFolder(args.to).save(state)
+    RunFolder(args.to).save(state, job.model_config)
     save(perplexities(job, state), args.out)
 
 

@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from local_grid import Answer, Bend, LocalGrid, assert_same_run, failing, honest, same
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from twist_fl import checkpoint, files, serve, shelf
 from twist_fl.checkpoint import EventReader, RunFolder
@@ -17,10 +18,11 @@ from twist_fl.config import ConfigError
 from twist_fl.job import Job
 from twist_fl.rounds import RunState, run, start
 from twist_fl.strategy import NoWorkersError, TwistStrategy
-from twist_fl.subnet import State
+from twist_fl.subnet import State, get_state
 from twist_fl.train import MOMENTS, Moments
 from twist_fl.worker import Task
 
+MODEL = GPT2Config(bos_token_id=0, eos_token_id=0)
 MakeJob = Callable[..., Job]
 RandomState = Callable[..., State]
 
@@ -57,7 +59,7 @@ def test_what_is_saved_is_loaded(with_moments: bool, state: RunState, tmp_path: 
         state.moments = None
     name = next(iter(state.params))
     state.params[name].view(-1)[:3] = torch.tensor([1e-42, -0.0, torch.finfo().max])  # subnormal, negative zero
-    RunFolder(tmp_path).save(state)
+    RunFolder(tmp_path).save(state, MODEL)
     loaded = RunFolder(tmp_path).load()
     assert loaded is not None
     assert_same_run(loaded, state)
@@ -67,7 +69,7 @@ def test_what_is_saved_is_loaded(with_moments: bool, state: RunState, tmp_path: 
 def test_a_loaded_state_is_no_view_of_the_file(state: RunState, tmp_path: Path) -> None:
     """Rounds are averaged in place: what was loaded is overwritten, and the checkpoint must not be."""
     folder = RunFolder(tmp_path)
-    folder.save(state)
+    folder.save(state, MODEL)
     loaded = folder.load()
     assert loaded is not None
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
@@ -77,6 +79,21 @@ def test_a_loaded_state_is_no_view_of_the_file(state: RunState, tmp_path: Path) 
     again = folder.load()
     assert again is not None
     assert_same_run(again, state)
+
+
+def test_a_checkpoint_is_a_model_and_a_start_for_another_run(
+    tiny_job: MakeJob, random_state: RandomState, tmp_path: Path
+) -> None:
+    job = tiny_job()
+    state = start(job)
+    state.params = random_state(job.layout, 3)
+    folder = RunFolder(tmp_path)
+    folder.save(state, job.model_config)
+    (saved,) = folder.checkpoints()
+    assert same(get_state(AutoModelForCausalLM.from_pretrained(saved)), state.params)
+    other = tiny_job(f"model.pretrained={saved}")
+    assert other.layout == job.layout
+    assert same(start(other).params, state.params)
 
 
 def test_a_new_folder_has_no_checkpoint(tmp_path: Path) -> None:
@@ -90,7 +107,7 @@ def test_a_new_folder_has_no_checkpoint(tmp_path: Path) -> None:
 def test_only_the_two_newest_are_kept(state: RunState, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for state.round in (8, 9, 10, 100):
-        folder.save(state)
+        folder.save(state, MODEL)
         loaded = folder.load()
         assert loaded is not None
         assert loaded.round == state.round
@@ -99,9 +116,9 @@ def test_only_the_two_newest_are_kept(state: RunState, tmp_path: Path) -> None:
 
 def test_a_round_saved_again_replaces_the_old_one(state: RunState, random_state: RandomState, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.save(state)
+    folder.save(state, MODEL)
     state.params = {name: value + 1 for name, value in state.params.items()}
-    folder.save(state)
+    folder.save(state, MODEL)
     loaded = folder.load()
     assert loaded is not None
     assert_same_run(loaded, state)
@@ -113,7 +130,7 @@ def test_a_save_that_dies_leaves_the_last_checkpoint(
     dies_in: str, error: BaseException, state: RunState, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = RunFolder(tmp_path)
-    folder.save(state)
+    folder.save(state, MODEL)
 
     def die(*given: object) -> None:
         raise error
@@ -122,18 +139,18 @@ def test_a_save_that_dies_leaves_the_last_checkpoint(
         patch.setattr(checkpoint, dies_in, die)
         later = RunState({name: value + 1 for name, value in state.params.items()}, [9, 9, 9], 4, moments=state.moments)
         with pytest.raises(type(error)):
-            folder.save(later)
+            folder.save(later, MODEL)
     loaded = folder.load()
     assert loaded is not None
     assert_same_run(loaded, state)
-    folder.save(later)
+    folder.save(later, MODEL)
     assert [path.name for path in folder.checkpoints()] == ["round-000003", "round-000004"]
 
 
 def test_what_a_killed_process_left_is_no_checkpoint(state: RunState, tmp_path: Path) -> None:
     """kill -9 in the middle of a save: the unfinished folder stays, under its temporary name."""
     folder = RunFolder(tmp_path)
-    folder.save(state)
+    folder.save(state, MODEL)
     manager = files.new_folder(tmp_path / "checkpoints" / "round-000004")
     making = manager.__enter__()
     (making / "model.safetensors").write_bytes(b"half")

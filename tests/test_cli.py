@@ -252,7 +252,7 @@ def test_a_latency_that_cannot_be_measured_is_refused_before_anything_starts(
 ) -> None:
     job, folder = tiny_job("deploy.new_tokens=32"), RunFolder(tmp_path / "run")
     folder.create(job)
-    folder.save(start(job))
+    folder.save(start(job), job.model_config)
     status, _, error = run("deploy", folder.path)
     assert status == 2
     assert "deploy.new_tokens=32 does not fit a context of 32: use at most 31" in error

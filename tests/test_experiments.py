@@ -20,7 +20,7 @@ from twist_fl.blueprint import Division, Setting, draw_round
 from twist_fl.config import ConfigError
 from twist_fl.experiments import fig2, fig5, fig6, shared, table1
 from twist_fl.experiments.catalog import PAPER
-from twist_fl.experiments.lab import TRAIN, Lab, Scale, Task
+from twist_fl.experiments.lab import TRAIN, Lab, Scale, Task, train
 from twist_fl.experiments.latency import FULL, MEASURE, SIZES, shape_name
 from twist_fl.experiments.measures import MEASURES
 from twist_fl.experiments.runner import execute
@@ -437,3 +437,12 @@ def test_latency_measures_each_shape(trained: Lab) -> None:
     assert (found["batches"], found["tokens"], found["threads"]) == (2, 32, 1)
     assert torch.get_num_threads() == threads
     assert json.loads(json.dumps(found)) == found
+
+
+def test_a_run_goes_on_from_what_another_has_trained(trained: Lab) -> None:
+    task = train("after", "algorithm=ddp", "train.rounds=1", "train.lr=1e-9", after=DDP)
+    execute(trained, task)
+    (start,) = trained.run("ddp").checkpoints()[-1:]
+    assert trained.run("after").job().config.model.pretrained == str(start)
+    assert trained.result(task)["full"] == pytest.approx(trained.result(DDP)["full"], rel=1e-5)
+    assert trained.is_done(task)

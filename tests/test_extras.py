@@ -26,11 +26,12 @@ from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError
 from twist_fl.cost import moment_bytes, round_bytes
 from twist_fl.evaluate import mean_nll
-from twist_fl.experiments import ablation, failure, real_cost, recipe, sweep, theorem
+from twist_fl.experiments import ablation, failure, finetune, real_cost, recipe, sweep, theorem
 from twist_fl.experiments.experiment import Experiment
 from twist_fl.experiments.extras import EXTRAS
 from twist_fl.experiments.lab import SCALES, TRAIN, Lab, Task
 from twist_fl.experiments.measures import MEASURES
+from twist_fl.experiments.runs import DDP
 from twist_fl.files import write_text
 from twist_fl.job import Job, make_job
 from twist_fl.masked import MaskedModel
@@ -60,7 +61,7 @@ def folder(job: Job, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder = RunFolder(tmp_path_factory.mktemp("runs") / "tiny")
     folder.create(job)
     done = rounds.run(job, rounds.start(job), folder.path)
-    folder.save(done)
+    folder.save(done, job.model_config)
     return folder
 
 
@@ -281,7 +282,10 @@ def lab(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Lab:
             continue
         if task.kind == TRAIN:
             folder = lab.run(task.name)
-            folder.create(make_job(lab.config(task)))
+            job = make_job(lab.config(task))
+            folder.create(job)
+            if task == DDP:
+                folder.save(rounds.start(job), job.model_config)  # others go on from it
             write_text(json.dumps(made_up(task, lab)), folder.results_file)
             folder.log("done", round=1)
         else:
@@ -391,3 +395,17 @@ def test_a_recipe_is_a_mean_over_seeds(lab: Lab) -> None:
     other = replace(lab, overrides=(*lab.overrides, "seed=5"))
     runs = [task for task in recipe.tasks(other) if task.name.startswith("ddp") and task.kind == TRAIN]
     assert [other.config(task).seed for task in runs] == [5, 6, 7]
+
+
+def test_pruned_models_stand_beside_fine_tuned_ones(lab: Lab) -> None:
+    data = finetune.collect(lab)
+    (table,) = finetune.tables(data).values()
+    assert [line[0] for line in table[1:]] == [finetune.BEFORE, *finetune.TRAINED, *finetune.PRUNERS]
+    assert all(len(line) == len(table[0]) for line in table)
+    dense, sparse = table[2], table[-2]
+    assert sparse[1] == dense[1]  # pruned is the model that DDP has fine-tuned
+    assert "±" in dense[-1] and "±" not in sparse[-1]
+    starts = {lab.words(task)[-3] for task in finetune.TRAINED.values()}
+    assert starts == {f"model.pretrained={lab.run('ddp').checkpoints()[-1]}"}
+    lost = replace(lab, folder=lab.folder / "elsewhere")  # to be planned before anything has been trained
+    assert lost.config(finetune.TRAINED[finetune.DDP]).model.pretrained == str(lost.run("ddp").path / "checkpoints")

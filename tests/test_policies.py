@@ -358,7 +358,7 @@ def test_results_of_a_scored_run(tiny_job: MakeJob, tmp_path: Path) -> None:
     state = run(job, start(job), tmp_path)
     (row,) = final_results(job, state, folder)["tickets"]
     assert row["std"] == 0
-    folder.save(state)
+    folder.save(state, job.model_config)
     loaded = folder.load()
     assert loaded is not None
     assert loaded.scores == state.scores

@@ -696,7 +696,7 @@ def test_a_pruned_model_loads_by_itself(
 def run_folder(job: Job, tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path / "run")
     folder.create(job)
-    folder.save(start(job))
+    folder.save(start(job), job.model_config)
     return folder
 
 

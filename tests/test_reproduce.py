@@ -56,7 +56,7 @@ def test_a_local_run_is_rounds_run_and_resumes_to_the_same_weights(micro: list[s
     folder.create(job)
     job = folder.job()
     expected = rounds.run(job, rounds.start(job), tmp_path)
-    folder.save(rounds.run(job, rounds.start(job), tmp_path, 2))
+    folder.save(rounds.run(job, rounds.start(job), tmp_path, 2), job.model_config)
     local.train_local(folder)
     found = folder.load()
     assert found is not None

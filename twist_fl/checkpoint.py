@@ -1,6 +1,7 @@
 """A run's folder: what it is (`job.json`), what happened (`events.jsonl`), and checkpoints to resume from exactly.
 
-A checkpoint is a folder that is renamed into place when it is whole; the two newest are kept.
+A checkpoint is a folder that is renamed into place when it is whole; the two newest are kept. Each is also the full
+model as Hugging Face keeps one, for AutoModelForCausalLM.from_pretrained or another run's model.pretrained.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedConfig
 
 from twist_fl.blocks import Kind
 from twist_fl.config import ConfigError
@@ -100,7 +102,7 @@ class RunFolder:
         """Whole checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob("round-*"))
 
-    def save(self, state: RunState) -> None:
+    def save(self, state: RunState, model: PreTrainedConfig) -> None:
         folder = self.path / "checkpoints" / f"round-{state.round:06d}"
         fields = {
             "round": state.round,
@@ -115,6 +117,7 @@ class RunFolder:
                 tensors = {f"{m}/{name}": t for m in MOMENTS for name, t in state.moments.values[m].items()}
                 save_tensors(tensors, making / "moments.safetensors")
             write_text(json.dumps(fields), making / "state.json")
+            write_text(model.to_json_string(use_diff=False), making / "config.json")
         for old in self.checkpoints()[:-_KEPT]:
             shutil.rmtree(old)
 

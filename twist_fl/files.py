@@ -22,7 +22,7 @@ def write_text(text: str, path: Path) -> None:
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     making = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, making)
+    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, making, {"format": "pt"})
     making.replace(path)
 
 

@@ -74,13 +74,14 @@ class Task:
     name: str
     kind: str
     runs: tuple[str, ...] = ()
-    """Training tasks that must be finished before."""
+    """Training tasks that must be finished before. Of training: the one whose model it starts from, if any."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Of training: `overrides`, a list of key=value. Of a measurement: its function's keywords."""
 
 
-def train(name: str, *overrides: str) -> Task:
-    return Task(name, TRAIN, (), {"overrides": list(overrides)})
+def train(name: str, *overrides: str, after: Task | None = None) -> Task:
+    """A run, from scratch (or the preset's checkpoint) or from the model that `after` has trained."""
+    return Task(name, TRAIN, (after.name,) if after else (), {"overrides": list(overrides)})
 
 
 def measure(kind: str, run: Task, **arguments: Any) -> Task:
@@ -112,7 +113,13 @@ class Lab:
             if key != "seed" and own.get(key, value) != value:  # a run with a seed of its own counts from the lab's
                 raise ConfigError(f"{word} would change {task.name}, which is {key}={own[key]}: leave it out")
         wanted = [*self.scale.overrides, *self.overrides, *task.arguments["overrides"]]
+        wanted += [f"model.pretrained={self._trained(name)}" for name in task.runs]
         return [*wanted, f"name={task.name}", f"dir={self.run(task.name).path}"]
+
+    def _trained(self, name: str) -> Path:
+        """Where a run's model is; of one that has none yet, where all of them will be."""
+        checkpoints = self.run(name).checkpoints()
+        return checkpoints[-1] if checkpoints else self.run(name).path / "checkpoints"
 
     def config(self, task: Task) -> Config:
         """Of a training task. Raises ConfigError."""
