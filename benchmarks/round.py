@@ -44,9 +44,10 @@ def must_do(job: Job, tasks: list[Task], args: argparse.Namespace) -> dict[str, 
     return {
         "slice": {"at": SERVER, "bytes": 8 * subnet * all_, "copies": 1, "flops": 0},
         "ship": {"at": BOTH, "bytes": 0, "copies": 0, "flops": 0},
-        "load": {"at": WORKER, "bytes": 8 * subnet, "copies": 1, "flops": 0},
+        # A worker's model computes where its task lies, and leaves its reply there.
+        "load": {"at": WORKER, "bytes": 0, "copies": 0, "flops": 0},
         "train": {"at": WORKER, "bytes": 0, "copies": 0, "flops": flops},
-        "return": {"at": WORKER, "bytes": 8 * subnet, "copies": 1, "flops": 0},
+        "return": {"at": WORKER, "bytes": 0, "copies": 0, "flops": 0},
         # All replies lie in their segments: each is read once, and the mean written.
         "aggregate": {"at": SERVER, "bytes": 4 * subnet * all_ + 4 * full, "copies": 0, "flops": 0},
     }
