@@ -1,7 +1,7 @@
 """TwIST as the paper uses it, on a trained model: what it costs the full model, and what its tickets gain.
 
 The paper fine-tunes a pretrained GPT-2. Here the pretrained model is the lab's own DDP run, and every method goes on
-from its weights for as many batches again, at a tenth of the learning rate.
+from its weights for as many batches again, at a third of the learning rate.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from twist_fl.experiments.shared import about, caption
 from twist_fl.experiments.table1 import CALIBRATION_WINDOWS
 from twist_fl.plots import figure_of, looks_of, scale_perplexity
 
-LR = "train.lr=1e-4"
+LR = "train.lr=3e-4"
 BOTH = ("blueprint.setting=both",)
 BEFORE, DDP = "before: DDP", "DDP"
 TRAINED = {
@@ -99,7 +99,7 @@ def notes(data: Data) -> list[str]:
     rows: dict[str, Data] = data["rows"]
     dense = rows[DDP]["full"]
     found = [
-        f"All start from the lab's DDP run and train as many batches again, with {LR} (a tenth of what it had) and new "
+        f"All start from the lab's DDP run and train as many batches again, with {LR} and new "
         "optimiser state.",
         *(
             f"{name}: the full model has {rows[name]['full'] / dense:.3f} of fine-tuned DDP's perplexity."
