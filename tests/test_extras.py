@@ -408,5 +408,10 @@ def test_pruned_models_stand_beside_fine_tuned_ones(lab: Lab) -> None:
     assert "±" in dense[-1] and "±" not in sparse[-1]
     starts = {lab.words(task)[-3] for task in finetune.TRAINED.values()}
     assert starts == {f"model.pretrained={lab.run('ddp').checkpoints()[-1]}"}
+    for scale in SCALES.values():
+        of_scale = Lab(lab.folder / "elsewhere", scale, lab.overrides)
+        before, after = (of_scale.config(task).train.lr for task in (DDP, finetune.TRAINED[finetune.DDP]))
+        said = finetune.notes(data | {"about": {"scale": scale.name}})[0]
+        assert ("a tenth of what it had" in said) == (after == pytest.approx(before / 10))
     lost = replace(lab, folder=lab.folder / "elsewhere")  # to be planned before anything has been trained
     assert lost.config(finetune.TRAINED[finetune.DDP]).model.pretrained == str(lost.run("ddp").path / "checkpoints")

@@ -1,7 +1,7 @@
 """TwIST as the paper uses it, on a trained model: what it costs the full model, and what its tickets gain.
 
 The paper fine-tunes a pretrained GPT-2. Here the pretrained model is the lab's own DDP run, and every method goes on
-from its weights for as many batches again, at a tenth of the learning rate.
+from its weights for as many batches again, at the paper's learning rate (but at its own scale, a tenth of that run's).
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def reading(data: Data) -> str:
 def notes(data: Data) -> list[str]:
     rows: dict[str, Data] = data["rows"]
     dense = rows[DDP]["full"]
+    lower = "" if data["about"]["scale"] == "paper" else " (a tenth of what it had)"
     found = [
-        f"All start from the lab's DDP run and train as many batches again, with {LR} (a tenth of what it had) and new "
-        "optimiser state.",
+        f"All start from the lab's DDP run and train as many batches again, with {LR}{lower} and new optimiser state.",
         *(
             f"{name}: the full model has {rows[name]['full'] / dense:.3f} of fine-tuned DDP's perplexity."
             for name in TRAINED
