@@ -1,4 +1,4 @@
-"""Flower's ClientApp: glue. The work is in twist_fl/rounds.py (training) and twist_fl/edge.py (deployment)."""
+"""Flower's ClientApp: glue. The work is in twist_fl/worker.py (training) and twist_fl/edge.py (deployment)."""
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp

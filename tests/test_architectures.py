@@ -21,7 +21,7 @@ from twist_fl.aggregate import StreamingMean
 from twist_fl.architectures import ARCHITECTURES
 from twist_fl.blocks import KINDS, make_layout
 from twist_fl.blueprint import Blueprint, Division, draw_round, draw_ticket, full_blueprint
-from twist_fl.config import ConfigError, ModelConfig
+from twist_fl.config import ConfigError, ModelConfig, TrainConfig
 from twist_fl.deploy import make_ticket, ticket_memory_bytes
 from twist_fl.edge import receive_ticket
 from twist_fl.family import config_from_dict, padding_token
@@ -37,8 +37,9 @@ from twist_fl.subnet import (
     get_state,
     load_state,
     slice_state,
+    take_back,
 )
-from twist_fl.train import next_token_loss
+from twist_fl.train import next_token_loss, train_interval
 
 RandomState = Callable[..., State]
 every_model = pytest.mark.parametrize("name", CONFIGS)
@@ -252,11 +253,31 @@ def test_a_kv_cache_changes_nothing_and_is_as_large_as_planned(name: str, random
     assert sum(layers) + sum(p.nbytes for p in model.parameters()) == ticket_memory_bytes(layout, blueprint)
 
 
+@every_model
+def test_a_lent_state_is_trained_as_a_copy_is(name: str, random_state: RandomState) -> None:
+    """Bit for bit, tied heads too; then the model has memory of its own again."""
+    lent, copied = (ModelCache(CONFIGS[name], LAYOUTS[name], "sqrt") for _ in range(2))
+    batches, config = [tokens()] * 2, TrainConfig(lr=1e-2)
+    for draw in (0, 1):
+        blueprint = ticket(name, draw)
+        state = slice_state(LAYOUTS[name], random_state(LAYOUTS[name], draw), blueprint)
+        expected = train_interval(copied.load(blueprint, state), batches, config, 0).result
+        model: Any = lent.load(blueprint, state, in_place=True)
+        head = model.get_output_embeddings().weight
+        result = train_interval(model, batches, config, 0).result
+        take_back(model)
+        where = {key: value.data_ptr() for key, value in state.items()}
+        assert {key: value.data_ptr() for key, value in result.items()} == where
+        assert not {parameter.data_ptr() for parameter in model.parameters()} & set(where.values())
+        assert all(torch.equal(state[key], value) for key, value in expected.items())
+        assert model.get_output_embeddings().weight is head
+
+
 @pytest.mark.parametrize("name", ["llama", "opt", "gpt_neox"])
 def test_a_subnet_compiles_as_one_graph_once_per_shape(
     name: str, random_state: RandomState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The graph is run as it is, which takes no compiler's time."""
+    """The graph is run as it is, which takes no compiler's time. Weights that are lent compile nothing either."""
     compilations: list[int] = []
 
     def backend(graph: Any, _inputs: Any) -> Any:
@@ -267,9 +288,11 @@ def test_a_subnet_compiles_as_one_graph_once_per_shape(
     monkeypatch.setattr(ModelCache, "backend", staticmethod(backend))
     state, layout = random_state(LAYOUTS[name]), LAYOUTS[name]
     compiled, plain = (ModelCache(CONFIGS[name], layout, "sqrt", compile=choice) for choice in (True, False))
-    for draw in (0, 1):
+    for draw in (0, 1, 2):
+        blueprint = ticket(name, draw)
+        sliced = slice_state(layout, state, blueprint)
         losses = [
-            next_token_loss(models.load_sliced(ticket(name, draw), state).train(False), tokens(), chunk=7)
+            next_token_loss(models.load(blueprint, sliced, in_place=draw > 0).train(False), tokens(), chunk=7)
             for models in (compiled, plain)
         ]
         assert relative(*losses) < 1e-6

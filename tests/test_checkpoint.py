@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config
 from twist_fl import checkpoint, files, serve, shelf
 from twist_fl.checkpoint import EventReader, RunFolder
 from twist_fl.config import ConfigError
+from twist_fl.family import config_from_dict
 from twist_fl.job import Job
 from twist_fl.rounds import RunState, run, start
 from twist_fl.strategy import NoWorkersError, TwistStrategy
@@ -88,7 +89,7 @@ def test_a_checkpoint_is_a_model_and_a_start_for_another_run(
     state = start(job)
     state.params = random_state(job.layout, 3)
     folder = RunFolder(tmp_path)
-    folder.save(state, job.model_config)
+    folder.save(state, config_from_dict(job.model_config.to_dict() | {"dtype": "bfloat16"}))  # as it came from a hub
     (saved,) = folder.checkpoints()
     assert same(get_state(AutoModelForCausalLM.from_pretrained(saved)), state.params)
     other = tiny_job(f"model.pretrained={saved}")

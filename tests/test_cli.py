@@ -527,10 +527,12 @@ def test_a_text_that_cannot_be_generated(given: tuple[str, ...], reason: str, ru
     assert reason in error
 
 
-def test_generate_from_something_else(run: Run, tmp_path: Path) -> None:
-    status, _, error = run("generate", tmp_path)
-    assert status == 2
-    assert "is neither a run (job.json) nor a deployed ticket (config.json)" in error
+def test_generate_from_something_else(run: Run, trained: Path, tmp_path: Path) -> None:
+    """A run's checkpoint is a model, but has no tokenizer."""
+    for path in (tmp_path, RunFolder(trained).checkpoints()[-1]):
+        status, _, error = run("generate", path)
+        assert status == 2
+        assert "is neither a run (job.json) nor a deployed ticket (config.json, tokenizer.json)" in error
 
 
 def test_report_of_a_run(run: Run, trained: Path, tmp_path: Path) -> None:

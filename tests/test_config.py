@@ -130,6 +130,7 @@ JOB_REFUSED = {
     "eval.sizes=5": "a ticket size of 5 (eval.sizes, --sizes) is impossible: choose 1 to 4",
     "blueprint.common=[4]": "blueprint.common=[4] must be distinct block ids from 0 to 3",
     "model.pretrained=./no/such/folder": "model.pretrained='./no/such/folder' is neither a folder here nor on a hub",
+    "model.pretrained=/": "model.pretrained='/' is a folder without config.json: give the folder of a",
 }
 
 

@@ -283,6 +283,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Lab:
         if task.kind == TRAIN:
             folder = lab.run(task.name)
             job = make_job(lab.config(task))
+            lab.begin(task)
             folder.create(job)
             if task == DDP:
                 folder.save(rounds.start(job), job.model_config)  # others go on from it
@@ -290,7 +291,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Lab:
             folder.log("done", round=1)
         else:
             assert task.kind in MEASURES
-            of = {name: lab.run_id(name) for name in task.runs}
+            of = lab.stamp(task)
             assert None not in of.values(), "a run comes before what is measured of it"
             write_text(json.dumps({"result": made_up(task, lab), "of": of}), lab.file(task))
     return lab

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from twist_fl.experiments.catalog import EXPERIMENTS
 from twist_fl.experiments.lab import SCALES, Lab, measure, train
 from twist_fl.experiments.pages import write_page
 from twist_fl.experiments.reproduce import fill_page, reproduce
-from twist_fl.experiments.runner import Pool, execute
+from twist_fl.experiments.runner import Pool, check, execute
 from twist_fl.experiments.runs import DDP
 from twist_fl.job import make_job
 from twist_fl.plots import styled
@@ -128,6 +129,34 @@ def test_a_run_that_was_made_anew_is_measured_anew(micro: list[str], tmp_path: P
     (lab.run("one").path / "job.json").unlink()
     lab.run("one").create(make_job(lab.config(run)))
     assert not lab.is_done(tickets)
+
+
+def test_a_run_that_went_on_from_one_that_was_made_anew_is_refused(micro: list[str], tmp_path: Path) -> None:
+    lab = Lab(tmp_path, SCALES["tiny"], tuple(micro))
+    first = train("one", "algorithm=ddp")
+    second = train("two", "algorithm=ddp", after=first)
+    for task in (first, second):
+        check(lab, [first, second])
+        execute(lab, task)
+    check(lab, [first, second])
+    assert lab.is_done(second)
+    shutil.rmtree(lab.run("one").path)
+    for _ in range(2):  # still to be trained; and trained, with a checkpoint of the same name
+        assert not lab.is_done(second)
+        with pytest.raises(ConfigError, match=r"two did not start from the 'one' that is .* remove it"):
+            check(lab, [first, second])
+        execute(lab, first)
+
+
+def test_a_run_does_not_go_on_from_a_checkpoint_without_a_model(micro: list[str], tmp_path: Path) -> None:
+    """Of an older version: refused before anything starts, not as a folder that cannot be found."""
+    lab = Lab(tmp_path, SCALES["tiny"], tuple(micro))
+    first = train("one", "algorithm=ddp")
+    execute(lab, first)
+    (lab.run("one").checkpoints()[-1] / "config.json").unlink()
+    check(lab, [first])
+    with pytest.raises(ConfigError, match=r"round-\d+ is of an older version.*remove .*one to train it anew"):
+        check(lab, [first, train("two", "algorithm=ddp", after=first)])
 
 
 def test_failed_tasks_are_named_and_what_needs_them_is_left(tmp_path: Path) -> None:

@@ -366,6 +366,21 @@ def test_a_failing_worker_is_named_and_dropped_and_the_round_goes_on(
     assert_same_run(ours, oracle(strategy.job, tmp_path / "oracle", missing=[(1, 1)]))
 
 
+def test_sizes_that_are_no_numbers_do_not_end_the_run(make_strategy: Callable[..., TwistStrategy]) -> None:
+    """They are only counted: the tensors themselves are whole."""
+
+    def talkative(task: Task, message: Message, answer: Answer) -> list[Message]:
+        reply = answer()
+        reply.content.config_records["segment"].update({"weights": "many", "moments": [0.5]})
+        return [reply]
+
+    strategy = make_strategy("flower.transport=shm", "train.rounds=1")
+    strategy.run(LocalGrid(bend=bent(1, [1], talkative)))
+    (event,) = events(strategy, "round")
+    assert (event["answered"], event["dropped"]) == ([0, 1, 2], {})
+    assert 0 < event["bytes_up"]["weights"] < event["bytes_down"]["weights"]
+
+
 def test_an_answer_counts_once(make_strategy: Callable[..., TwistStrategy], tmp_path: Path) -> None:
     def twice(task: Task, message: Message, answer: Answer) -> list[Message]:
         return [answer()] * 2

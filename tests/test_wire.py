@@ -196,6 +196,29 @@ def test_by_shared_memory_a_task_is_trained_where_it_lies(job: Job, tmp_path: Pa
         segment.memory.zero_()
         assert same(worker.train(task, *dispatch(job, state, task)).params, expected.params)
         assert not segment.memory.any()
+        del parcel, reply
+        assert Path("/proc/self/maps").read_text().count(segment.name) == 1  # the server's
+
+
+def test_a_worker_that_fails_half_way_lets_go_of_its_task(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it does next goes into other memory: the segment may be a round's that is over."""
+    worker, state = Worker(job, MomentShelf(tmp_path)), start(job)
+    task = plan(job, state)[1]
+
+    def one_batch_then_none(task: Task) -> Iterator[torch.Tensor]:
+        yield torch.zeros((1, 16), dtype=torch.int64)
+        raise OSError("the disk is gone")
+
+    with new_segment(job, task.blueprint) as segment:
+        parcel = wire.task_from_records(job, task_records(job, state, task, segment))
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is gone"):
+            patch.setattr(worker, "batches", one_batch_then_none)
+            worker.train(parcel.task, parcel.params, parcel.moments, parcel.in_place)
+        segment.memory.zero_()
+        worker.train(task, *dispatch(job, state, task))
+        assert not segment.memory.any()
 
 
 @pytest.mark.parametrize("overrides", [(), ("flower.wire_dtype=bfloat16",)])

@@ -117,7 +117,8 @@ class RunFolder:
                 tensors = {f"{m}/{name}": t for m in MOMENTS for name, t in state.moments.values[m].items()}
                 save_tensors(tensors, making / "moments.safetensors")
             write_text(json.dumps(fields), making / "state.json")
-            write_text(model.to_json_string(use_diff=False), making / "config.json")
+            # Of the dtype of what is saved: a model that came in 16 bits would be read so again.
+            write_text(json.dumps(model.to_dict() | {"dtype": "float32"}, indent=1), making / "config.json")
         for old in self.checkpoints()[:-_KEPT]:
             shutil.rmtree(old)
 

@@ -82,13 +82,13 @@ def generate(
             raise ConfigError(str(error)) from error
         model = job.models().load_sliced(blueprint, state.params)
         tokenizer = load_tokenizer(str(job.corpus.tokenizer_folder))
-    elif (path / "config.json").is_file():
+    elif (path / "config.json").is_file() and (path / "tokenizer.json").is_file():
         if size is not None:
             raise ConfigError("--size chooses a ticket of a run; a deployed folder already is one")
         model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     else:
-        raise ConfigError(f"{path} is neither a run (job.json) nor a deployed ticket (config.json)")
+        raise ConfigError(f"{path} is neither a run (job.json) nor a deployed ticket (config.json, tokenizer.json)")
     torch.manual_seed(seed)
     tokens = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not tokens["input_ids"].numel():

@@ -183,8 +183,8 @@ def fold_scale(layout: Layout, state: Mapping[str, torch.Tensor], blueprint: Blu
 class ModelCache:
     """One physical model per shape, kept warm between rounds: new weights are copied into it, or lent to it.
 
-    With `compile` its body is compiled, too, once per shape: parameters keep their place, so nothing makes torch
-    compile again but another batch size. Raises ConfigError where torch cannot compile.
+    With `compile` its body is compiled, too, once per shape: parameters stay the same objects, wherever their numbers
+    lie, so nothing makes torch compile again but another batch size. Raises ConfigError where torch cannot compile.
     """
 
     backend = "inductor"

@@ -179,10 +179,16 @@ def num_bytes(content: RecordDict) -> dict[str, int]:
     weights = sizes.pop("params", 0)
     moments = sum(sizes.values())
     segment = content.config_records.get("segment", ConfigRecord())
-    weights += int(str(segment.get("weights", 0)))
-    moments += int(str(segment.get("moments", 0)))
+    weights += _said(segment, "weights")
+    moments += _said(segment, "moments")
     other = sum(len(record.deflate()) for record in content.config_records.values())
     return {"weights": weights, "moments": moments, "other": other}
+
+
+def _said(segment: ConfigRecord, name: str) -> int:
+    """A size that the sender gives of its part of a segment; what is no number counts as nothing."""
+    size = segment.get(name)
+    return size if isinstance(size, int) else 0
 
 
 def transport_of(content: RecordDict) -> str:

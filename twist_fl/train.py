@@ -79,9 +79,9 @@ def train_interval(
 ) -> Interval:
     """Train `model` in place on `batches`, each (B, T) int64 on the model's device.
 
-    `moments` may cover any subset of the parameters; the others start anew. On a CPU they change in place. `seed` fixes
-    the dropout. The host never waits for the device between the first batch and the last: it reads the next one
-    meanwhile.
+    `moments` may cover any subset of the parameters; the others start anew. Those that lie on the model's device change
+    in place. `seed` fixes the dropout. The host never waits for the device between the first batch and the last: it
+    reads the next one meanwhile.
     """
     torch.manual_seed(seed)
     model.train()

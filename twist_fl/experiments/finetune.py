@@ -1,7 +1,7 @@
 """TwIST as the paper uses it, on a trained model: what it costs the full model, and what its tickets gain.
 
 The paper fine-tunes a pretrained GPT-2. Here the pretrained model is the lab's own DDP run, and every method goes on
-from its weights for as many batches again, at a third of the learning rate.
+from its weights for as many batches again, at a lower learning rate.
 """
 
 from __future__ import annotations
@@ -99,8 +99,7 @@ def notes(data: Data) -> list[str]:
     rows: dict[str, Data] = data["rows"]
     dense = rows[DDP]["full"]
     found = [
-        f"All start from the lab's DDP run and train as many batches again, with {LR} and new "
-        "optimiser state.",
+        f"All start from the lab's DDP run and train as many batches again, with {LR} and new optimiser state.",
         *(
             f"{name}: the full model has {rows[name]['full'] / dense:.3f} of fine-tuned DDP's perplexity."
             for name in TRAINED

@@ -17,6 +17,7 @@ from twist_fl.blueprint import Setting
 from twist_fl.checkpoint import RunFolder
 from twist_fl.checks import ConfigError
 from twist_fl.config import Config, load_config
+from twist_fl.files import write_text
 
 Runner = Literal["local", "flower"]
 TRAIN = "train"
@@ -117,9 +118,16 @@ class Lab:
         return [*wanted, f"name={task.name}", f"dir={self.run(task.name).path}"]
 
     def _trained(self, name: str) -> Path:
-        """Where a run's model is; of one that has none yet, where all of them will be."""
-        checkpoints = self.run(name).checkpoints()
-        return checkpoints[-1] if checkpoints else self.run(name).path / "checkpoints"
+        """Where a run's model is; of one that has none yet, where all of them will be. Raises ConfigError."""
+        folder = self.run(name)
+        if not (checkpoints := folder.checkpoints()):
+            return folder.path / "checkpoints"
+        if not (checkpoints[-1] / "config.json").is_file():
+            raise ConfigError(
+                f"{checkpoints[-1]} is of an older version, which saved no model to go on from (config.json): "
+                f"remove {folder.path} to train it anew"
+            )
+        return checkpoints[-1]
 
     def config(self, task: Task) -> Config:
         """Of a training task. Raises ConfigError."""
@@ -131,7 +139,7 @@ class Lab:
         return load_config(self.scale.preset, [*self.scale.overrides, *self.overrides])
 
     def file(self, task: Task) -> Path:
-        """Where a measurement's result goes."""
+        """Where a measurement's result goes, and of which runs it is; of a run, from which others it started."""
         return self.folder / "measured" / f"{task.name}.json"
 
     def result(self, task: Task) -> dict[str, Any]:
@@ -142,13 +150,31 @@ class Lab:
         return dict(json.loads(self.file(task).read_text())["result"])
 
     def is_done(self, task: Task) -> bool:
-        """A measurement of a run that has been made anew since does not count."""
-        if task.kind == TRAIN:
-            return bool(self.run(task.name).events("done"))
-        if not self.file(task).is_file():
-            return False
-        stamp: dict[str, str] = json.loads(self.file(task).read_text())["of"]
-        return all(self.run_id(name) == stamp.get(name) for name in task.runs)
+        """What was done with a run that has been made anew since does not count."""
+        there = bool(self.run(task.name).events("done")) if task.kind == TRAIN else self.file(task).is_file()
+        return there and self._stamped(task) == self.stamp(task)
+
+    def stamp(self, task: Task) -> dict[str, str | None]:
+        """The runs that a task is done with, as they are now."""
+        return {name: self.run_id(name) for name in task.runs}
+
+    def _stamped(self, task: Task) -> dict[str, str | None]:
+        """As `stamp`, of when the task was done or, a training run, begun."""
+        file = self.file(task)
+        return dict(json.loads(file.read_text())["of"]) if file.is_file() else {}
+
+    def begin(self, task: Task) -> None:
+        """Before a run's folder is made: note what it starts from."""
+        if task.runs:
+            write_text(json.dumps({"of": self.stamp(task)}), self.file(task))
+
+    def refuse_other_start(self, task: Task) -> None:
+        """Raises ConfigError if the run that is here started from another run than the lab has now."""
+        if self._stamped(task) != self.stamp(task):
+            raise ConfigError(
+                f"{self.run(task.name).path} did not start from the {task.runs[0]!r} that is (or will be) in this lab, "
+                "or does not say so: remove it to train it anew"
+            )
 
     def run_id(self, name: str) -> str | None:
         file = self.run(name).job_file

@@ -96,6 +96,7 @@ def _train_by_flower(console: Console, lab: Lab, runs: Sequence[Task]) -> None:
         if folder.job_file.is_file():
             resume_run(console, folder.path)
         else:
+            lab.begin(task)
             train(console, lab.scale.preset, lab.words(task))
 
 

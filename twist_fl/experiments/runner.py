@@ -36,22 +36,24 @@ def execute(lab: Lab, task: Task) -> None:
     if task.kind == TRAIN:
         folder = lab.run(task.name)
         if not folder.job_file.is_file():
+            lab.begin(task)
             folder.create(make_job(lab.config(task)))
         train_local(folder)
         return
     (run,) = task.runs
-    stamp = {run: lab.run_id(run)}
+    stamp = lab.stamp(task)
     result = MEASURES[task.kind](lab.run(run), **task.arguments)
     fields = {"of": stamp, "result": result, **provenance()}
     write_text(json.dumps(fields, indent=1), lab.file(task))
 
 
 def check(lab: Lab, tasks: Sequence[Task]) -> None:
-    """Raises ConfigError if a run's settings are impossible, or are not those of the run that the lab holds."""
+    """Raises ConfigError if a run's settings are impossible, or the one that is here has others or another start."""
     for task in tasks:
         if task.kind == TRAIN:
             config = lab.config(task)
             if lab.run(task.name).job_file.is_file():
+                lab.refuse_other_start(task)
                 refuse_other_settings(lab.run(task.name), config)
 
 
