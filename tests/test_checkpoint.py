@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from local_grid import Answer, Bend, LocalGrid, assert_same_run, failing, honest, same
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from twist_fl import checkpoint, files, serve, shelf
 from twist_fl.checkpoint import EventReader, RunFolder
@@ -19,6 +19,7 @@ from twist_fl.job import Job
 from twist_fl.rounds import RunState, run, start
 from twist_fl.strategy import NoWorkersError, TwistStrategy
 from twist_fl.subnet import State, get_state
+from twist_fl.tokenizer import load_tokenizer
 from twist_fl.train import MOMENTS, Moments
 from twist_fl.worker import Task
 
@@ -88,12 +89,24 @@ def test_a_checkpoint_is_a_model_and_a_start_for_another_run(
     state = start(job)
     state.params = random_state(job.layout, 3)
     folder = RunFolder(tmp_path)
-    folder.save(state, job.model_config)
-    (saved,) = folder.checkpoints()
-    assert same(get_state(AutoModelForCausalLM.from_pretrained(saved)), state.params)
-    other = tiny_job(f"model.pretrained={saved}")
-    assert other.layout == job.layout
-    assert same(start(other).params, state.params)
+    for state.round in (1, 2):
+        folder.save(state, job.model_config, job.corpus.tokenizer_folder)
+        state.params = random_state(job.layout, 4)
+    _, newest = folder.checkpoints()
+    assert same(get_state(AutoModelForCausalLM.from_pretrained(newest)), state.params)
+    tokenizer, text = load_tokenizer(str(job.corpus.tokenizer_folder)), "the worker holds a block"
+    assert AutoTokenizer.from_pretrained(newest)(text)["input_ids"] == tokenizer(text)["input_ids"] != []
+    for given in (newest, tmp_path):  # a run stands for its newest checkpoint
+        other = tiny_job(f"model.pretrained={given}")
+        assert other.config.model.pretrained == other.config.data.tokenizer == str(newest)
+        assert other.layout == job.layout
+        assert same(start(other).params, state.params)
+
+
+def test_a_folder_without_a_model_is_no_start(tiny_job: MakeJob, tmp_path: Path) -> None:
+    RunFolder(tmp_path).create(tiny_job())
+    with pytest.raises(ConfigError, match=r"holds no model \(no config\.json\): give a run that has a checkpoint"):
+        tiny_job(f"model.pretrained={tmp_path}")
 
 
 def test_a_new_folder_has_no_checkpoint(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """A run's folder: what it is (`job.json`), what happened (`events.jsonl`), and checkpoints to resume from exactly.
 
 A checkpoint is a folder that is renamed into place when it is whole; the two newest are kept. Each is also the full
-model as Hugging Face keeps one, for AutoModelForCausalLM.from_pretrained or another run's model.pretrained.
+model with its tokenizer as Hugging Face keeps them, for AutoModelForCausalLM.from_pretrained or another run's
+model.pretrained.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from twist_fl.files import new_folder, save_tensors, write_text
 from twist_fl.job import Job, job_from_json
 from twist_fl.rounds import RunState
 from twist_fl.subnet import State
+from twist_fl.tokenizer import copy_tokenizer
 from twist_fl.train import MOMENTS, Moments
 
 _KEPT = 2
@@ -102,7 +104,7 @@ class RunFolder:
         """Whole checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob("round-*"))
 
-    def save(self, state: RunState, model: PreTrainedConfig) -> None:
+    def save(self, state: RunState, model: PreTrainedConfig, tokenizer_folder: Path | None = None) -> None:
         folder = self.path / "checkpoints" / f"round-{state.round:06d}"
         fields = {
             "round": state.round,
@@ -118,6 +120,8 @@ class RunFolder:
                 save_tensors(tensors, making / "moments.safetensors")
             write_text(json.dumps(fields), making / "state.json")
             write_text(model.to_json_string(use_diff=False), making / "config.json")
+            if tokenizer_folder:
+                copy_tokenizer(tokenizer_folder, making)
         for old in self.checkpoints()[:-_KEPT]:
             shutil.rmtree(old)
 

@@ -29,7 +29,7 @@ class ModelConfig:
     """A pretrained checkpoint, or sizes for a model from scratch."""
 
     pretrained: str | None = None
-    """Name on the Hugging Face hub, or a folder; all below is then read from it."""
+    """Name on the Hugging Face hub, a folder, or a run's folder (its newest checkpoint); all below is read from it."""
     architecture: Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox"] = "gpt2"
     n_layer: int = 12
     n_head: int = 12
@@ -59,7 +59,8 @@ class DataConfig:
     test_fraction: float = 0.1
     """Share of documents kept for evaluation where the source has no test split of its own."""
     tokenizer: str | None = None
-    """Folder, or name on the hub; null trains a byte-level BPE of `vocab_size` on the training text."""
+    """Folder, or name on the hub; null: model.pretrained's own, and for a model from scratch a byte-level BPE of
+    `vocab_size`, trained on the training text."""
     vocab_size: int = 2048
     window: int = 1024
     """Tokens per training sequence."""
@@ -288,15 +289,18 @@ def from_layers(layers: Sequence[Any]) -> Config:
     assert isinstance(config, Config)
     check_values(config)
     _make_absolute(config)
+    config.data.tokenizer = config.data.tokenizer or config.model.pretrained
     return config
 
 
 def _make_absolute(config: Config) -> None:
-    """Folders that exist become absolute: Flower runs the app in another working folder."""
+    """Folders that exist become absolute: Flower runs the app in another working folder. A run stands for its newest
+    checkpoint."""
     for section, key in ((config.data, "path"), (config.data, "tokenizer"), (config.model, "pretrained")):
         value = getattr(section, key)
-        if value and Path(value).expanduser().exists():
-            setattr(section, key, str(Path(value).expanduser().resolve()))
+        if value and (path := Path(value).expanduser()).exists():
+            newest = max(path.glob("checkpoints/round-*"), default=path)
+            setattr(section, key, str(newest.resolve()))
 
 
 def to_yaml(config: Config) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -37,6 +38,11 @@ def padding_token(fields: Mapping[str, Any]) -> int | None:
 
 
 def _pretrained(name: str) -> PreTrainedConfig:
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ConfigError(
+            f"model.pretrained={name!r} holds no model (no config.json): give a run that has a checkpoint, one of its "
+            "checkpoints, or another folder of a Hugging Face model"
+        )
     with reachable(f"model.pretrained={name!r}"):
         loaded: Any = AutoConfig.from_pretrained(name)
     if loaded.model_type not in ARCHITECTURES:

@@ -113,13 +113,8 @@ class Lab:
             if key != "seed" and own.get(key, value) != value:  # a run with a seed of its own counts from the lab's
                 raise ConfigError(f"{word} would change {task.name}, which is {key}={own[key]}: leave it out")
         wanted = [*self.scale.overrides, *self.overrides, *task.arguments["overrides"]]
-        wanted += [f"model.pretrained={self._trained(name)}" for name in task.runs]
+        wanted += [f"model.pretrained={self.run(name).path}" for name in task.runs]
         return [*wanted, f"name={task.name}", f"dir={self.run(task.name).path}"]
-
-    def _trained(self, name: str) -> Path:
-        """Where a run's model is; of one that has none yet, where all of them will be."""
-        checkpoints = self.run(name).checkpoints()
-        return checkpoints[-1] if checkpoints else self.run(name).path / "checkpoints"
 
     def config(self, task: Task) -> Config:
         """Of a training task. Raises ConfigError."""
