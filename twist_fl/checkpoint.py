@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 
 from twist_fl.blocks import Kind
 from twist_fl.config import ConfigError
-from twist_fl.files import new_folder, save_tensors, write_text
+from twist_fl.files import from_json, new_folder, save_tensors, to_json, write_text
 from twist_fl.job import Job, job_from_json
 from twist_fl.rounds import RunState
 from twist_fl.subnet import State
@@ -85,7 +85,7 @@ class RunFolder:
         with self.events_file.open("a+b") as file:
             if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
                 file.write(b"\n")
-            file.write(json.dumps({"event": event, **fields}).encode() + b"\n")
+            file.write(to_json({"event": event, **fields}).encode() + b"\n")
 
     @contextmanager
     def failures_logged(self) -> Iterator[None]:
@@ -145,7 +145,7 @@ class RunFolder:
     def rewind(self, round_: int) -> None:
         """Forget the events after `round_`, and how the run ended: a resumed run writes them again."""
         kept = [entry for entry in self.events() if entry.get("round", 0) <= round_ and entry["event"] not in _LAST]
-        write_text("".join(json.dumps(entry) + "\n" for entry in kept), self.events_file)
+        write_text("".join(to_json(entry) + "\n" for entry in kept), self.events_file)
 
 
 class EventReader:
@@ -169,7 +169,7 @@ class EventReader:
         self._offset += len(whole) + len(end)
         for line in whole.splitlines():
             with suppress(json.JSONDecodeError):
-                self._events.append(json.loads(line))
+                self._events.append(from_json(line))
         return self._events
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from rich.table import Column, Table
 from twist_fl.checkpoint import RunFolder
 from twist_fl.checks import LaunchError
 from twist_fl.config import Config, load_config
-from twist_fl.files import write_text
+from twist_fl.files import read_json, write_text
 from twist_fl.job import make_job
 from twist_fl.launch import flower_run
 from twist_fl.look import load_final
@@ -67,7 +66,7 @@ def demo(console: Console, directory: Path, overrides: list[str]) -> None:
 
 def _deployed(folder: RunFolder) -> list[dict[str, Any]]:
     file = folder.path / "deployed.json"
-    rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
+    rows: list[dict[str, Any]] = read_json(file) if file.is_file() else []
     return rows
 
 
@@ -146,7 +145,7 @@ def _run(console: Console, folder: RunFolder, config: Config) -> None:
         )
         raise typer.Exit(INTERRUPTED) from None
     _require(events, "done", folder)
-    results = json.loads(folder.results_file.read_text())
+    results = read_json(folder.results_file)
     console.print(f"full model: perplexity {results['full']:.2f}; results in {folder.results_file}")
 
 
@@ -176,7 +175,7 @@ def deploy(console: Console, path: Path, devices: list[str]) -> list[dict[str, A
     ):
         events = RunProgress(console, folder, 0).follow(run)
     _require(events, "deployed", folder)
-    rows: list[dict[str, Any]] = json.loads((folder.path / "deployed.json").read_text())
+    rows: list[dict[str, Any]] = read_json(folder.path / "deployed.json")
     console.print(terminal_table(DEVICES, device_cells(rows)))
     console.print(f"dense models, for AutoModelForCausalLM.from_pretrained, in {folder.path / 'deployed'}")
     return rows

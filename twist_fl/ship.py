@@ -30,7 +30,7 @@ from twist_fl.deploy import (
     ticket_memory_bytes,
 )
 from twist_fl.evaluate import blocks_per_layer, ticket_sizes
-from twist_fl.files import write_text
+from twist_fl.files import write_json
 from twist_fl.job import Job
 from twist_fl.strategy import NoWorkersError, exchange
 from twist_fl.subnet import State
@@ -107,7 +107,7 @@ def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> No
             rows.append(row)
             export_ticket(ticket, folder.path / "deployed" / device.name, job.corpus.tokenizer_folder)
             folder.log("device", round=state.round, **row)
-        write_text(json.dumps(rows, indent=1), folder.path / "deployed.json")
+        write_json(rows, folder.path / "deployed.json")
         folder.log("deployed", round=state.round)
 
 

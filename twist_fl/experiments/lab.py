@@ -6,7 +6,6 @@ done twice and an interrupted experiment goes on where it was. Experiments say w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +16,7 @@ from twist_fl.blueprint import Setting
 from twist_fl.checkpoint import RunFolder
 from twist_fl.checks import ConfigError
 from twist_fl.config import Config, load_config
+from twist_fl.files import read_json
 
 Runner = Literal["local", "flower"]
 TRAIN = "train"
@@ -132,9 +132,9 @@ class Lab:
     def result(self, task: Task) -> dict[str, Any]:
         """A training run's results.json, or what a measurement gave. The task must be done."""
         if task.kind == TRAIN:
-            found: dict[str, Any] = json.loads(self.run(task.name).results_file.read_text())
+            found: dict[str, Any] = read_json(self.run(task.name).results_file)
             return found
-        return dict(json.loads(self.file(task).read_text())["result"])
+        return dict(read_json(self.file(task))["result"])
 
     def is_done(self, task: Task) -> bool:
         """A measurement of a run that has been made anew since does not count."""
@@ -142,9 +142,9 @@ class Lab:
             return bool(self.run(task.name).events("done"))
         if not self.file(task).is_file():
             return False
-        stamp: dict[str, str] = json.loads(self.file(task).read_text())["of"]
+        stamp: dict[str, str] = read_json(self.file(task))["of"]
         return all(self.run_id(name) == stamp.get(name) for name in task.runs)
 
     def run_id(self, name: str) -> str | None:
         file = self.run(name).job_file
-        return str(json.loads(file.read_text())["run_id"]) if file.is_file() else None
+        return str(read_json(file)["run_id"]) if file.is_file() else None

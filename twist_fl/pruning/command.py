@@ -14,7 +14,7 @@ from twist_fl.blueprint import full_blueprint
 from twist_fl.config import ConfigError
 from twist_fl.data import Windows
 from twist_fl.evaluate import blocks_per_layer, perplexity, ticket_sizes
-from twist_fl.files import write_text
+from twist_fl.files import write_json
 from twist_fl.job import Job
 from twist_fl.look import load_final
 from twist_fl.pruning.methods import METHODS, prune, pruned_perplexities, save_pruned, sparsity
@@ -77,7 +77,7 @@ def prune_run(
         "rows": rows,
     }
     out = out or folder.path / "pruned.json"
-    write_text(json.dumps(results, indent=1), out)
+    write_json(results, out)
     console.print(_table(f"{path}: round {state.round}, {test.size:,} test tokens, full model {full:.2f}", rows))
     console.print(
         "Seconds, peak memory and calibration tokens are spent after training, for each size anew. "
