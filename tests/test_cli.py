@@ -135,7 +135,7 @@ IMPOSSIBLE: dict[str, tuple[tuple[str, ...], str]] = {
         r"'name=mine' stands where a preset or file is expected: demo name=mine, for example",
     ),
     "file": (("mine.yaml",), r"no file 'mine\.yaml': give a preset \(demo, "),
-    "key": (("demo", "train.interva=3"), r"unknown key 'train\.interva', did you mean 'interval'\?"),
+    "key": (("demo", "train.interva=3"), r"unknown key 'train\.interva', did you mean 'train\.interval'\?"),
     "section": (("demo", "trian.lr=3"), r"unknown key 'trian', did you mean 'train'\?"),
     "form": (("demo", "train.lr"), r"override 'train\.lr' is not of the form key=value"),
     "type": (("demo", "train.lr=fast"), r"train\.lr: .*'fast'"),
@@ -179,7 +179,7 @@ def test_overrides_of_other_commands_are_checked_as_well(command: str, run: Run,
     preset = ["demo"] if command == "cost" else []
     status, _, error = run(command, *preset, "blueprint.numsub=3")
     assert status == 2
-    assert "unknown key 'blueprint.numsub', did you mean 'num_sub'?" in error
+    assert "unknown key 'blueprint.numsub', did you mean 'blueprint.num_sub'?" in error
     assert list(tmp_path.iterdir()) == []
 
 
