@@ -146,7 +146,16 @@ def _run(console: Console, folder: RunFolder, config: Config) -> None:
         raise typer.Exit(INTERRUPTED) from None
     _require(events, "done", folder)
     results = read_json(folder.results_file)
-    console.print(f"full model: perplexity {results['full']:.2f}; results in {folder.results_file}")
+    console.print(f"{_perplexities(results)}; results in {folder.results_file}", soft_wrap=True)
+
+
+def _perplexities(results: dict[str, Any]) -> str:
+    from twist_fl.compare import perplexity_text, size_label
+
+    tickets = [f"{size_label(ticket)} {perplexity_text(ticket['mean'])}" for ticket in results["tickets"]]
+    return f"perplexity: full model {perplexity_text(results['full'])}" + (
+        f"; random tickets, mean: {', '.join(tickets)}" if tickets else ""
+    )
 
 
 def _require(events: list[dict[str, Any]], last: str, folder: RunFolder) -> None:
@@ -174,10 +183,11 @@ def deploy(console: Console, path: Path, devices: list[str]) -> list[dict[str, A
         flower_run(folder, job.config, 1, settings) as run,
     ):
         events = RunProgress(console, folder, 0).follow(run)
+    rows = [event for event in events if event["event"] == "device"]
+    if rows:
+        console.print(terminal_table(DEVICES, device_cells(rows)))
+        console.print(f"dense models, for AutoModelForCausalLM.from_pretrained, in {folder.path / 'deployed'}")
     _require(events, "deployed", folder)
-    rows: list[dict[str, Any]] = read_json(folder.path / "deployed.json")
-    console.print(terminal_table(DEVICES, device_cells(rows)))
-    console.print(f"dense models, for AutoModelForCausalLM.from_pretrained, in {folder.path / 'deployed'}")
     return rows
 
 
