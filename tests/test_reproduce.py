@@ -140,6 +140,8 @@ def test_what_does_not_exist_is_refused_with_what_does(tmp_path: Path) -> None:
     for names, scale, message in ((["table3"], "tiny", "no experiment 'table3'"), (["fig2"], "huge", "choose one of")):
         with pytest.raises(ConfigError, match=message):
             reproduce(quiet(), names, scale, [], folder=tmp_path, out=None, jobs=1, dry_run=True)
+    with pytest.raises(ConfigError, match=r"eval\.sizes=\[\] leaves nothing to compare: give at least one size"):
+        reproduce(quiet(), ["fig2"], "tiny", ["eval.sizes=[]"], folder=tmp_path, dry_run=True)
 
 
 @pytest.mark.parametrize("scale", list(SCALES))

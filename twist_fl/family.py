@@ -48,6 +48,10 @@ def _pretrained(name: str) -> PreTrainedConfig:
     if loaded.model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ConfigError(f"model.pretrained={name!r} is a {loaded.model_type!r} model; known are {known}")
+    if hasattr(loaded, "heads_per_layer"):
+        raise ConfigError(
+            f"model.pretrained={name!r} is a ticket, whose layers differ in size: give the run it was drawn from"
+        )
     assert isinstance(loaded, PreTrainedConfig)
     return loaded
 

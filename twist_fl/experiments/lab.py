@@ -45,7 +45,7 @@ SCALES = {
             ("train.device=cpu", "train.threads=1", "eval.every=20", "checkpoint_every=20"),
             20,
             "local",
-            "0.5 M parameters from scratch, the demo's text, 100 intervals; CPU, about half an hour on four cores",
+            "0.5 M parameters from scratch, the demo's text, 100 intervals; table1 takes four cores half an hour",
         ),
         Scale(
             "small",

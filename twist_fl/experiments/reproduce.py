@@ -47,6 +47,8 @@ def reproduce(
         raise ConfigError(f"--scale {scale!r} is unknown: choose one of {', '.join(SCALES)}")
     chosen = [_experiment(name) for name in (EXPERIMENTS if EVERY in names else names)]
     lab = Lab((folder or Path("runs/reproduce") / scale).resolve(), SCALES[scale], tuple(overrides))
+    if not lab.base.eval.sizes:
+        raise ConfigError("eval.sizes=[] leaves nothing to compare: give at least one size, or leave it out")
     tasks = list({task.name: task for experiment in chosen for task in experiment.tasks(lab)}.values())
     check(lab, tasks)
     if dry_run:
