@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import asdict
 from math import ceil
@@ -32,6 +33,10 @@ def finished(small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -
     folder = RunFolder(tmp_path_factory.mktemp("app") / "run")
     done = twist_fl("train", "demo", *small, "train.optimizer_state=server", f"dir={folder.path}")
     assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^twist: 2 rounds; each worker \(of 2\) trains [\d,]+ of [\d,]+ parameters$", done.stdout, re.M)
+    assert re.search(
+        r"^perplexity: full model [\d.,]+; random tickets, mean: 2/4 [\d.,]+; results in ", done.stdout, re.M
+    )
     assert f"results in {folder.results_file}" in done.stdout
     return folder
 

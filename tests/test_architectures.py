@@ -39,6 +39,7 @@ from twist_fl.subnet import (
     slice_state,
     take_back,
 )
+from twist_fl.tokenizer import copy_tokenizer
 from twist_fl.train import next_token_loss, train_interval
 
 RandomState = Callable[..., State]
@@ -362,6 +363,7 @@ def test_a_model_from_scratch_is_trained_and_rebuilt(name: str, tiny_job: Callab
     model = AutoModelForCausalLM.from_config(job.model_config)  # type: ignore[no-untyped-call]
     load_state(model, after)
     model.save_pretrained(tmp_path / "checkpoint")
+    copy_tokenizer(job.corpus.tokenizer_folder, tmp_path / "checkpoint")
     again = tiny_job(*overrides[:1], f"model.pretrained={tmp_path / 'checkpoint'}", "blueprint.ffn_blocks=4")
     found = again.initial_state()
     assert again.layout == job.layout

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from math import inf, isnan, nan
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from local_grid import Answer, Bend, LocalGrid, assert_same_run, failing, honest, same
-from transformers import AutoModelForCausalLM, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from twist_fl import checkpoint, files, serve, shelf
 from twist_fl.checkpoint import EventReader, RunFolder
@@ -20,6 +24,7 @@ from twist_fl.job import Job
 from twist_fl.rounds import RunState, run, start
 from twist_fl.strategy import NoWorkersError, TwistStrategy
 from twist_fl.subnet import State, get_state
+from twist_fl.tokenizer import load_tokenizer
 from twist_fl.train import MOMENTS, Moments
 from twist_fl.worker import Task
 
@@ -89,12 +94,25 @@ def test_a_checkpoint_is_a_model_and_a_start_for_another_run(
     state = start(job)
     state.params = random_state(job.layout, 3)
     folder = RunFolder(tmp_path)
-    folder.save(state, config_from_dict(job.model_config.to_dict() | {"dtype": "bfloat16"}))  # as it came from a hub
-    (saved,) = folder.checkpoints()
-    assert same(get_state(AutoModelForCausalLM.from_pretrained(saved)), state.params)
-    other = tiny_job(f"model.pretrained={saved}")
-    assert other.layout == job.layout
-    assert same(start(other).params, state.params)
+    model = config_from_dict(job.model_config.to_dict() | {"dtype": "bfloat16"})  # as it came from a hub
+    for state.round in (1, 2):
+        folder.save(state, model, job.corpus.tokenizer_folder)
+        state.params = random_state(job.layout, 4)
+    _, newest = folder.checkpoints()
+    assert same(get_state(AutoModelForCausalLM.from_pretrained(newest)), state.params)
+    tokenizer, text = load_tokenizer(str(job.corpus.tokenizer_folder)), "the worker holds a block"
+    assert AutoTokenizer.from_pretrained(newest)(text)["input_ids"] == tokenizer(text)["input_ids"] != []
+    for start_of in (newest, tmp_path):  # a run stands for its newest checkpoint
+        other = tiny_job(f"model.pretrained={start_of}")
+        assert other.config.model.pretrained == other.config.data.tokenizer == str(newest)
+        assert other.layout == job.layout
+        assert same(start(other).params, state.params)
+
+
+def test_a_folder_without_a_model_is_no_start(tiny_job: MakeJob, tmp_path: Path) -> None:
+    RunFolder(tmp_path).create(tiny_job())
+    with pytest.raises(ConfigError, match=r"holds no model \(no config\.json\): give a run that has a checkpoint"):
+        tiny_job(f"model.pretrained={tmp_path}")
 
 
 def test_a_new_folder_has_no_checkpoint(tmp_path: Path) -> None:
@@ -219,6 +237,28 @@ def test_events_come_back_in_order(tmp_path: Path) -> None:
         {"event": "round", "round": 1, "loss": 0.1},
     ]
     assert [event["event"] for event in folder.events("round")] == ["round"]
+
+
+VALUES = st.floats() | st.text() | st.integers() | st.none() | st.booleans()
+
+
+@given(st.recursive(VALUES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=9))
+def test_json_is_valid_for_all_readers_and_comes_back(value: object) -> None:
+    """Infinities and not-a-number too, which are no JSON numbers; texts that are their names become them."""
+    event = {"event": value}
+    assume(not re.search("Infinity|NaN", repr(event)))
+    text = files.to_json(event)
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert repr(files.from_json(text)) == repr(event)
+
+
+def test_what_is_not_finite_comes_back_from_the_log(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.log("eval", round=1, full=inf, loss=nan, each=[1.5, -inf])
+    assert '"full": "Infinity", "loss": "NaN", "each": [1.5, "-Infinity"]' in folder.events_file.read_text()
+    (event,) = folder.events()
+    assert (event["full"], event["each"]) == (inf, [1.5, -inf])
+    assert isnan(event["loss"])
 
 
 def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:

@@ -8,14 +8,16 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from local_grid import LocalGrid
+from rich.console import Console
 from typer.testing import CliRunner
 
-from twist_fl import cli, commands, serve, ship
+from twist_fl import cli, commands, look, serve, ship
 from twist_fl.blueprint import Blueprint, draw_ticket
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError, DeviceConfig, presets
@@ -23,7 +25,7 @@ from twist_fl.deploy import export_ticket, make_ticket, ticket_memory_bytes
 from twist_fl.edge import EdgeReport
 from twist_fl.evaluate import ticket_distribution
 from twist_fl.job import Job
-from twist_fl.progress import human_bytes
+from twist_fl.progress import RunProgress, human_bytes
 from twist_fl.rounds import start
 from twist_fl.strategy import NoWorkersError
 from twist_fl.subnet import ModelCache
@@ -135,7 +137,7 @@ IMPOSSIBLE: dict[str, tuple[tuple[str, ...], str]] = {
         r"'name=mine' stands where a preset or file is expected: demo name=mine, for example",
     ),
     "file": (("mine.yaml",), r"no file 'mine\.yaml': give a preset \(demo, "),
-    "key": (("demo", "train.interva=3"), r"unknown key 'train\.interva', did you mean 'interval'\?"),
+    "key": (("demo", "train.interva=3"), r"unknown key 'train\.interva', did you mean 'train\.interval'\?"),
     "section": (("demo", "trian.lr=3"), r"unknown key 'trian', did you mean 'train'\?"),
     "form": (("demo", "train.lr"), r"override 'train\.lr' is not of the form key=value"),
     "type": (("demo", "train.lr=fast"), r"train\.lr: .*'fast'"),
@@ -179,7 +181,7 @@ def test_overrides_of_other_commands_are_checked_as_well(command: str, run: Run,
     preset = ["demo"] if command == "cost" else []
     status, _, error = run(command, *preset, "blueprint.numsub=3")
     assert status == 2
-    assert "unknown key 'blueprint.numsub', did you mean 'num_sub'?" in error
+    assert "unknown key 'blueprint.numsub', did you mean 'blueprint.num_sub'?" in error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -321,6 +323,18 @@ def test_signals_that_end_a_command_let_it_clean_up(nohup: bool, run: Run, monke
 # Looking
 
 
+@pytest.mark.parametrize(
+    ("held", "part"),
+    [([9999, 9999], "all 9,999"), ([500], "500 of 9,999"), ([9999, 300, 500], "300 to 9,999 of 9,999")],
+)
+def test_a_run_begins_by_saying_what_workers_hold(held: list[int], part: str, tmp_path: Path) -> None:
+    """So that a setting that the algorithm has no use for is seen."""
+    said = StringIO()
+    event = {"event": "start", "algorithm": "any", "round": 0, "num_rounds": 3, "num_params": 9999}
+    RunProgress(Console(file=said), RunFolder(tmp_path), 0)._on_start(event | {"subnet_params": held})
+    assert said.getvalue() == f"any: 3 rounds; each worker (of {len(held)}) trains {part} parameters\n"
+
+
 def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("│")[1:-1]]
 
@@ -389,9 +403,14 @@ def test_cost_of_unequal_workers_with_moments_apart(run: Run) -> None:
     ],
 )
 def test_cost_names_what_the_workers_hold(overrides: list[str], label: str, run: Run) -> None:
-    status, output, _ = run("cost", "demo", *overrides)
+    status, output, _ = run("cost", "demo", *overrides, "--steps", 45_700)
     assert status == 0
     assert label in [row[0] for row in rows(output)]
+
+
+def test_cost_is_of_the_budget_of_the_setting_where_it_says_rounds(run: Run) -> None:
+    assert "one worker, 1,500 optimiser steps" in run("cost", "demo")[1]
+    assert "one worker, 45,700 optimiser steps" in run("cost", "demo", "train.epochs=3")[1]
 
 
 def test_moments_are_shown_only_where_they_travel(run: Run) -> None:
@@ -468,6 +487,13 @@ def test_tickets_that_cannot_be(given: tuple[str, ...], reason: str, run: Run, t
     status, _, error = run("tickets", trained, *given)
     assert status == 2
     assert reason in error
+
+
+def test_a_run_without_ticket_sizes_needs_some(tiny_job: MakeJob) -> None:
+    job = tiny_job("eval.sizes=[]")
+    with pytest.raises(ConfigError, match=r"the run has eval\.sizes=\[\]: give sizes, for example --sizes 8,6,4"):
+        look.chosen_sizes(job, None)
+    assert look.chosen_sizes(job, [2, 1]) == [2, 1]
 
 
 def test_generate_from_a_run(run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -647,4 +673,9 @@ def test_a_device_that_is_too_slow_with_every_ticket_is_told_how_slow(
     with pytest.raises(ConfigError, match=reason):
         ship.deploy_run(LocalGrid(1), folder, folder.job(), "watch=1.5ms")
     assert not (folder.path / "deployed.json").exists()
+    with pytest.raises(ConfigError, match=reason):  # the others are served all the same
+        ship.deploy_run(LocalGrid(1), folder, folder.job(), "phone=3ms watch=1.5ms laptop=99MB")
+    assert [row["name"] for row in json.loads((folder.path / "deployed.json").read_text())] == ["phone", "laptop"]
+    assert {path.name for path in (folder.path / "deployed").iterdir()} == {"phone", "laptop"}
+    assert not folder.events("deployed")
     assert "latency_ms=1.5 is too little" in folder.events("failed")[-1]["error"]

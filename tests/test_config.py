@@ -24,7 +24,8 @@ def test_defaults_are_the_papers() -> None:
 
 @pytest.mark.parametrize("preset", presets())
 def test_every_preset_loads_and_survives_yaml(preset: str) -> None:
-    config = load_config(preset, ["data.path=some/text"])  # a preset for files leaves the path to the user
+    path = [] if preset == "demo" else ["data.path=some/text"]  # a preset for files leaves the path to the user
+    config = load_config(preset, path)
     assert config.name == preset
     assert from_yaml(to_yaml(config)) == config
 
@@ -53,6 +54,14 @@ def test_true_is_the_name_of_a_variant() -> None:
         load_config(overrides=["train.variant=false"])
 
 
+def test_of_epochs_and_rounds_the_later_counts() -> None:
+    assert load_config("demo").train.rounds == 100
+    assert load_config("demo", ["train.epochs=2"]).train.rounds is None
+    both = load_config("demo", ["train.epochs=2", "train.rounds=5"])
+    assert (both.train.epochs, both.train.rounds) == (2, 5)
+    assert from_yaml(to_yaml(both)) == both
+
+
 def test_one_number_stands_for_all_workers() -> None:
     assert load_config(overrides=["blueprint.num_sub=3"]).blueprint.num_sub == [3]
     assert load_config(overrides=["blueprint.num_sub_ffn=5"]).blueprint.num_sub_ffn == [5]
@@ -61,8 +70,11 @@ def test_one_number_stands_for_all_workers() -> None:
 REFUSED = {
     "trian.lr=1": "unknown key 'trian', did you mean 'train'?",
     "train.learning=1": "unknown key 'train.learning'",
-    "train.epoch=1": "unknown key 'train.epoch', did you mean 'epochs'?",
-    "blueprint.nsub=3": "unknown key 'blueprint.nsub', did you mean 'num_sub'?",
+    "train.epoch=1": "unknown key 'train.epoch', did you mean 'train.epochs'?",
+    "blueprint.nsub=3": "unknown key 'blueprint.nsub', did you mean 'blueprint.num_sub'?",
+    "lr=1": "unknown key 'lr', did you mean 'train.lr'?",
+    "batch_size=1": "unknown key 'batch_size', did you mean 'train.batch_size' or 'eval.batch_size'?",
+    "data.path=texts": "data.path='texts' is not read with data.source=builtin: add data.source=files",
     "qqq=1": "unknown key 'qqq'; known here: name, algorithm, seed",
     "deploy.devices=[{memory: 3}]": "'memory_mb'",
     "deploy.devices=[{name: tv}]": "deploy.devices 'tv' has no limit: give memory_mb, latency_ms, kappa, or several",
@@ -130,7 +142,7 @@ JOB_REFUSED = {
     "eval.sizes=5": "a ticket size of 5 (eval.sizes, --sizes) is impossible: choose 1 to 4",
     "blueprint.common=[4]": "blueprint.common=[4] must be distinct block ids from 0 to 3",
     "model.pretrained=./no/such/folder": "model.pretrained='./no/such/folder' is neither a folder here nor on a hub",
-    "model.pretrained=/": "model.pretrained='/' is a folder without config.json: give the folder of a",
+    "model.pretrained=/": "model.pretrained='/' holds no model (no config.json): give a run that has a",
 }
 
 

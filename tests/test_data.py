@@ -75,6 +75,12 @@ def test_windows_are_the_tokens_in_order_without_the_rest(folder: Path, own_cach
     assert isinstance(corpus.test, np.memmap)
 
 
+@pytest.mark.parametrize("glob", [{"train_glob": "*.rst"}, {"test_glob": "*.rst"}])
+def test_a_glob_that_was_given_and_matches_nothing_is_refused(glob: dict[str, str], folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"of the \d+ files .*_glob='\*\.rst' (matches )?0.*: give both so that each"):
+        load_corpus(config_of(folder, **glob))
+
+
 def test_other_globs_are_another_corpus(folder: Path, own_cache: Path) -> None:
     """The same files in the same order, split elsewhere: a cache that forgot the split would serve stale tokens."""
     one = load_corpus(config_of(folder, train_glob="t*-1.txt", test_glob="t*[2n].txt", vocab_size=257))

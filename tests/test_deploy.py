@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from twist_fl import deploy, edge
 from twist_fl.blocks import Layout, make_layout
 from twist_fl.blueprint import Blueprint, Division, draw_ticket, full_blueprint
-from twist_fl.config import ConfigError, DeviceConfig
+from twist_fl.config import ConfigError, DeviceConfig, load_config
 from twist_fl.deploy import (
     Ticket,
     export_ticket,
@@ -30,6 +30,7 @@ from twist_fl.deploy import (
 )
 from twist_fl.edge import EdgeReport, decode, measure, measure_here, receive_ticket
 from twist_fl.evaluate import perplexity
+from twist_fl.family import model_config
 from twist_fl.subnet import ModelCache, State, get_state
 from twist_fl.tokenizer import train_tokenizer
 
@@ -92,6 +93,11 @@ def exported(
 
 def windows(num: int = 3, width: int = 32) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 300, (num, width), dtype=np.int32)
+
+
+def test_a_ticket_is_no_start_of_a_run(exported: tuple[Ticket, Path]) -> None:
+    with pytest.raises(ConfigError, match=r"model\.pretrained='.*' is a ticket, .*: give the run it was drawn from"):
+        model_config(load_config(overrides=[f"model.pretrained={exported[1]}"]))
 
 
 # The planner

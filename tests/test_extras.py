@@ -286,7 +286,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory, text_folder: Path) -> Lab:
             lab.begin(task)
             folder.create(job)
             if task == DDP:
-                folder.save(rounds.start(job), job.model_config)  # others go on from it
+                folder.save(rounds.start(job), job.model_config, job.corpus.tokenizer_folder)  # others go on from it
             write_text(json.dumps(made_up(task, lab)), folder.results_file)
             folder.log("done", round=1)
         else:
@@ -407,6 +407,6 @@ def test_pruned_models_stand_beside_fine_tuned_ones(lab: Lab) -> None:
     assert sparse[1] == dense[1]  # pruned is the model that DDP has fine-tuned
     assert "±" in dense[-1] and "±" not in sparse[-1]
     starts = {lab.words(task)[-3] for task in finetune.TRAINED.values()}
-    assert starts == {f"model.pretrained={lab.run('ddp').checkpoints()[-1]}"}
+    assert starts == {f"model.pretrained={lab.run('ddp').path}"}
     lost = replace(lab, folder=lab.folder / "elsewhere")  # to be planned before anything has been trained
-    assert lost.config(finetune.TRAINED[finetune.DDP]).model.pretrained == str(lost.run("ddp").path / "checkpoints")
+    assert lost.config(finetune.TRAINED[finetune.DDP]).model.pretrained == str(lost.run("ddp").path)

@@ -148,17 +148,6 @@ def test_a_run_that_went_on_from_one_that_was_made_anew_is_refused(micro: list[s
         execute(lab, first)
 
 
-def test_a_run_does_not_go_on_from_a_checkpoint_without_a_model(micro: list[str], tmp_path: Path) -> None:
-    """Of an older version: refused before anything starts, not as a folder that cannot be found."""
-    lab = Lab(tmp_path, SCALES["tiny"], tuple(micro))
-    first = train("one", "algorithm=ddp")
-    execute(lab, first)
-    (lab.run("one").checkpoints()[-1] / "config.json").unlink()
-    check(lab, [first])
-    with pytest.raises(ConfigError, match=r"round-\d+ is of an older version.*remove .*one to train it anew"):
-        check(lab, [first, train("two", "algorithm=ddp", after=first)])
-
-
 def test_failed_tasks_are_named_and_what_needs_them_is_left(tmp_path: Path) -> None:
     lab = Lab(tmp_path, SCALES["tiny"], (*MICRO, "data.source=files", f"data.path={tmp_path / 'nothing'}"))
     with pytest.raises(LaunchError, match=r"1 of 2 tasks failed; 1 others need them\. Their logs: .*ddp\.log"):
@@ -169,6 +158,8 @@ def test_what_does_not_exist_is_refused_with_what_does(tmp_path: Path) -> None:
     for names, scale, message in ((["table3"], "tiny", "no experiment 'table3'"), (["fig2"], "huge", "choose one of")):
         with pytest.raises(ConfigError, match=message):
             reproduce(quiet(), names, scale, [], folder=tmp_path, out=None, jobs=1, dry_run=True)
+    with pytest.raises(ConfigError, match=r"eval\.sizes=\[\] leaves nothing to compare: give at least one size"):
+        reproduce(quiet(), ["fig2"], "tiny", ["eval.sizes=[]"], folder=tmp_path, dry_run=True)
 
 
 @pytest.mark.parametrize("scale", list(SCALES))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from twist_fl.job import Job
 from twist_fl.rounds import RoundMean, RunState, dispatch, plan, run, start, twist_round
 from twist_fl.shelf import MomentShelf
 from twist_fl.subnet import State, attach_factors, get_state, load_state
+from twist_fl.tokenizer import copy_tokenizer
 from twist_fl.train import MOMENTS, Moments
 from twist_fl.worker import Worker
 
@@ -335,6 +337,7 @@ def pretrained(tiny_job: MakeJob, tmp_path: Path) -> Path:
     job = tiny_job("model.n_layer=6")
     torch.manual_seed(3)
     GPT2LMHeadModel(job.model_config).save_pretrained(tmp_path / "checkpoint")  # type: ignore[arg-type]
+    copy_tokenizer(job.corpus.tokenizer_folder, tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
 
@@ -351,8 +354,23 @@ def test_a_window_longer_than_the_pretrained_context(pretrained: Path, tiny_job:
 
 
 def test_a_tokenizer_larger_than_the_pretrained_vocabulary(pretrained: Path, tiny_job: MakeJob) -> None:
-    with pytest.raises(ConfigError, match=r"the tokenizer has \d+ tokens and .* only \d+: set data\.tokenizer"):
-        tiny_job(f"model.pretrained={pretrained}", "data.vocab_size=400")
+    with pytest.raises(ConfigError, match=r"the tokenizer has \d+ tokens and .* only \d+: leave data\.tokenizer out"):
+        larger = tiny_job("data.vocab_size=400").corpus.tokenizer_folder
+        tiny_job(f"model.pretrained={pretrained}", f"data.tokenizer={larger}")
+
+
+def test_a_pretrained_model_brings_its_tokenizer(
+    pretrained: Path, tiny_job: MakeJob, text_folder: Path, tmp_path: Path
+) -> None:
+    own = json.loads((pretrained / "tokenizer.json").read_text())
+    (tmp_path / "other.txt").write_text((text_folder / "train.txt").read_text()[::-1])
+    job = tiny_job(f"model.pretrained={pretrained}", f"data.path={tmp_path / 'other.txt'}", "data.vocab_size=280")
+    assert json.loads((job.corpus.tokenizer_folder / "tokenizer.json").read_text()) == own
+    (pretrained / "tokenizer.json").unlink()
+    with pytest.raises(
+        ConfigError, match=r"data\.tokenizer='.*/checkpoint' has no tokenizer\.json: give a folder that"
+    ):
+        tiny_job(f"model.pretrained={pretrained}")
 
 
 def test_an_untied_head_is_a_parameter_of_its_own(pretrained: Path, tiny_job: MakeJob, tmp_path: Path) -> None:

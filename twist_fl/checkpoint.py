@@ -1,7 +1,8 @@
 """A run's folder: what it is (`job.json`), what happened (`events.jsonl`), and checkpoints to resume from exactly.
 
 A checkpoint is a folder that is renamed into place when it is whole; the two newest are kept. Each is also the full
-model as Hugging Face keeps one, for AutoModelForCausalLM.from_pretrained or another run's model.pretrained.
+model with its tokenizer as Hugging Face keeps them, for AutoModelForCausalLM.from_pretrained or another run's
+model.pretrained.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from transformers import PreTrainedConfig
 
 from twist_fl.blocks import Kind
 from twist_fl.config import ConfigError
-from twist_fl.files import new_folder, save_tensors, write_text
+from twist_fl.files import from_json, new_folder, save_tensors, to_json, write_text
 from twist_fl.job import Job, job_from_json
 from twist_fl.rounds import RunState
 from twist_fl.subnet import State
+from twist_fl.tokenizer import copy_tokenizer
 from twist_fl.train import MOMENTS, Moments
 
 _KEPT = 2
@@ -83,7 +85,7 @@ class RunFolder:
         with self.events_file.open("a+b") as file:
             if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
                 file.write(b"\n")
-            file.write(json.dumps({"event": event, **fields}).encode() + b"\n")
+            file.write(to_json({"event": event, **fields}).encode() + b"\n")
 
     @contextmanager
     def failures_logged(self) -> Iterator[None]:
@@ -102,7 +104,7 @@ class RunFolder:
         """Whole checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob("round-*"))
 
-    def save(self, state: RunState, model: PreTrainedConfig) -> None:
+    def save(self, state: RunState, model: PreTrainedConfig, tokenizer_folder: Path | None = None) -> None:
         folder = self.path / "checkpoints" / f"round-{state.round:06d}"
         fields = {
             "round": state.round,
@@ -119,6 +121,8 @@ class RunFolder:
             write_text(json.dumps(fields), making / "state.json")
             # Of the dtype of what is saved: a model that came in 16 bits would be read so again.
             write_text(json.dumps(model.to_dict() | {"dtype": "float32"}, indent=1), making / "config.json")
+            if tokenizer_folder:
+                copy_tokenizer(tokenizer_folder, making)
         for old in self.checkpoints()[:-_KEPT]:
             shutil.rmtree(old)
 
@@ -142,7 +146,7 @@ class RunFolder:
     def rewind(self, round_: int) -> None:
         """Forget the events after `round_`, and how the run ended: a resumed run writes them again."""
         kept = [entry for entry in self.events() if entry.get("round", 0) <= round_ and entry["event"] not in _LAST]
-        write_text("".join(json.dumps(entry) + "\n" for entry in kept), self.events_file)
+        write_text("".join(to_json(entry) + "\n" for entry in kept), self.events_file)
 
 
 class EventReader:
@@ -166,7 +170,7 @@ class EventReader:
         self._offset += len(whole) + len(end)
         for line in whole.splitlines():
             with suppress(json.JSONDecodeError):
-                self._events.append(json.loads(line))
+                self._events.append(from_json(line))
         return self._events
 
 

@@ -67,6 +67,8 @@ def check_values(config: Any) -> None:
         )
     if config.data.source == "files" and not config.data.path:
         raise ConfigError("data.source=files needs data.path: a text file or a folder")
+    if config.data.source == "builtin" and config.data.path:
+        raise ConfigError(f"data.path={config.data.path!r} is not read with data.source=builtin: add data.source=files")
     _check_sizes(blueprint, workers)
     _check_policies(config)
     _check_variant(config)

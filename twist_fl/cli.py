@@ -164,7 +164,10 @@ def cost(
     preset: Annotated[str, typer.Argument(help="A preset, a YAML file or a run's folder.")] = "gpt2-wikitext103",
     overrides: Overrides = None,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Optimiser steps of the run; default: the run's, or the paper's.")
+        int | None,
+        typer.Option(
+            min=1, help="Optimiser steps of the run; default: the run's, as train.rounds says, or the paper's."
+        ),
     ] = None,
 ) -> None:
     """Parameters, bytes and memory on paper (Appendix C): every subnet size, and a setting's own workers.
@@ -186,7 +189,10 @@ def bench(
         Path | None, typer.Option(help="Folder for the results; default: results/performance, for docs/performance.md.")
     ] = None,
 ) -> None:
-    """Measure time, memory and bytes beside floors and rivals, in a source tree. Other options are the script's."""
+    """Measure time, memory and bytes beside floors and rivals, in a source tree.
+
+    Other options are the script's: python benchmarks/NAME.py --help lists them.
+    """
     from twist_fl.bench import run_benches
 
     run_benches(console, name, context.args, results)

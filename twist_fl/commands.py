@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from rich.table import Column, Table
 from twist_fl.checkpoint import RunFolder
 from twist_fl.checks import LaunchError
 from twist_fl.config import Config, load_config
-from twist_fl.files import write_text
+from twist_fl.files import read_json, write_text
 from twist_fl.job import make_job
 from twist_fl.launch import flower_run
 from twist_fl.look import load_final
@@ -67,7 +66,7 @@ def demo(console: Console, directory: Path, overrides: list[str]) -> None:
 
 def _deployed(folder: RunFolder) -> list[dict[str, Any]]:
     file = folder.path / "deployed.json"
-    rows: list[dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else []
+    rows: list[dict[str, Any]] = read_json(file) if file.is_file() else []
     return rows
 
 
@@ -146,8 +145,17 @@ def _run(console: Console, folder: RunFolder, config: Config) -> None:
         )
         raise typer.Exit(INTERRUPTED) from None
     _require(events, "done", folder)
-    results = json.loads(folder.results_file.read_text())
-    console.print(f"full model: perplexity {results['full']:.2f}; results in {folder.results_file}")
+    results = read_json(folder.results_file)
+    console.print(f"{_perplexities(results)}; results in {folder.results_file}", soft_wrap=True)
+
+
+def _perplexities(results: dict[str, Any]) -> str:
+    from twist_fl.compare import perplexity_text, size_label
+
+    tickets = [f"{size_label(ticket)} {perplexity_text(ticket['mean'])}" for ticket in results["tickets"]]
+    return f"perplexity: full model {perplexity_text(results['full'])}" + (
+        f"; random tickets, mean: {', '.join(tickets)}" if tickets else ""
+    )
 
 
 def _require(events: list[dict[str, Any]], last: str, folder: RunFolder) -> None:
@@ -175,10 +183,11 @@ def deploy(console: Console, path: Path, devices: list[str]) -> list[dict[str, A
         flower_run(folder, job.config, 1, settings) as run,
     ):
         events = RunProgress(console, folder, 0).follow(run)
+    rows = [event for event in events if event["event"] == "device"]
+    if rows:
+        console.print(terminal_table(DEVICES, device_cells(rows)))
+        console.print(f"dense models, for AutoModelForCausalLM.from_pretrained, in {folder.path / 'deployed'}")
     _require(events, "deployed", folder)
-    rows: list[dict[str, Any]] = json.loads((folder.path / "deployed.json").read_text())
-    console.print(terminal_table(DEVICES, device_cells(rows)))
-    console.print(f"dense models, for AutoModelForCausalLM.from_pretrained, in {folder.path / 'deployed'}")
     return rows
 
 

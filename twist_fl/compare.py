@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError
+from twist_fl.files import read_json
 from twist_fl.progress import human_bytes
 
 _ALGORITHMS = {"twist": "TwIST", "fedavg": "FedAvg", "ddp": "DDP"}
@@ -72,7 +72,7 @@ def _results(folder: RunFolder) -> dict[str, Any]:
             f"{folder.path} has no results.json, so there is no run or it has not finished: "
             f"finish it with `twist-fl train --resume {folder.path}`"
         )
-    results: dict[str, Any] = json.loads(folder.results_file.read_text())
+    results: dict[str, Any] = read_json(folder.results_file)
     return results
 
 

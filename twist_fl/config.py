@@ -7,7 +7,7 @@ A configuration is the defaults below, then a preset of `conf/` (which holds onl
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ class ModelConfig:
     """A pretrained checkpoint, or sizes for a model from scratch."""
 
     pretrained: str | None = None
-    """Name on the Hugging Face hub, or a folder; all below is then read from it."""
+    """Name on the Hugging Face hub, a folder, or a run's folder (its newest checkpoint); all below is read from it."""
     architecture: Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox"] = "gpt2"
     n_layer: int = 12
     n_head: int = 12
@@ -54,12 +54,14 @@ class DataConfig:
     name: str = "wikitext-103-raw-v1"
     """wikitext: the configuration of the data set."""
     train_glob: str = "*train*"
-    """files: which files of the folder to train on; if none matches, all text is split by `test_fraction`."""
+    """files: which files of the folder to train on; if these two defaults do not match both, all text is split by
+    `test_fraction`."""
     test_glob: str = "*test*"
     test_fraction: float = 0.1
     """Share of documents kept for evaluation where the source has no test split of its own."""
     tokenizer: str | None = None
-    """Folder, or name on the hub; null trains a byte-level BPE of `vocab_size` on the training text."""
+    """Folder, or name on the hub; null: model.pretrained's own, and for a model from scratch a byte-level BPE of
+    `vocab_size`, trained on the training text."""
     vocab_size: int = 2048
     window: int = 1024
     """Tokens per training sequence."""
@@ -108,7 +110,8 @@ class TrainConfig:
     """Windows per batch and worker."""
     epochs: int = 3
     rounds: int | None = None
-    """Number of intervals, for ddp too; null: as many as `epochs` of a worker's shard need."""
+    """Number of intervals, for ddp too; null: as many as `epochs` of a worker's shard need, also if `epochs` is given
+    after it, as over a preset's rounds."""
     lr: float = 1e-4
     beta1: float = 0.9
     beta2: float = 0.999
@@ -277,6 +280,8 @@ def from_layers(layers: Sequence[Any]) -> Config:
         train = plain.get("train")
         if isinstance(train, dict) and train.get("variant") is True:
             train["variant"] = "true"  # the paper's name for it is YAML's for yes
+        if isinstance(train, dict) and "epochs" in train:
+            train.setdefault("rounds", None)  # of the two budgets, the one given last counts
         try:
             merged = OmegaConf.merge(merged, OmegaConf.create(plain))
         except OmegaConfBaseException as error:
@@ -288,15 +293,18 @@ def from_layers(layers: Sequence[Any]) -> Config:
     assert isinstance(config, Config)
     check_values(config)
     _make_absolute(config)
+    config.data.tokenizer = config.data.tokenizer or config.model.pretrained
     return config
 
 
 def _make_absolute(config: Config) -> None:
-    """Folders that exist become absolute: Flower runs the app in another working folder."""
+    """Folders that exist become absolute: Flower runs the app in another working folder. A run stands for its newest
+    checkpoint."""
     for section, key in ((config.data, "path"), (config.data, "tokenizer"), (config.model, "pretrained")):
         value = getattr(section, key)
-        if value and Path(value).expanduser().exists():
-            setattr(section, key, str(Path(value).expanduser().resolve()))
+        if value and (path := Path(value).expanduser()).exists():
+            newest = max(path.glob("checkpoints/round-*"), default=path)
+            setattr(section, key, str(newest.resolve()))
 
 
 def to_yaml(config: Config) -> str:
@@ -312,13 +320,31 @@ def _nearest(word: str, words: Sequence[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
+def _keys(schema: Any, prefix: str = "") -> Iterator[str]:
+    """Every key that takes a value, with its sections: train.lr."""
+    for field_ in fields(schema):
+        default = getattr(schema(), field_.name)
+        inner = _keys(type(default), f"{prefix}{field_.name}.") if is_dataclass(default) else [prefix + field_.name]
+        yield from inner
+
+
+def _meant(key: str, section: str, known: Sequence[str]) -> str:
+    """The key of that name in any section, else the nearest in this one, else in any."""
+    named: dict[str, list[str]] = {}
+    for path in _keys(Config):
+        named.setdefault(path.rpartition(".")[2], []).append(path)
+    inside = [section + near for near in difflib.get_close_matches(key, known, n=1)]
+    anywhere = [path for near in difflib.get_close_matches(key, named, n=1) for path in named[near]]
+    found = named.get(key) or inside or anywhere
+    return f", did you mean {' or '.join(map(repr, found))}?" if found else f"; known here: {', '.join(known)}"
+
+
 def _check_keys(given: dict[Any, Any], schema: Any, prefix: str) -> None:
     known = {f.name: f for f in fields(schema)}
     defaults = schema()
     for key, value in given.items():
         if key not in known:
-            near = _nearest(str(key), list(known)) or f"; known here: {', '.join(known)}"
-            raise ConfigError(f"unknown key {prefix + str(key)!r}{near}")
+            raise ConfigError(f"unknown key {prefix + str(key)!r}{_meant(str(key), prefix, list(known))}")
         default = getattr(defaults, key)
         if is_dataclass(default):
             if not isinstance(value, dict):

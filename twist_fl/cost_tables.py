@@ -26,12 +26,14 @@ from twist_fl.progress import human_bytes
 def show_cost(console: Console, preset: str, overrides: list[str], steps: int | None) -> None:
     """A line for every subnet size of a setting, then for its own workers; both countings of communication.
 
-    `preset` may be a run's folder: then what it measured stands beside. `steps`: the run's, or the paper's.
+    `preset` may be a run's folder: then what it measured stands beside. `steps`: the run's; of a setting, as many as
+    train.rounds says, or the paper's.
     """
     folder = RunFolder(Path(preset))
     if not folder.job_file.is_file():
         config = load_config(preset, overrides)
-        _show(console, preset, config, _model_dict(config), steps or PAPER_EXCHANGES)
+        planned = (config.train.rounds or 0) * config.train.interval
+        _show(console, preset, config, _model_dict(config), steps or planned or PAPER_EXCHANGES)
         return
     if overrides:
         raise ConfigError(f"{preset} is a run, which keeps its settings: leave out {' '.join(overrides)}")

@@ -118,6 +118,12 @@ def _files(config: DataConfig) -> Documents:
     if not any(file.stat().st_size for file in files):
         raise ConfigError(f"data.path={str(path)!r} holds no text")
     train, test = ([f for f in files if f.match(glob)] for glob in (config.train_glob, config.test_glob))
+    chosen = (config.train_glob, config.test_glob) != (DataConfig.train_glob, DataConfig.test_glob)
+    if path.is_dir() and chosen and not (train and test):
+        raise ConfigError(
+            f"of the {len(files)} files of data.path={str(path)!r}, data.train_glob={config.train_glob!r} matches "
+            f"{len(train)} and data.test_glob={config.test_glob!r} {len(test)}: give both so that each matches, or none"
+        )
     if path.is_file() or not (train and test):
         return _split((text for file in files for text in _paragraphs(_read(file))), config.test_fraction)
     if both := [file for file in train if file in test]:

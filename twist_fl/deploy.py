@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -24,17 +23,9 @@ from twist_fl.family import padding_token
 from twist_fl.files import new_folder
 from twist_fl.modeling_subnet import SUBNETS
 from twist_fl.subnet import State, fold_scale, subnet_sizes
+from twist_fl.tokenizer import copy_tokenizer
 
 MODEL_CODE = "modeling_subnet.py"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 def ticket_memory_bytes(layout: Layout, blueprint: Blueprint) -> int:
@@ -164,9 +155,8 @@ def export_ticket(ticket: Ticket, folder: Path, tokenizer_folder: Path | None) -
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in ticket.params.items()}
         save_file(tensors, making / "model.safetensors", metadata={"format": "pt"})
         (making / MODEL_CODE).write_bytes((resources.files("twist_fl") / MODEL_CODE).read_bytes())
-        for name in _TOKENIZER_FILES if tokenizer_folder else ():
-            if (file := Path(tokenizer_folder or "") / name).is_file():
-                shutil.copyfile(file, making / name)
+        if tokenizer_folder:
+            copy_tokenizer(tokenizer_folder, making)
 
 
 def _write_json(fields: Mapping[str, Any], path: Path) -> None:

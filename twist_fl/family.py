@@ -40,14 +40,18 @@ def padding_token(fields: Mapping[str, Any]) -> int | None:
 def _pretrained(name: str) -> PreTrainedConfig:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         raise ConfigError(
-            f"model.pretrained={name!r} is a folder without config.json: give the folder of a Hugging Face model; of a "
-            "run, that is its newest checkpoints/round-..."
+            f"model.pretrained={name!r} holds no model (no config.json): give a run that has a checkpoint, one of its "
+            "checkpoints, or another folder of a Hugging Face model"
         )
     with reachable(f"model.pretrained={name!r}"):
         loaded: Any = AutoConfig.from_pretrained(name)
     if loaded.model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ConfigError(f"model.pretrained={name!r} is a {loaded.model_type!r} model; known are {known}")
+    if hasattr(loaded, "heads_per_layer"):
+        raise ConfigError(
+            f"model.pretrained={name!r} is a ticket, whose layers differ in size: give the run it was drawn from"
+        )
     assert isinstance(loaded, PreTrainedConfig)
     return loaded
 

@@ -199,5 +199,5 @@ def _fit_vocabulary(config: Config, model: PreTrainedConfig, corpus: Corpus) -> 
     elif model.vocab_size < corpus.vocab_size:
         raise ConfigError(
             f"the tokenizer has {corpus.vocab_size} tokens and model.pretrained={config.model.pretrained!r} only "
-            f"{model.vocab_size}: set data.tokenizer to the model's own"
+            f"{model.vocab_size}: leave data.tokenizer out, or give the model's own"
         )

@@ -57,7 +57,7 @@ class Keeper:
         if every and self.is_due(state, every):
             self._evaluate(state, [task.blueprint for task in tasks])
         if self.is_due(state, self.job.config.checkpoint_every):
-            self.folder.save(state, self.job.model_config)
+            self.folder.save(state, self.job.model_config, self.job.corpus.tokenizer_folder)
             self.saved_round = state.round
 
     def _evaluate(self, state: RunState, blueprints: Sequence[Blueprint]) -> None:

@@ -23,6 +23,21 @@ def load_final(path: Path) -> tuple[RunFolder, Any, Any]:
     return folder, job.scored(state.scores), state
 
 
+def chosen_sizes(job: Any, sizes: list[int] | None) -> list[int]:
+    """The ticket sizes given, else the run's. Raises ConfigError if a size is impossible, or the run has none."""
+    from twist_fl.evaluate import ticket_sizes
+
+    sizes = sizes or job.config.eval.sizes
+    if not sizes:
+        raise ConfigError("the run has eval.sizes=[]: give sizes, for example --sizes 8,6,4")
+    try:
+        for size in sizes:
+            ticket_sizes(job.layout, job.division, size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return sizes
+
+
 def keys(console: Console) -> None:
     """Every setting and its default, as YAML."""
     console.print(OmegaConf.to_yaml(OmegaConf.structured(Config)), highlight=False, markup=False)
@@ -39,11 +54,8 @@ def tickets(console: Console, path: Path, sizes: list[int] | None, draws: int, w
     table = Table(title=f"{path}: round {state.round}, {draws} random tickets a size, {test.size:,} test tokens")
     for column in ("blocks", "parameters", "mean", "std", "min", "max"):
         table.add_column(column, justify="right")
-    for size in sizes or config.eval.sizes:
-        try:
-            num_sub = evaluate.ticket_sizes(job.layout, job.division, size)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+    for size in chosen_sizes(job, sizes):
+        num_sub = evaluate.ticket_sizes(job.layout, job.division, size)
         whole = num_sub == job.layout.num_blocks
         with console.status(f"tickets of {size} blocks"):
             row = evaluate.ticket_distribution(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +25,14 @@ def human_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return f"{size:.2f} TB"
+
+
+def _held_text(event: Mapping[str, Any]) -> str:
+    """What the settings come to, of a run's "start" event: an algorithm that divides nothing says so here."""
+    held, full = event["subnet_params"], event["num_params"]
+    spread = " to ".join(f"{size:,}" for size in dict.fromkeys([min(held), max(held)]))
+    part = f"all {full:,}" if min(held) == full else f"{spread} of {full:,}"
+    return f"each worker (of {len(held)}) trains {part} parameters"
 
 
 class RunProgress:
@@ -83,7 +92,9 @@ class RunProgress:
         name = event["algorithm"]
         if self._train is None:
             self._train = self._bar.add_task(name, total=event["num_rounds"], completed=event["round"], note="starting")
-        self._line(f"{name}: {event['num_rounds']} rounds", force=True)
+        self.console.print(
+            f"{name}: {event['num_rounds']} rounds; {_held_text(event)}", highlight=False, soft_wrap=True
+        )
 
     def _on_nodes(self, event: dict[str, Any]) -> None:
         for reason in event["failed"]:

@@ -103,10 +103,10 @@ def _in_words(run: FinishedRun) -> str:
 def _comparison(runs: Sequence[FinishedRun], rows: Sequence[Row]) -> Iterator[str]:
     yield "<h2>Comparison</h2>"
     yield table(table_cells(rows))
-    tokens = _each([f"{run.results['test_tokens']:,}" for run in runs])
+    tokens = _each([f"{run.results['test_tokens']:,}" for run in runs], "tokens")
     yield note(
-        f"Perplexity on the test split ({tokens} tokens). Under k/n: mean ± standard deviation over random tickets "
-        f"({_each([_draws(run) for run in runs])} per size) of k of the n blocks in every divided layer. "
+        f"Perplexity on the test split ({tokens}). Under k/n: mean ± standard deviation over random tickets "
+        f"({_each([_draws(run) for run in runs], 'per size')}) of k of the n blocks in every divided layer. "
         "Bytes are both directions of all rounds and workers. Peak memory is the most that a worker held while it "
         "trained, above what it held before it had a model: on a GPU what torch allocated, else resident memory, with "
         "what libraries and messages take. Predicted for it is the cost model's: weights, gradients and two moments, "
@@ -132,7 +132,7 @@ def _ticket_rows(runs: Sequence[FinishedRun]) -> Iterator[list[str]]:
 
 def _figures(runs: Sequence[FinishedRun]) -> Iterator[str]:
     seeds = f"Seed: {_each([str(run.config['seed']) for run in runs])}."
-    draws = f"{_each([_draws(run) for run in runs])} draws per size. {seeds}"
+    draws = f"{_each([_draws(run) for run in runs], 'draws per size')}. {seeds}"
     captions = {
         "training": f"Training loss of every round (thin) and its mean over {plots.smoothing_rounds(runs)} "
         f"intervals (bold); perplexity of the full model on the test split's first {plots.watched(runs)} windows. "
@@ -233,8 +233,7 @@ def _facts(run: FinishedRun) -> dict[str, str]:
     }
 
 
-def _each(values: Sequence[str]) -> str:
-    """The value that all runs share, or each run's."""
-    if len(set(values)) == 1:
-        return values[0]
-    return f"{' / '.join(values)}, in the order of the table"
+def _each(values: Sequence[str], what: str = "") -> str:
+    """The value that all runs share, or each run's, of `what`."""
+    text = " / ".join(values if len(set(values)) > 1 else values[:1]) + (what and f" {what}")
+    return text + ", in the order of the table" * (len(set(values)) > 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -18,7 +17,7 @@ from twist_fl.blueprint import full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import Config, ConfigError
 from twist_fl.data import load_corpus
-from twist_fl.files import write_text
+from twist_fl.files import write_json
 from twist_fl.job import Job
 from twist_fl.machine import usable_cores
 from twist_fl.rounds import RunState
@@ -59,7 +58,7 @@ def final_results(job: Job, state: RunState, folder: RunFolder, threads: int | N
         results["tickets"].append(
             {"size": size, "of": evaluate.blocks_per_layer(job.layout, job.division)} | tickets.summary()
         )
-    write_text(json.dumps(results, indent=1), folder.results_file)
+    write_json(results, folder.results_file)
     return results
 
 

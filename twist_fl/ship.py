@@ -30,7 +30,7 @@ from twist_fl.deploy import (
     ticket_memory_bytes,
 )
 from twist_fl.evaluate import blocks_per_layer, ticket_sizes
-from twist_fl.files import write_text
+from twist_fl.files import write_json
 from twist_fl.job import Job
 from twist_fl.strategy import NoWorkersError, exchange
 from twist_fl.subnet import State
@@ -87,7 +87,8 @@ def devices_of(job: Job, pairs: Iterable[str]) -> list[DeviceConfig]:
 def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> None:
     """For each device: plan, draw, fold, ship, and log what it measured; writes deployed.json and deployed/NAME/.
 
-    Devices are served one after another, so that they do not disturb each other's latency.
+    Devices are served one after another, so that they do not disturb each other's latency. Raises ConfigError when
+    all have been served, if some are too slow with every ticket.
     """
     with folder.lock("server"), folder.failures_logged():
         state = folder.load()
@@ -100,14 +101,20 @@ def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> No
         targets = devices_of(job, devices.split())
         # All are planned before any is served: an impossible device is refused before anything starts.
         plans = [(device, plan_device(job, device)) for device in targets]
-        rows = []
+        rows, too_slow = [], []
         for place, (device, tickets) in enumerate(plans):
             ship = partial(_ship, grid, nodes[place % len(nodes)], job, device, (place, len(plans)))
-            ticket, row = settle(job, state.params, device, tickets, ship)
+            try:
+                ticket, row = settle(job, state.params, device, tickets, ship)
+            except ConfigError as error:
+                too_slow.append(str(error))
+                continue
             rows.append(row)
             export_ticket(ticket, folder.path / "deployed" / device.name, job.corpus.tokenizer_folder)
+            write_json(rows, folder.path / "deployed.json")
             folder.log("device", round=state.round, **row)
-        write_text(json.dumps(rows, indent=1), folder.path / "deployed.json")
+        if too_slow:
+            raise ConfigError("; ".join(too_slow))
         folder.log("deployed", round=state.round)
 
 

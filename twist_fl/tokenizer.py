@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,15 @@ from typing import Any
 from twist_fl.config import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 
 
 @contextmanager
@@ -35,11 +45,20 @@ def load_tokenizer(name: str) -> Any:
         )
     if folder.is_dir():
         if not (folder / "tokenizer.json").is_file():
-            raise ConfigError(f"data.tokenizer={name!r} has no tokenizer.json")
+            raise ConfigError(
+                f"data.tokenizer={name!r} has no tokenizer.json: give a folder that has one, or a name on the hub"
+            )
         if not (folder / "tokenizer_config.json").is_file() and not (folder / "config.json").is_file():
             return GPT2TokenizerFast.from_pretrained(str(folder))
     with reachable(f"data.tokenizer={name!r}"):
         return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
+
+
+def copy_tokenizer(folder: Path, target: Path) -> None:
+    """Its files, for AutoTokenizer.from_pretrained(target)."""
+    for name in _FILES:
+        if (file := folder / name).is_file():
+            shutil.copyfile(file, target / name)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:

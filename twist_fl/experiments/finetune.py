@@ -61,7 +61,9 @@ def tables(data: Data) -> dict[str, Cells]:
     rows: dict[str, Data] = data["rows"]
     header = ["fine-tuned by", "full model", *map(size_label, rows[BEFORE]["tickets"])]
     lines = [[name, perplexity_text(row["full"]), *map(_text, row["tickets"])] for name, row in rows.items()]
-    return {caption("Test perplexity after fine-tuning, setting both (tickets: mean ± deviation)", data): [header, *lines]}
+    return {
+        caption("Test perplexity after fine-tuning, setting both (tickets: mean ± deviation)", data): [header, *lines]
+    }
 
 
 def _text(ticket: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ done twice and an interrupted experiment goes on where it was. Experiments say w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +16,7 @@ from twist_fl.blueprint import Setting
 from twist_fl.checkpoint import RunFolder
 from twist_fl.checks import ConfigError
 from twist_fl.config import Config, load_config
-from twist_fl.files import write_text
+from twist_fl.files import read_json, write_json
 
 Runner = Literal["local", "flower"]
 TRAIN = "train"
@@ -46,7 +45,7 @@ SCALES = {
             ("train.device=cpu", "train.threads=1", "eval.every=20", "checkpoint_every=20"),
             20,
             "local",
-            "0.5 M parameters from scratch, the demo's text, 100 intervals; CPU, about half an hour on four cores",
+            "0.5 M parameters from scratch, the demo's text, 100 intervals; table1 takes four cores half an hour",
         ),
         Scale(
             "small",
@@ -114,20 +113,8 @@ class Lab:
             if key != "seed" and own.get(key, value) != value:  # a run with a seed of its own counts from the lab's
                 raise ConfigError(f"{word} would change {task.name}, which is {key}={own[key]}: leave it out")
         wanted = [*self.scale.overrides, *self.overrides, *task.arguments["overrides"]]
-        wanted += [f"model.pretrained={self._trained(name)}" for name in task.runs]
+        wanted += [f"model.pretrained={self.run(name).path}" for name in task.runs]
         return [*wanted, f"name={task.name}", f"dir={self.run(task.name).path}"]
-
-    def _trained(self, name: str) -> Path:
-        """Where a run's model is; of one that has none yet, where all of them will be. Raises ConfigError."""
-        folder = self.run(name)
-        if not (checkpoints := folder.checkpoints()):
-            return folder.path / "checkpoints"
-        if not (checkpoints[-1] / "config.json").is_file():
-            raise ConfigError(
-                f"{checkpoints[-1]} is of an older version, which saved no model to go on from (config.json): "
-                f"remove {folder.path} to train it anew"
-            )
-        return checkpoints[-1]
 
     def config(self, task: Task) -> Config:
         """Of a training task. Raises ConfigError."""
@@ -145,9 +132,9 @@ class Lab:
     def result(self, task: Task) -> dict[str, Any]:
         """A training run's results.json, or what a measurement gave. The task must be done."""
         if task.kind == TRAIN:
-            found: dict[str, Any] = json.loads(self.run(task.name).results_file.read_text())
+            found: dict[str, Any] = read_json(self.run(task.name).results_file)
             return found
-        return dict(json.loads(self.file(task).read_text())["result"])
+        return dict(read_json(self.file(task))["result"])
 
     def is_done(self, task: Task) -> bool:
         """What was done with a run that has been made anew since does not count."""
@@ -161,12 +148,12 @@ class Lab:
     def _stamped(self, task: Task) -> dict[str, str | None]:
         """As `stamp`, of when the task was done or, a training run, begun."""
         file = self.file(task)
-        return dict(json.loads(file.read_text())["of"]) if file.is_file() else {}
+        return dict(read_json(file)["of"]) if file.is_file() else {}
 
     def begin(self, task: Task) -> None:
         """Before a run's folder is made: note what it starts from."""
         if task.runs:
-            write_text(json.dumps({"of": self.stamp(task)}), self.file(task))
+            write_json({"of": self.stamp(task)}, self.file(task))
 
     def refuse_other_start(self, task: Task) -> None:
         """Raises ConfigError if the run that is here started from another run than the lab has now."""
@@ -178,4 +165,4 @@ class Lab:
 
     def run_id(self, name: str) -> str | None:
         file = self.run(name).job_file
-        return str(json.loads(file.read_text())["run_id"]) if file.is_file() else None
+        return str(read_json(file)["run_id"]) if file.is_file() else None

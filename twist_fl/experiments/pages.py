@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from html import escape
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from twist_fl.experiments.catalog import EXPERIMENTS
 from twist_fl.experiments.experiment import Data, Experiment
-from twist_fl.files import write_text
+from twist_fl.files import read_json, write_text
 from twist_fl.performance import short_commit
 from twist_fl.webpage import figure, note, page, table
 
@@ -19,7 +18,7 @@ TITLE = "TwIST on Flower: the paper's experiments"
 
 def write_page(folder: Path) -> Path:
     """Of every experiment whose NAME.json is in `folder`, in the catalogue's order."""
-    found = {name: json.loads(file.read_text()) for name in EXPERIMENTS if (file := folder / f"{name}.json").is_file()}
+    found = {name: read_json(file) for name in EXPERIMENTS if (file := folder / f"{name}.json").is_file()}
     body = [f"<h1>{TITLE}</h1>", *_contents([EXPERIMENTS[name] for name in found])]
     for name, data in found.items():
         body += _section(EXPERIMENTS[name], data)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +19,7 @@ from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import SCALES, TRAIN, Lab, Task
 from twist_fl.experiments.pages import write_page
 from twist_fl.experiments.runner import Pool, check
-from twist_fl.files import write_text
+from twist_fl.files import read_json, write_json, write_text
 from twist_fl.machine import usable_cores
 from twist_fl.performance import fill, origin
 from twist_fl.results import provenance
@@ -48,6 +47,8 @@ def reproduce(
         raise ConfigError(f"--scale {scale!r} is unknown: choose one of {', '.join(SCALES)}")
     chosen = [_experiment(name) for name in (EXPERIMENTS if EVERY in names else names)]
     lab = Lab((folder or Path("runs/reproduce") / scale).resolve(), SCALES[scale], tuple(overrides))
+    if not lab.base.eval.sizes:
+        raise ConfigError("eval.sizes=[] leaves nothing to compare: give at least one size, or leave it out")
     tasks = list({task.name: task for experiment in chosen for task in experiment.tasks(lab)}.values())
     check(lab, tasks)
     if dry_run:
@@ -107,7 +108,7 @@ def _show(console: Console, lab: Lab, experiment: Experiment, target: Path) -> N
     about["overrides"] = [word for word in (*lab.scale.overrides, *lab.overrides) if not word.startswith("data.path=")]
     about["commits"] = sorted({commit for task in experiment.tasks(lab) if (commit := _commit_of(lab, task))})
     data["provenance"] = provenance() | about
-    write_text(json.dumps(data, indent=1), target / f"{experiment.name}.json")
+    write_json(data, target / f"{experiment.name}.json")
     write_text(render(data), target / f"{experiment.name}.md")
     for name, draw in experiment.figures.items():
         plots.save_png(partial(draw, data), target / f"{name}.png")
@@ -120,10 +121,7 @@ def _show(console: Console, lab: Lab, experiment: Experiment, target: Path) -> N
 
 def _commit_of(lab: Lab, task: Task) -> str | None:
     """Of the tree that did the task."""
-    if task.kind == TRAIN:
-        commit = lab.result(task).get("commit")
-    else:
-        commit = json.loads(lab.file(task).read_text()).get("commit")
+    commit = read_json(lab.run(task.name).results_file if task.kind == TRAIN else lab.file(task)).get("commit")
     return str(commit) if commit else None
 
 
@@ -144,6 +142,6 @@ def fill_page(page: Path, results: Path) -> None:
     Raises KeyError for a result that has no place in the page.
     """
     images = f"{Path(os.path.relpath(results.resolve(), page.resolve().parent)).as_posix()}/"
-    found = {name: json.loads((results / f"{name}.json").read_text()) for name in EXPERIMENTS
+    found = {name: read_json(results / f"{name}.json") for name in EXPERIMENTS
              if (results / f"{name}.json").is_file()}  # fmt: skip
     write_text(fill(page.read_text(), {name: render(data, images) for name, data in found.items()}), page)

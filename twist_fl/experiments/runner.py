@@ -22,7 +22,7 @@ from twist_fl.checks import LaunchError
 from twist_fl.compare import duration_text
 from twist_fl.experiments.lab import SCALES, TRAIN, Lab, Task
 from twist_fl.experiments.measures import MEASURES
-from twist_fl.files import write_text
+from twist_fl.files import write_json
 from twist_fl.job import make_job
 from twist_fl.local import train_local
 from twist_fl.results import provenance, refuse_other_settings
@@ -44,7 +44,7 @@ def execute(lab: Lab, task: Task) -> None:
     stamp = lab.stamp(task)
     result = MEASURES[task.kind](lab.run(run), **task.arguments)
     fields = {"of": stamp, "result": result, **provenance()}
-    write_text(json.dumps(fields, indent=1), lab.file(task))
+    write_json(fields, lab.file(task))
 
 
 def check(lab: Lab, tasks: Sequence[Task]) -> None:

@@ -13,10 +13,10 @@ from rich.table import Table
 from twist_fl.blueprint import full_blueprint
 from twist_fl.config import ConfigError
 from twist_fl.data import Windows
-from twist_fl.evaluate import blocks_per_layer, perplexity, ticket_sizes
-from twist_fl.files import write_text
+from twist_fl.evaluate import blocks_per_layer, perplexity
+from twist_fl.files import write_json
 from twist_fl.job import Job
-from twist_fl.look import load_final
+from twist_fl.look import chosen_sizes, load_final
 from twist_fl.pruning.methods import METHODS, prune, pruned_perplexities, save_pruned, sparsity
 from twist_fl.results import portable_config, provenance
 
@@ -50,12 +50,7 @@ def prune_run(
     """Prune the newest checkpoint of the run in `path` by every method to every size; a table, and pruned.json."""
     folder, job, state = load_final(path)
     config = job.config
-    sizes = sizes or config.eval.sizes
-    try:
-        for size in sizes:
-            ticket_sizes(job.layout, job.division, size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    sizes = chosen_sizes(job, sizes)
     test = job.corpus.test[: windows or config.eval.max_windows]
     of = blocks_per_layer(job.layout, job.division)
     with console.status("the full model"):
@@ -77,7 +72,7 @@ def prune_run(
         "rows": rows,
     }
     out = out or folder.path / "pruned.json"
-    write_text(json.dumps(results, indent=1), out)
+    write_json(results, out)
     console.print(_table(f"{path}: round {state.round}, {test.size:,} test tokens, full model {full:.2f}", rows))
     console.print(
         "Seconds, peak memory and calibration tokens are spent after training, for each size anew. "

@@ -30,7 +30,7 @@ from twist_fl.pruning.calibrate import Inputs, Matrix, Say, Statistic, divided_m
 from twist_fl.pruning.fisher import keep_best
 from twist_fl.pruning.measure import measured
 from twist_fl.subnet import State, get_state, load_state
-from twist_fl.tokenizer import load_tokenizer
+from twist_fl.tokenizer import copy_tokenizer
 
 PruneMatrix = Callable[[torch.Tensor, Inputs, Fraction, Say], torch.Tensor]
 """(weight (out, in), its inputs, share to remove, where to say what is unusual) -> the pruned weight."""
@@ -197,4 +197,4 @@ def save_pruned(job: Job, pruned: Pruned, folder: Path) -> None:
     load_state(model, pruned.params)
     with new_folder(folder) as making:
         model.save_pretrained(making)
-        load_tokenizer(str(tokenizer_folder)).save_pretrained(making)
+        copy_tokenizer(tokenizer_folder, making)
