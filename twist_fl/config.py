@@ -256,7 +256,10 @@ def load_config(preset: str | None = None, overrides: Sequence[str] = ()) -> Con
         try:
             layers.append(OmegaConf.from_dotlist([override]))
         except YAMLError as error:
-            raise ConfigError(f"the value of {override!r} is not YAML: quote it or close its brackets") from error
+            key, _, value = override.partition("=")
+            raise ConfigError(
+                f"the value of {override!r} is not YAML: close its brackets, or quote it: '{key}=\"{value}\"'"
+            ) from error
     return from_layers(layers)
 
 
@@ -275,8 +278,8 @@ def from_layers(layers: Sequence[Any]) -> Config:
             ("eval", "sizes"),
         ):
             values = plain.get(section)
-            if isinstance(values, dict) and isinstance(values.get(key), int):
-                values[key] = [values[key]]  # one number is a list of one
+            if isinstance(values, dict) and isinstance(values.get(key), (int, str)):
+                values[key] = str(values[key]).split(",")  # one number is a list of one; 6,3 is what --sizes takes
         train = plain.get("train")
         if isinstance(train, dict) and train.get("variant") is True:
             train["variant"] = "true"  # the paper's name for it is YAML's for yes
