@@ -76,7 +76,7 @@ class BlueprintConfig:
     """Which blocks. random: Algorithm 1; rolling: a window that moves (FedRolex); ordered: the first ones (HeteroFL);
     static: drawn once; importance: Algorithm 1 with the common blocks that score highest."""
     num_sub: list[int] = field(default_factory=lambda: [6])
-    """Blocks held per divided layer: one number for all workers, or one per worker."""
+    """Blocks held per divided layer: one number for all workers, or one per worker. fedavg and ddp: all hold all."""
     num_sub_ffn: list[int] | None = None
     """The same for FFN blocks, where it differs from `num_sub`."""
     assign: Literal["fixed", "shuffled", "drawn"] = "fixed"
@@ -195,6 +195,7 @@ class DeviceConfig:
 @dataclass
 class DeployConfig:
     devices: list[DeviceConfig] = field(default_factory=list)
+    """What `twist-fl deploy` serves if it is given none: [{name: phone, memory_mb: 2, latency_ms: 20, kappa: 0.5}]."""
     new_tokens: int = 32
     """Tokens generated to measure latency."""
 
