@@ -65,6 +65,7 @@ def test_of_epochs_and_rounds_the_later_counts() -> None:
 def test_one_number_stands_for_all_workers() -> None:
     assert load_config(overrides=["blueprint.num_sub=3"]).blueprint.num_sub == [3]
     assert load_config(overrides=["blueprint.num_sub_ffn=5"]).blueprint.num_sub_ffn == [5]
+    assert load_config(overrides=["eval.sizes=6,3"]).eval.sizes == [6, 3]
 
 
 REFUSED = {
@@ -88,6 +89,8 @@ REFUSED = {
     "train.workers=2.5": "train.workers: Value '2.5'",
     "train.epochs=null": "train.epochs:",
     "train.lr=[1,": "'train.lr=[1,' is not YAML",
+    "data.train_glob=*.md": "is not YAML: close its brackets, or quote it: 'data.train_glob=\"*.md\"'",
+    "eval.sizes=few": "eval.sizes[0]: Value 'few' of type 'str' could not be converted to Integer",
     "train.lr=${nope}": "train.lr: Interpolation key 'nope' not found",
     "algorithm=twits": "algorithm: Invalid value 'twits', expected one of ['twist', 'fedavg', 'ddp']",
     "blueprint.scale=cubic": "blueprint.scale: Invalid value 'cubic'",

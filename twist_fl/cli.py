@@ -225,7 +225,7 @@ def reproduce(
 
 @app.command()
 def keys() -> None:
-    """List every setting with its default."""
+    """List every setting with its default and what it means, as YAML to begin a preset from."""
     from twist_fl import look
 
     look.keys(console)

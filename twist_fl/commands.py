@@ -186,7 +186,9 @@ def deploy(console: Console, path: Path, devices: list[str]) -> list[dict[str, A
     rows = [event for event in events if event["event"] == "device"]
     if rows:
         console.print(terminal_table(DEVICES, device_cells(rows)))
-        console.print(f"dense models, for AutoModelForCausalLM.from_pretrained, in {folder.path / 'deployed'}")
+        console.print(
+            f"dense models, for AutoModelForCausalLM.from_pretrained, in {folder.path / 'deployed'}", soft_wrap=True
+        )
     _require(events, "deployed", folder)
     return rows
 

@@ -76,7 +76,7 @@ class BlueprintConfig:
     """Which blocks. random: Algorithm 1; rolling: a window that moves (FedRolex); ordered: the first ones (HeteroFL);
     static: drawn once; importance: Algorithm 1 with the common blocks that score highest."""
     num_sub: list[int] = field(default_factory=lambda: [6])
-    """Blocks held per divided layer: one number for all workers, or one per worker."""
+    """Blocks held per divided layer: one number for all workers, or one per worker. fedavg and ddp: all hold all."""
     num_sub_ffn: list[int] | None = None
     """The same for FFN blocks, where it differs from `num_sub`."""
     assign: Literal["fixed", "shuffled", "drawn"] = "fixed"
@@ -195,6 +195,7 @@ class DeviceConfig:
 @dataclass
 class DeployConfig:
     devices: list[DeviceConfig] = field(default_factory=list)
+    """What `twist-fl deploy` serves if it is given none: [{name: phone, memory_mb: 2, latency_ms: 20, kappa: 0.5}]."""
     new_tokens: int = 32
     """Tokens generated to measure latency."""
 
@@ -256,7 +257,10 @@ def load_config(preset: str | None = None, overrides: Sequence[str] = ()) -> Con
         try:
             layers.append(OmegaConf.from_dotlist([override]))
         except YAMLError as error:
-            raise ConfigError(f"the value of {override!r} is not YAML: quote it or close its brackets") from error
+            key, _, value = override.partition("=")
+            raise ConfigError(
+                f"the value of {override!r} is not YAML: close its brackets, or quote it: '{key}=\"{value}\"'"
+            ) from error
     return from_layers(layers)
 
 
@@ -275,8 +279,8 @@ def from_layers(layers: Sequence[Any]) -> Config:
             ("eval", "sizes"),
         ):
             values = plain.get(section)
-            if isinstance(values, dict) and isinstance(values.get(key), int):
-                values[key] = [values[key]]  # one number is a list of one
+            if isinstance(values, dict) and isinstance(values.get(key), (int, str)):
+                values[key] = str(values[key]).split(",")  # one number is a list of one; 6,3 is what --sizes takes
         train = plain.get("train")
         if isinstance(train, dict) and train.get("variant") is True:
             train["variant"] = "true"  # the paper's name for it is YAML's for yes
