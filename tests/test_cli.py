@@ -534,7 +534,7 @@ def test_generate_from_a_deployed_ticket(
     assert shipped == run("generate", trained, "--size", 2, *given)[1]
     status, _, error = run("generate", tmp_path / "phone", "--size", 2)
     assert status == 2
-    assert "--size chooses a ticket of a run; a deployed folder already is one" in error
+    assert "--size chooses a ticket of a run, and " in error
 
 
 @pytest.mark.parametrize(
@@ -554,11 +554,15 @@ def test_a_text_that_cannot_be_generated(given: tuple[str, ...], reason: str, ru
 
 
 def test_generate_from_something_else(run: Run, trained: Path, tmp_path: Path) -> None:
-    """A run's checkpoint is a model, but has no tokenizer."""
-    for path in (tmp_path, RunFolder(trained).checkpoints()[-1]):
-        status, _, error = run("generate", path)
-        assert status == 2
-        assert "is neither a run (job.json) nor a deployed ticket (config.json, tokenizer.json)" in error
+    status, _, error = run("generate", tmp_path)
+    assert status == 2
+    assert "is neither a run (job.json) nor a folder of a model (config.json, tokenizer.json)" in error
+
+
+def test_a_checkpoint_generates_as_its_run_does(run: Run, trained: Path) -> None:
+    given = ("--prompt", "the worker", "--new-tokens", 12, "--temperature", 0)
+    (text,) = {run("generate", path, *given)[1] for path in (trained, RunFolder(trained).checkpoints()[-1])}
+    assert text.startswith("the worker")
 
 
 def test_report_of_a_run(run: Run, trained: Path, tmp_path: Path) -> None:

@@ -137,11 +137,11 @@ def generate(
         tokenizer = load_tokenizer(str(job.corpus.tokenizer_folder))
     elif (path / "config.json").is_file() and (path / "tokenizer.json").is_file():
         if size is not None:
-            raise ConfigError("--size chooses a ticket of a run; a deployed folder already is one")
+            raise ConfigError(f"--size chooses a ticket of a run, and {path} holds one model")
         model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
     else:
-        raise ConfigError(f"{path} is neither a run (job.json) nor a deployed ticket (config.json, tokenizer.json)")
+        raise ConfigError(f"{path} is neither a run (job.json) nor a folder of a model (config.json, tokenizer.json)")
     torch.manual_seed(seed)
     tokens = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not tokens["input_ids"].numel():
