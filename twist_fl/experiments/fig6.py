@@ -98,9 +98,10 @@ def draw(data: Data) -> Figure:
     """A bar per shape with its time, and where it would end if time went as FLOPs do."""
     figure = figure_of(3.2, {"DDP's time x share of its FLOPs": FLOPS})
     names = list(SHAPES)
-    sides = (("ours", data["ms"], data["flops"], 1), ("paper", data["paper"], data["paper_flops"], 0))
-    for axes, (whose, ms, flops, decimals) in zip(figure.subplots(1, 2), sides, strict=True):
+    sides = (("ours", data["ms"], data["flops"]), ("paper", data["paper"], data["paper_flops"]))
+    for axes, (whose, ms, flops) in zip(figure.subplots(1, 2), sides, strict=True):
         bars = axes.bar(range(len(names)), [ms[name] for name in names], color=COLORS[0], width=0.85)
+        decimals = 0 if max(ms.values()) >= 100 else 1  # three digits fill a bar on a phone
         labels = [f"{ms[name]:.{decimals}f}" for name in names]
         axes.bar_label(bars, labels, label_type="center", color="white")
         axes.plot(range(len(names)), [ms[FULL] * flops[name] for name in names], **FLOPS, markersize=6)

@@ -20,14 +20,14 @@ from twist_fl.experiments.table1 import CALIBRATION_WINDOWS
 from twist_fl.plots import figure_of, looks_of, scale_perplexity
 
 LR = "train.lr=3e-4"
-BOTH = ("blueprint.setting=both",)
+BOTH = "blueprint.setting=both"
 BEFORE, DDP = "before: DDP", "DDP"
 TRAINED = {
     DDP: train("finetune-ddp", "algorithm=ddp", LR, after=runs.DDP),
     "FedAvg": train("finetune-fedavg", "algorithm=fedavg", LR, after=runs.DDP),
-    "TwIST, 6/12": train("finetune-both-6", *BOTH, "blueprint.num_sub=6", LR, after=runs.DDP),
-    "TwIST, 4/12": train("finetune-both-4", *BOTH, "blueprint.num_sub=4", LR, after=runs.DDP),
-    "TwIST, 12, 6, 4, 3, two common": train("finetune-mixed", *BOTH, COMMON, *SHUFFLED, LR, after=runs.DDP),
+    "TwIST, 6/12": train("finetune-both-6", BOTH, "blueprint.num_sub=6", LR, after=runs.DDP),
+    "TwIST, 4/12": train("finetune-both-4", BOTH, "blueprint.num_sub=4", LR, after=runs.DDP),
+    "TwIST, 12, 6, 4, 3, two common": train("finetune-mixed", BOTH, COMMON, *SHUFFLED, LR, after=runs.DDP),
 }
 PRUNERS = {"DDP, then SparseGPT": "sparsegpt", "DDP, then Wanda": "wanda"}
 
