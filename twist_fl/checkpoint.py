@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 
 from twist_fl.blocks import Kind
 from twist_fl.config import ConfigError
-from twist_fl.files import from_json, new_folder, save_tensors, to_json, write_text
+from twist_fl.files import check_seal, from_json, new_folder, save_tensors, to_json, write_text
 from twist_fl.job import Job, job_from_json
 from twist_fl.rounds import RunState
 from twist_fl.subnet import State
@@ -113,7 +113,7 @@ class RunFolder:
             "moment_step": state.moments.step if state.moments else None,
             "scores": [[*place, *scores] for place, scores in state.scores.items()] if state.scores else None,
         }
-        with new_folder(folder) as making:
+        with new_folder(folder, sealed=True) as making:
             save_tensors(state.params, making / "model.safetensors")
             if state.moments:
                 tensors = {f"{m}/{name}": t for m in MOMENTS for name, t in state.moments.values[m].items()}
@@ -132,6 +132,7 @@ class RunFolder:
         if not found:
             return None
         folder = found[-1]
+        check_seal(folder)
         fields = json.loads((folder / "state.json").read_text())
         debt: set[tuple[Kind, int, int]] = {(kind, layer, block) for kind, layer, block in fields["debt"]}
         moments = None

@@ -1,25 +1,76 @@
-"""Files that are either whole or absent: written to a temporary name and renamed."""
+"""Files and folders that are either whole or absent: written to a temporary name, flushed, and renamed.
+
+A sealed folder also says what must be in it: SHA256SUMS has a hash of every file, as `sha256sum --check` reads it.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import inf, isfinite, nan
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import save_file
+from twist_fl.checks import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+SEAL = "SHA256SUMS"
+
+
+class DamagedError(ConfigError):
+    """A file is not what was written; the message names it and what to do."""
 
 
 def write_text(text: str, path: Path) -> None:
+    """UTF-8, line ends as they are."""
+    with new_file(path) as making:
+        making.write_bytes(text.encode())
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A name to write to, which takes the place of `path` when all that was written is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    making = path.with_name(f".{path.name}.{os.getpid()}")
-    making.write_text(text)
-    making.replace(path)
+    making = _making(path)
+    making.touch()
+    mode = making.stat().st_mode  # what the user's umask says; safetensors has its own opinion
+    try:
+        yield making
+        making.chmod(mode)
+        _flush(making)
+        making.replace(path)
+        _flush(path.parent)
+    finally:
+        making.unlink(missing_ok=True)
+
+
+def _making(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """What a process that was killed had begun in `folder`. Nobody else may be writing there."""
+    for path in folder.glob(".*.*"):
+        if re.fullmatch(r"\..+\.\d+", path.name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _flush(path: Path) -> None:
+    """Onto the disk: a file's content, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 _NOT_FINITE = {"Infinity": inf, "-Infinity": -inf, "NaN": nan}
@@ -58,23 +109,71 @@ def read_json(path: Path) -> Any:
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    making = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, making, {"format": "pt"})
-    making.replace(path)
+    from safetensors.torch import save_file
+
+    with new_file(path) as making:
+        save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, making, {"format": "pt"})
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `path` only when it is complete."""
+def new_folder(path: Path, sealed: bool = False) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `path` when all of it is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    making = path.with_name(f".{path.name}.{os.getpid()}")
+    making = _making(path)
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir()
     try:
         yield making
+        if sealed:
+            (making / SEAL).write_text("".join(f"{_hash(making / name)}  {name}\n" for name in _names(making)))
+        for each in [*making.rglob("*"), making]:
+            _flush(each)
         if path.exists():
-            shutil.rmtree(path)
-        making.replace(path)
+            _exchange(making, path)
+        else:
+            making.replace(path)
+        _flush(path.parent)
     finally:
-        shutil.rmtree(making, ignore_errors=True)
+        shutil.rmtree(making, ignore_errors=True)  # what was in its place, if anything
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swap two folders. On Linux there is always one under either name; elsewhere for a moment none under `old`."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    at_cwd, exchange = -100, 2
+    if swap is not None and swap(at_cwd, os.fsencode(new), at_cwd, os.fsencode(old), exchange) == 0:
+        return
+    if swap is not None and ctypes.get_errno() not in (errno.ENOSYS, errno.EINVAL):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(old))
+    aside = old.with_name(f".{old.name}.old.{os.getpid()}")
+    old.replace(aside)
+    new.replace(old)
+    aside.replace(new)
+
+
+def check_seal(folder: Path) -> None:
+    """Raises DamagedError unless every file of a sealed folder is there, no other is, and all are as written."""
+    try:
+        lines = (folder / SEAL).read_text().splitlines()
+        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    except (OSError, UnicodeDecodeError) as error:
+        raise DamagedError(
+            f"{folder} cannot be checked, its {SEAL} is missing or damaged: remove the folder"
+        ) from error
+    for name in sorted(sums.keys() | set(_names(folder))):
+        if name not in sums or not (folder / name).is_file() or _hash(folder / name) != sums[name]:
+            raise DamagedError(f"{folder / name} is not what was written (see {SEAL} beside it): remove the folder")
+
+
+def _names(folder: Path) -> list[str]:
+    """Of all files in a folder, relative to it, but the seal and hidden ones, which a file manager may put there."""
+    return sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != SEAL and not path.name.startswith(".")
+    )
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
