@@ -62,7 +62,7 @@ def plain_interval(
     first = (round_ - 1) * job.config.train.interval
     for cursor in range(first, min(first + job.config.train.interval, job.total_batches)):
         x = torch.tensor(job.corpus.train[job.shard(worker).batch(cursor)], dtype=torch.int64)
-        logits = model(x).logits
+        logits = model(x, use_cache=False).logits  # a cache lays keys and values elsewhere, which may round otherwise
         loss = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), x[:, 1:].reshape(-1))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

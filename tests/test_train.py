@@ -45,7 +45,7 @@ def plain_steps(model: nn.Module, optimizer: torch.optim.Adam, found: list[torch
     model.train()
     losses = []
     for x in found:
-        logits = model(x).logits
+        logits = model(x, use_cache=False).logits  # a cache lays keys and values elsewhere, which may round otherwise
         loss = F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), x[:, 1:].reshape(-1))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

@@ -29,7 +29,7 @@ def main(rank: int, folder: Path) -> None:
     optimizer = torch.optim.Adam(replica.parameters(), lr=task["lr"], fused=True)
     for seed, windows in zip(task["seeds"][rank], task["batches"][rank], strict=True):
         torch.manual_seed(seed)
-        logits = replica(windows).logits
+        logits = replica(windows, use_cache=False).logits
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
