@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
-from math import inf, isnan, nan
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
-from hypothesis import assume, given
-from hypothesis import strategies as st
 from local_grid import Answer, Bend, LocalGrid, assert_same_run, failing, honest, same
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from twist_fl import checkpoint, files, serve, shelf
-from twist_fl.checkpoint import EventReader, RunFolder
+from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError
 from twist_fl.family import config_from_dict
 from twist_fl.job import Job
@@ -223,90 +218,6 @@ def test_the_job_comes_back(tiny_job: MakeJob, tmp_path: Path) -> None:
     assert again.run_id == job.run_id
     assert again.blueprints(3) == job.blueprints(3)
     assert same(again.initial_state(), job.initial_state())
-
-
-# Events
-
-
-def test_events_come_back_in_order(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.log("start", round=0, text="a\nb — c")
-    folder.log("round", round=1, loss=0.1)
-    assert folder.events() == [
-        {"event": "start", "round": 0, "text": "a\nb — c"},
-        {"event": "round", "round": 1, "loss": 0.1},
-    ]
-    assert [event["event"] for event in folder.events("round")] == ["round"]
-
-
-VALUES = st.floats() | st.text() | st.integers() | st.none() | st.booleans()
-
-
-@given(st.recursive(VALUES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=9))
-def test_json_is_valid_for_all_readers_and_comes_back(value: object) -> None:
-    """Infinities and not-a-number too, which are no JSON numbers; texts that are their names become them."""
-    event = {"event": value}
-    assume(not re.search("Infinity|NaN", repr(event)))
-    text = files.to_json(event)
-    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
-    assert repr(files.from_json(text)) == repr(event)
-
-
-def test_what_is_not_finite_comes_back_from_the_log(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.log("eval", round=1, full=inf, loss=nan, each=[1.5, -inf])
-    assert '"full": "Infinity", "loss": "NaN", "each": [1.5, "-Infinity"]' in folder.events_file.read_text()
-    (event,) = folder.events()
-    assert (event["full"], event["each"]) == (inf, [1.5, -inf])
-    assert isnan(event["loss"])
-
-
-def test_a_last_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.log("round", round=1)
-    folder.log("round", round=2)
-    whole = folder.events_file.read_text()
-    for length in range(len(whole) // 2 + 1, len(whole) - 1):
-        folder.events_file.write_text(whole[:length])
-        assert [event["round"] for event in folder.events()] == [1]
-        folder.log("failed", round=1)  # what is written next does not join it
-        assert [event["event"] for event in folder.events()] == ["round", "failed"]
-
-
-def test_a_reader_follows_the_log_through_half_lines_and_a_rewinding(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = RunFolder(tmp_path)
-    reader, parse = EventReader(folder), Mock(wraps=json.loads)
-    monkeypatch.setattr("twist_fl.checkpoint.json.loads", parse)
-    assert reader.read() == []
-    for round_ in (1, 2, 3):
-        folder.log("round", round=round_)
-        assert [event["round"] for event in reader.read()] == list(range(1, round_ + 1))
-    assert parse.call_count == 3  # each line once
-    with folder.events_file.open("a") as file:
-        file.write('{"event": "round", ')
-    assert len(reader.read()) == 3
-    with folder.events_file.open("a") as file:
-        file.write('"round": 4}\n')
-    assert [event["round"] for event in reader.read()] == [1, 2, 3, 4]
-    folder.rewind(2)
-    folder.log("round", round=3, loss=1.5)
-    assert reader.read() == folder.events()
-    assert len(reader.read()) == 3
-
-
-def test_rewinding_forgets_what_will_be_written_again(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    for round_ in (1, 2, 3):
-        folder.log("round", round=round_)
-    folder.log("failed", error="NoWorkersError: all are gone")
-    folder.log("ticket", round=2, size=4)
-    folder.log("done", round=2)
-    folder.rewind(2)
-    assert folder.events() == [{"event": "round", "round": 1}, {"event": "round", "round": 2}]
-    folder.rewind(2)
-    assert len(folder.events()) == 2
 
 
 # Resuming

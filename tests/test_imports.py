@@ -89,6 +89,10 @@ def test_config_blocks_blueprint_and_cost_do_not_load_torch_or_flower() -> None:
     run_fresh(f"import sys, {', '.join(LIGHT)}\nassert not {{'torch', 'flwr', 'transformers'}} & sys.modules.keys()")
 
 
+def test_a_run_is_looked_at_without_torch_or_flower() -> None:
+    run_fresh("import sys, twist_fl.events\nassert not {'torch', 'flwr', 'transformers'} & sys.modules.keys()")
+
+
 def test_the_core_runs_where_flower_is_not_installed() -> None:
     run_fresh(f"import sys\nsys.modules['flwr'] = None\nimport {', '.join(CORE)}")
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from transformers import PreTrainedConfig
 
 from twist_fl.blocks import Kind
 from twist_fl.config import ConfigError
-from twist_fl.files import check_seal, from_json, new_folder, save_tensors, to_json, write_text
+from twist_fl.events import EventLog
+from twist_fl.files import check_seal, new_folder, save_tensors, write_text
 from twist_fl.job import Job, job_from_json
 from twist_fl.rounds import RunState
 from twist_fl.subnet import State
@@ -30,12 +30,12 @@ from twist_fl.tokenizer import copy_tokenizer
 from twist_fl.train import MOMENTS, Moments
 
 _KEPT = 2
-_LAST = ("ticket", "done", "failed")
 
 
 class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path.expanduser().resolve()
+        self._log = EventLog(self.events_file)
 
     @property
     def job_file(self) -> Path:
@@ -80,12 +80,12 @@ class RunFolder:
         return job_from_json(self.job_file.read_text())
 
     def log(self, event: str, **fields: Any) -> None:
-        """Append one line. A line that a crash cut off before is ended first."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with self.events_file.open("a+b") as file:
-            if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
-                file.write(b"\n")
-            file.write(to_json({"event": event, **fields}).encode() + b"\n")
+        """Append one line to the run's log, with its time."""
+        self._log.write(event, **fields)
+
+    def rewind(self, round_: int, event: str, **fields: Any) -> None:
+        """Forget what the log says after `round_`, and append one line: `EventLog.rewind`."""
+        self._log.rewind(round_, event, **fields)
 
     @contextmanager
     def failures_logged(self) -> Iterator[None]:
@@ -98,7 +98,7 @@ class RunFolder:
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
         """Events in order; lines cut off by a crash are left out."""
-        return [entry for entry in EventReader(self).read() if event is None or entry["event"] == event]
+        return self._log.events(event)
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
@@ -143,36 +143,6 @@ class RunFolder:
         if fields.get("scores"):
             scores = {(kind, layer): tuple(values) for kind, layer, *values in fields["scores"]}
         return RunState(params, fields["cursors"], fields["round"], frozenset(debt), moments, scores)
-
-    def rewind(self, round_: int) -> None:
-        """Forget the events after `round_`, and how the run ended: a resumed run writes them again."""
-        kept = [entry for entry in self.events() if entry.get("round", 0) <= round_ and entry["event"] not in _LAST]
-        write_text("".join(to_json(entry) + "\n" for entry in kept), self.events_file)
-
-
-class EventReader:
-    """The events of a run that goes on: a look costs what was added since the one before, not the whole log."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._file = folder.events_file
-        self._inode = self._offset = 0
-        self._events: list[dict[str, Any]] = []
-
-    def read(self) -> list[dict[str, Any]]:
-        """All whole events so far, in order. A log that was rewound is another file, and read from its start."""
-        if not self._file.exists():
-            return []
-        with self._file.open("rb") as file:
-            inode = os.fstat(file.fileno()).st_ino
-            if inode != self._inode:
-                self._inode, self._offset, self._events = inode, 0, []
-            file.seek(self._offset)
-            whole, end, _ = file.read().rpartition(b"\n")  # the last line may be half written
-        self._offset += len(whole) + len(end)
-        for line in whole.splitlines():
-            with suppress(json.JSONDecodeError):
-                self._events.append(from_json(line))
-        return self._events
 
 
 def _load(file: Path) -> State:

@@ -22,11 +22,10 @@ class Keeper:
 
     def begin(self, state: RunState) -> None:
         """Forget what the log says beyond `state`, and write the run's plan."""
-        self.folder.rewind(state.round)
         job, tasks = self.job, plan(self.job, state)
-        self.folder.log(
+        self.folder.rewind(
+            state.round,
             "start",
-            round=state.round,
             algorithm=job.config.algorithm,
             num_rounds=job.num_rounds,
             num_params=job.layout.num_params(),

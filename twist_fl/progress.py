@@ -11,7 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from twist_fl.checkpoint import EventReader, RunFolder
+from twist_fl.checkpoint import RunFolder
+from twist_fl.events import EventReader
 
 _LOOK_SECONDS = 0.25
 _LINE_SECONDS = 30.0
@@ -40,7 +41,7 @@ class RunProgress:
 
     def __init__(self, console: Console, folder: RunFolder, total_tickets: int) -> None:
         self.console, self.total_tickets = console, total_tickets
-        self._log = EventReader(folder)
+        self._log = EventReader(folder.events_file)
         self._bar = Progress(
             TextColumn("[bold]{task.description:<15}"),
             BarColumn(bar_width=24),
@@ -54,7 +55,7 @@ class RunProgress:
         )
         self._train: Any = None
         self._tickets: Any = None
-        self._seen = len(self._log.read())
+        self._log.read()  # what is there already is not news
         self._bytes = 0
         self._note = ""
         self._perplexity = ""
@@ -75,12 +76,11 @@ class RunProgress:
         while True:
             running = process.poll() is None
             events = self._log.read()
-            if len(events) < self._seen:
-                self._seen = 0  # a resumed run has rewound its log
-            for event in events[self._seen :]:
+            if self._log.rewound:  # by a resumed run, whose news begin where it does
+                events = events[max(i for i, event in enumerate(events) if event["event"] == "start") :]
+            for event in events:
                 self._show(event)
                 ours.append(event)
-            self._seen = len(events)
             if not running or (ours and ours[-1]["event"] in ("done", "deployed", "failed")):
                 return ours
             time.sleep(_LOOK_SECONDS)

@@ -7,19 +7,18 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from twist_fl.checkpoint import EventReader
 from twist_fl.checks import LaunchError
 from twist_fl.compare import duration_text
+from twist_fl.events import EventReader
 from twist_fl.experiments.lab import SCALES, TRAIN, Lab, Task
 from twist_fl.experiments.measures import MEASURES
 from twist_fl.files import write_json
@@ -65,6 +64,8 @@ class _Work:
     shown: TaskID
     events: EventReader
     """Of a training run."""
+    done: int = 0
+    of: int = 0
 
 
 class Pool:
@@ -129,14 +130,17 @@ class Pool:
                     env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
                 )  # fmt: skip
             shown = self._bar.add_task(f"  {task.name}", total=1.0, note="")
-            events = EventReader(self.lab.run(task.name))
+            events = EventReader(self.lab.run(task.name).events_file)
             self._working.append(_Work(task, process, time.monotonic(), shown, events))
 
     def _look(self) -> None:
         for work in list(self._working):
             if work.process.poll() is None:
                 if work.task.kind == TRAIN:
-                    done, of = _rounds(work.events.read())
+                    for event in work.events.read():
+                        work.of = event.get("num_rounds", work.of)
+                        work.done = event.get("round", work.done)
+                    done, of = work.done, work.of
                     self._bar.update(work.shown, completed=done / max(1, of), note=f"{done}/{of}")
                 continue
             self._working.remove(work)
@@ -161,12 +165,6 @@ class Pool:
 
     def _log(self, task: Task) -> Path:
         return self.lab.folder / "logs" / f"{task.name}.log"
-
-
-def _rounds(events: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """Rounds done, of how many."""
-    of = next((event["num_rounds"] for event in reversed(events) if event["event"] == "start"), 0)
-    return next((event["round"] for event in reversed(events) if event["event"] == "round"), 0), of
 
 
 def _main(words: str) -> None:
