@@ -50,7 +50,7 @@ def test_true_is_the_name_of_a_variant() -> None:
         config = load_config(overrides=overrides)
         assert config.train.variant == "true"
         assert from_yaml(to_yaml(config)) == config
-    with pytest.raises(ConfigError, match="train.variant='false' must be one of true, masked, hybrid"):
+    with pytest.raises(ConfigError, match=r"train\.variant='false' must be one of true, masked, hybrid"):
         load_config(overrides=["train.variant=false"])
 
 
@@ -144,7 +144,7 @@ JOB_REFUSED = {
     "blueprint.undivided_first=3": "leave none of the 5 layers to divide",
     "eval.sizes=5": "a ticket size of 5 (eval.sizes, --sizes) is impossible: choose 1 to 4",
     "blueprint.common=[4]": "blueprint.common=[4] must be distinct block ids from 0 to 3",
-    "model.pretrained=./no/such/folder": "model.pretrained='./no/such/folder' is neither a folder here nor on a hub",
+    "model.pretrained=./no/such/folder": "model.pretrained='./no/such/folder' does not exist",
     "model.pretrained=/": "model.pretrained='/' holds no model (no config.json): give a run that has a",
 }
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 from rich.console import Console
 
 from twist_fl.bench import BENCHES
 from twist_fl.checks import LaunchError
 from twist_fl.config import ConfigError, presets
+from twist_fl.joining import node_arguments
+from twist_fl.usage import block_counts, explain, versions
 
 app = typer.Typer(
     help="TwIST on Flower: train a transformer whose random subnets work without fine-tuning.\n\n"
@@ -33,6 +37,21 @@ Overrides = Annotated[
         help="key=value settings, for example train.lr=1e-3 blueprint.num_sub=4; `twist-fl keys` lists them."
     ),
 ]
+
+
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        typer.echo(versions())
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_versions, help="Show versions and stop.")
+    ] = False,
+) -> None:
+    """Its help is the app's."""
 
 
 @app.command()
@@ -74,9 +93,10 @@ def tickets(
     windows: Annotated[int | None, typer.Option(min=1, help="Test windows to use; default: as the run.")] = None,
 ) -> None:
     """Draw random subnets from a trained run and show the distribution of their perplexity."""
+    counts = block_counts(sizes)
     from twist_fl import look
 
-    look.tickets(console, run, _numbers(sizes), draws, windows)
+    look.tickets(console, run, counts, draws, windows)
 
 
 @app.command()
@@ -96,19 +116,13 @@ def prune(
     ] = None,
 ) -> None:
     """Prune a trained run after training, by the methods that TwIST is compared with, and show what each costs."""
+    counts = block_counts(sizes)
     from twist_fl.pruning.command import chosen_methods, prune_run
 
     prune_run(
-        console, run, chosen_methods(method), _numbers(sizes),
+        console, run, chosen_methods(method), counts,
         windows=windows, calibration=calibration, draws=draws, out=out, save=save,
     )  # fmt: skip
-
-
-def _numbers(sizes: str | None) -> list[int] | None:
-    try:
-        return [int(size) for size in sizes.split(",")] if sizes is not None else None
-    except ValueError:
-        raise ConfigError(f"--sizes {sizes!r} is not a list of numbers, for example 8,6,4") from None
 
 
 @app.command()
@@ -117,8 +131,8 @@ def deploy(
     device: Annotated[
         list[str] | None,
         typer.Option(
-            help="An edge device as NAME=LIMIT or NAME=LIMIT,LIMIT; repeat for more. Limits: 3.5MB (or 3.5) of memory, "
-            "20ms a token, 1/4 of the blocks. Default: three devices."
+            help="An edge device as NAME=LIMIT or NAME=LIMIT,LIMIT; repeat for more. Limits: 3.5MB of memory (kB, GB, "
+            "MiB too), 20ms or 0.5s a token, 1/4 or 25% of the blocks. Default: three devices."
         ),
     ] = None,
 ) -> None:
@@ -145,7 +159,7 @@ def generate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs to compare.")],
+    runs: Annotated[list[Path], typer.Argument(help="Finished runs to compare, or a folder that holds some.")],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
     publish: Annotated[
         Path | None, typer.Option(help="Also put results, table and PNG figures in this folder, to commit or to share.")
@@ -249,19 +263,15 @@ def node(
     ] = None,
 ) -> None:
     """Join a Flower network as a SuperNode whose worker stays warm between rounds; see docs/nodes.md."""
+    arguments = node_arguments(
+        superlink, insecure, root_certificates, auth_supernode_private_key, node_config, trusted_entities
+    )
     from twist_fl.node import run_node
 
-    given = {
-        "--superlink": superlink,
-        "--root-certificates": root_certificates,
-        "--auth-supernode-private-key": auth_supernode_private_key,
-        "--node-config": node_config,
-        "--trusted-entities": trusted_entities,
-    }
-    run_node(["--insecure"] * insecure + [word for pair in given.items() if pair[1] for word in map(str, pair)])
+    run_node(arguments)
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: Exception | str) -> None:
     Console(stderr=True, markup=False).print(f"error: {error}", style="red", soft_wrap=True, highlight=False)
 
 
@@ -273,7 +283,13 @@ def main() -> None:
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a closed terminal; nohup has it ignored
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
-        app()
+        raise SystemExit(app(prog_name="twist-fl", standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        raise SystemExit(2) from None
+    except click.UsageError as error:
+        _complain(explain(error, sys.argv[1:]))
+        raise SystemExit(2) from None
     except ConfigError as error:
         _complain(error)
         raise SystemExit(2) from None

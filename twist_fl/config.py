@@ -8,19 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from twist_fl import loading
 from twist_fl.checks import ConfigError as ConfigError  # noqa: PLC0414 (the name users import)
-from twist_fl.checks import check_values
-from twist_fl.effects import check_effects
-from twist_fl.hub import expanded
-from twist_fl.layers import as_mapping, keys_of, parse_yaml, read_overrides, read_preset, typed
 from twist_fl.layers import conf_dir as conf_dir  # noqa: PLC0414
 from twist_fl.layers import presets as presets  # noqa: PLC0414
-from twist_fl.shares import ShareError, refuse_share
 
 Algorithm = Literal["twist", "fedavg", "ddp"]
 OptimizerState = Literal["reset", "client", "server"]
@@ -224,63 +219,11 @@ class Config:
 
 
 def load_config(preset: str | None = None, overrides: Sequence[str] = (), strict: bool = False) -> Config:
-    """Defaults, then the preset (a name, or a YAML file), then `key=value` overrides.
-
-    Raises ConfigError for an unknown preset or key (with the nearest one), a value of another type or out of range; if
-    `strict`, for an override that changes nothing, too.
-    """
-    layers = [read_preset(preset)] if preset else []
-    given = read_overrides(overrides, Config)
-    config = from_layers([*layers, *given])
-    if strict:
-        check_effects(config, {key for layer in given for key in keys_of(layer)})
-    return config
-
-
-def from_layers(layers: Sequence[Any]) -> Config:
-    """Merge plain mappings over the defaults and check the result."""
-    merged, share = OmegaConf.structured(Config), None
-    for layer in layers:
-        plain, in_layer = _without_shares(as_mapping(layer))
-        share = share or in_layer
-        train = plain.get("train", {})
-        if "epochs" in train:
-            train.setdefault("rounds", None)  # of the two budgets, the one given last counts
-        try:
-            merged = OmegaConf.merge(merged, OmegaConf.create(plain))
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    """Defaults, then the preset (a name, or a YAML file), then `key=value` overrides; `loading.load` says what of it
+    is refused."""
+    config = loading.load(Config, preset, overrides, strict)
     assert isinstance(config, Config)
-    if share:
-        refuse_share(config, share)
-    check_values(config)
-    _make_absolute(config)
-    config.data.tokenizer = config.data.tokenizer or config.model.pretrained
     return config
-
-
-def _without_shares(layer: dict[str, Any]) -> tuple[dict[str, Any], ShareError | None]:
-    """The layer typed, and a share that stands where blocks are counted: how many, the model says, of a later layer."""
-    try:
-        return typed(layer, Config, Config), None
-    except ShareError as error:
-        section, _, name = error.key.partition(".")
-        rest = {key: value for key, value in layer[section].items() if key != name}
-        return _without_shares({**layer, section: rest})[0], error
-
-
-def _make_absolute(config: Config) -> None:
-    """Folders that exist become absolute: Flower runs the app in another working folder. A run stands for its newest
-    checkpoint."""
-    for section, key in ((config.data, "path"), (config.data, "tokenizer"), (config.model, "pretrained")):
-        value = getattr(section, key)
-        if value and (path := expanded(value)).exists():
-            newest = max(path.glob("checkpoints/round-*"), default=path)
-            setattr(section, key, str(newest.resolve()))
 
 
 def to_yaml(config: Config) -> str:
@@ -288,4 +231,6 @@ def to_yaml(config: Config) -> str:
 
 
 def from_yaml(text: str) -> Config:
-    return from_layers([parse_yaml(text, "the configuration")])
+    config = loading.from_yaml(Config, text)
+    assert isinstance(config, Config)
+    return config

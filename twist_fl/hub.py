@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from twist_fl.checks import ConfigError, shown
-from twist_fl.suggest import nearest
+from twist_fl.suggest import closest
 
 _FILES = (
     *(".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".raw", ".tokens"),
@@ -40,24 +40,25 @@ def is_path(name: str) -> bool:
 
 
 def beside(path: Path) -> str:
-    """What is where a path that does not exist would be, the nearest name first."""
+    """The nearest name where a path that does not exist would be, or all that is there."""
     parent = path.parent
     while not parent.is_dir():
         path, parent = parent, parent.parent
     names = sorted(each.name for each in parent.iterdir() if not each.name.startswith("."))
-    if near := nearest(path.name, names):
-        return near
-    return f"; in {parent}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ""
+    if close := closest(path.name, names):
+        return f", did you mean {str(parent / close)!r}?"
+    where = "here" if parent == Path() else f"in {parent}"
+    return f"; {where}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ""
 
 
-def local_path(key: str, value: str, what: str) -> Path | None:
+def local_path(key: str, value: str) -> Path | None:
     """The path that `key`=`value` is; None for a name on the hub. Raises ConfigError if the path is not there."""
     if not is_path(value):
         prepare_hub()
         return None
     path = expanded(value)
     if not path.exists():
-        raise ConfigError(f"{key}={shown(value)} does not exist{beside(path)}: give {what}")
+        raise ConfigError(f"{key}={shown(value)} does not exist{beside(path)}")
     return path
 
 

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from yaml import YAMLError
 
 from twist_fl.checks import ConfigError, shown
+from twist_fl.finding import is_run, listed, runs_in
 from twist_fl.suggest import meant, nearest, setting_paths
 from twist_fl.values import convert, item_schema
 
@@ -40,8 +41,10 @@ def _preset_file(preset: str) -> Path:
     if preset in presets():
         return conf_dir() / f"{preset}.yaml"
     if file.is_dir():
-        if (file / "job.json").is_file():
+        if is_run(file):
             raise ConfigError(f"{preset} is a run: go on with it by `twist-fl train --resume {preset}`")
+        if runs := runs_in(file):
+            raise ConfigError(f"{preset} holds runs: name one, {listed(runs)}")
         found = sorted(inside.name for inside in (*file.glob("*.yaml"), *file.glob("*.yml")))
         inside = f" in it ({', '.join(found[:5])})" if found else ""
         raise ConfigError(f"{preset!r} is a folder: give a YAML file{inside}, or a preset ({names})")
@@ -51,7 +54,10 @@ def _preset_file(preset: str) -> Path:
         beside = [each.name for each in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
         near = nearest(file.name, beside) or (f", the preset is called {file.stem}" if file.stem in presets() else "")
         raise ConfigError(f"no file {preset!r}{near}: give a preset ({names}) or an existing YAML file")
-    raise ConfigError(f"no preset {preset!r}{nearest(preset, presets())}; presets: {names}")
+    if runs := [run for run in runs_in(Path("runs")) if preset in run.parts]:
+        raise ConfigError(f"no preset {preset!r}, but a run, {listed(runs)}; presets: {names}")
+    known = [*presets(), *(run.name for run in runs_in(Path("runs")))]
+    raise ConfigError(f"no preset {preset!r}{nearest(preset, known)}; presets: {names}")
 
 
 def read_yaml(file: Path) -> Layer:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
+from fractions import Fraction
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import Config, ConfigError
+from twist_fl.shares import blocks_of_share
 
 
 def load_final(path: Path) -> tuple[RunFolder, Any, Any]:
@@ -31,11 +33,15 @@ def load_final(path: Path) -> tuple[RunFolder, Any, Any]:
     return folder, job.scored(state.scores), state
 
 
-def chosen_sizes(job: Any, sizes: list[int] | None) -> list[int]:
+def chosen_sizes(job: Any, given: Sequence[Fraction] | None) -> list[int]:
     """The ticket sizes given, else the run's. Raises ConfigError if a size is impossible, or the run has none."""
-    from twist_fl.evaluate import ticket_sizes
+    from twist_fl.evaluate import blocks_per_layer, ticket_sizes
 
-    sizes = sizes or job.config.eval.sizes
+    if given and any(size.denominator > 1 or size < 1 for size in given):
+        of = blocks_per_layer(job.layout, job.division)
+        shares = [int(size) if size.denominator == 1 else size for size in given]
+        raise ConfigError(blocks_of_share("--sizes", shares, of, "blocks of a divided layer"))
+    sizes = list(map(int, given)) if given else job.config.eval.sizes
     if not sizes:
         raise ConfigError("the run has eval.sizes=[]: give sizes, for example --sizes 8,6,4")
     try:
@@ -84,7 +90,7 @@ def _below(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
                 yield name, " ".join(text.split())
 
 
-def tickets(console: Console, path: Path, sizes: list[int] | None, draws: int, windows: int | None) -> None:
+def tickets(console: Console, path: Path, sizes: Sequence[Fraction] | None, draws: int, windows: int | None) -> None:
     """Perplexity of random tickets of several sizes."""
     from twist_fl import evaluate
 
@@ -114,6 +120,8 @@ def generate(
     console: Console, path: Path, prompt: str, new_tokens: int, temperature: float, size: int | None, seed: int
 ) -> None:
     """Continue `prompt` with an exported ticket's folder or with a run (a random ticket of `size`, or whole)."""
+    if not prompt:
+        raise ConfigError("the prompt is empty: give --prompt at least one token to continue")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -51,7 +51,7 @@ def blocks_of_share(key: str, shares: Sequence[Fraction | int], of: int, what: s
         whole.append(str(nearest))
         exact = blocks.denominator == 1
         steps.append(f"{float(share):g} of {of} blocks is {nearest if exact else f'{float(blocks):.3g}'}")
-    joined = "=" if "." in key else " "
+    joined = " " if key.startswith("--") else "="
     return (
         f"{key}{joined}{','.join(given)} must be a number of blocks, 1 to {of} ({what}): "
         f"{', '.join(dict.fromkeys(steps))}, use {key}{joined}{','.join(whole)}"

@@ -104,11 +104,17 @@ _NOTES = {_plain(word): note for words, note in NO_SETTING.items() for word in w
 _CHOICES = {_plain(word): choice for choice, words in CHOICE_SYNONYMS.items() for word in words.split()}
 
 
+def closest(word: str, words: Iterable[str], likeness: float = 0.6) -> str | None:
+    """The one of `words` that is most like `word`, if any is (1 is equal); capitals do not count."""
+    by_case = {known.lower(): known for known in words}
+    close = difflib.get_close_matches(word.lower(), by_case, n=1, cutoff=likeness)
+    return by_case[close[0]] if close else None
+
+
 def nearest(word: str, words: Iterable[str]) -> str:
     """', did you mean 'demo'?', or nothing."""
-    by_case = {known.lower(): known for known in words}
-    close = difflib.get_close_matches(word.lower(), by_case, n=1)
-    return f", did you mean {by_case[close[0]]!r}?" if close else ""
+    close = closest(word, words)
+    return f", did you mean {close!r}?" if close else ""
 
 
 def choice(word: str, choices: Sequence[str]) -> str:

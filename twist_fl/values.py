@@ -144,14 +144,14 @@ def _list(key: str, value: Any) -> list[int]:
 
 def split_list(key: str, text: str) -> list[str]:
     """The items of 6,3 or [6, 3]; one comma at the end is none. Raises ConfigError for a hole."""
-    bare = text.strip()
+    bare, sign = text.strip(), " " if key.startswith("--") else "="
     if (bare[:1], bare[-1:]) in (("[", "]"), ("(", ")")):
         bare = bare[1:-1].strip()
-    elif bare[:1] in "[(" or bare[-1:] in "])":
-        raise ConfigError(f"{key}={text} has one bracket of two: write 6 or 6,3")
+    elif bare.startswith(("[", "(")) or bare.endswith(("]", ")")):
+        raise ConfigError(f"{key}{sign}{text} has one bracket of two: write 6 or 6,3")
     if not bare:
         return []
     items = re.split(r"\s*[,;]\s*|\s+", bare.removesuffix(",").strip())
     if "" in items:
-        raise ConfigError(f"{key}={text} has an empty place: write {','.join(filter(None, items)) or '6,3'}")
+        raise ConfigError(f"{key}{sign}{text} has an empty place: write {','.join(filter(None, items)) or '6,3'}")
     return items
