@@ -41,7 +41,8 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 _MOST = {
     100: "flower.gpus_per_worker",
     1024: "train.threads flower.cpus_per_worker",
-    10_000: "train.workers model.n_layer model.n_head model.n_kv_head",
+    1000: "model.n_layer",
+    10_000: "train.workers model.n_head model.n_kv_head",
     100_000: "eval.tickets deploy.new_tokens",
     10_000_000: "data.vocab_size data.window model.n_embd model.n_inner model.n_positions flower.round_timeout "
     "flower.poll_interval flower.connect_timeout flower.wait_for_nodes",
@@ -53,6 +54,8 @@ _MOST = {
 """Far above what anyone has use for, and below what takes minutes to fail: layers, workers, seconds (of a timeout)."""
 _NAME = re.compile(r"[\w.+-]*\w[\w.+-]*")
 _LONGEST_NAME = 200
+_SMALLEST_VOCABULARY = 257
+_DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "hpu", "mtia", "npu")
 
 
 def _check_bounds(config: Any) -> None:
@@ -63,19 +66,20 @@ def _check_bounds(config: Any) -> None:
     for most, keys in _MOST.items():
         for key, value in _values(config, keys):
             if value > most:
-                raise ConfigError(f"{key}={value:.6g} is too much: use at most {most:_}")
+                raise ConfigError(f"{key}={value:{'.6g' if value > 1e15 else ''}} is too much: use at most {most}")
     for key, value in _values(config, "train.lr train.eps train.weight_decay"):
         if value == inf:
             raise ConfigError(f"{key}={value} must be a number, not infinite")
     for key, sizes in _values(config, "blueprint.num_sub blueprint.num_sub_ffn eval.sizes"):
         if low := [size for size in sizes if size < 1]:
-            raise ConfigError(f"{key}={_listed(sizes)}: {low[0]} must be at least 1 block")
+            raise ConfigError(f"{key}={_listed(sizes)}: a layer's share is 1 block or more, not {low[0]}")
 
 
 def check_values(config: Any) -> None:
     """Raises ConfigError for the first value of a `Config` that cannot be."""
     _check_bounds(config)
     check_name("name", config.name)
+    _check_device_name(config.train.device)
     for device in config.deploy.devices:
         check_device(device)
     model, blueprint, workers = config.model, config.blueprint, config.train.workers
@@ -94,9 +98,20 @@ def check_values(config: Any) -> None:
         raise ConfigError("data.source=files needs data.path: a text file or a folder")
     if config.data.source == "builtin" and config.data.path:
         raise ConfigError(f"data.path={config.data.path!r} is not read with data.source=builtin: add data.source=files")
+    if config.data.tokenizer is None and model.pretrained is None and config.data.vocab_size < _SMALLEST_VOCABULARY:
+        raise ConfigError(
+            f"data.vocab_size={config.data.vocab_size} must be at least {_SMALLEST_VOCABULARY}: 256 bytes and an end"
+        )
     _check_sizes(blueprint, workers)
     _check_policies(config)
     _check_variant(config)
+
+
+def _check_device_name(device: str) -> None:
+    kind, _, number = device.partition(":")
+    if kind not in _DEVICES or (number and not number.isdecimal()) or device.endswith(":"):
+        near = ", did you mean 'cuda'?" if kind in ("gpu", "nvidia") else ""
+        raise ConfigError(f"train.device={shown(device)} must be auto, cpu, or a GPU as cuda, cuda:1 or mps{near}")
 
 
 def _values(config: Any, keys: str) -> Iterator[tuple[str, Any]]:
@@ -184,8 +199,10 @@ def check_device(device: Any) -> None:
 
 def check_name(key: str, name: str) -> None:
     """Names become folders: raises ConfigError for one that could lead elsewhere."""
-    if not _NAME.fullmatch(name) or len(name) > _LONGEST_NAME:
-        fitting = re.sub(r"[^\w.+-]+", "_", name).strip("_")[:_LONGEST_NAME]
+    if len(name) > _LONGEST_NAME:
+        raise ConfigError(f"{key}: {shown(name)} is no name for a folder: use at most {_LONGEST_NAME} letters")
+    if not _NAME.fullmatch(name):
+        fitting = re.sub(r"[^\w.+-]+", "_", name).strip("._")
         near = f", for example {fitting}" if _NAME.fullmatch(fitting) else ""
         raise ConfigError(
             f"{key}: {shown(name)} is no name for a folder: use letters, digits, '.', '_', '+' and '-'{near}"

@@ -47,6 +47,7 @@ def demo(console: Console, directory: Path, overrides: list[str]) -> None:
 
     What is already there is used: a finished run as it is, an interrupted one from its checkpoint.
     """
+    load_config("demo", overrides)  # refused before a word is said
     console.print(
         "TwIST against FedAvg: the same model, text, batches and optimiser. Ctrl-C is safe: run it again to go on."
     )

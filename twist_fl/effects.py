@@ -65,13 +65,13 @@ _IDLE: tuple[tuple[str, Reason], ...] = (
 )
 
 
-def check_effects(config: Any, given: Iterable[str]) -> None:
-    """Raises ConfigError for a key of `given` that is not at its default and changes nothing."""
-    default, wanted = type(config)(), set(given)
+def check_effects(config: Any, before: Any, given: Iterable[str]) -> None:
+    """Raises ConfigError for a key of `given` that is not what it was `before` and changes nothing."""
+    wanted = set(given)
     for keys, reason in _IDLE:
-        for key in wanted & set(keys.split()):
+        for key in sorted(wanted & set(keys.split())):
             value = _value(config, key)
-            if value != _value(default, key) and (why := reason(config)):
+            if value != _value(before, key) and (why := reason(config)):
                 raise ConfigError(f"{key}={_written(value)} changes nothing: {why}. Leave it out")
 
 

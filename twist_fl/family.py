@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from twist_fl.architectures import ARCHITECTURES, sizes_of
 from twist_fl.config import Config, ConfigError, ModelConfig
+from twist_fl.finding import listed, runs_in
 from twist_fl.hub import local_path, reachable
 
 
@@ -38,6 +39,8 @@ def padding_token(fields: Mapping[str, Any]) -> int | None:
 
 def _pretrained(name: str) -> PreTrainedConfig:
     folder = local_path("model.pretrained", name)
+    if folder and (runs := runs_in(folder)):
+        raise ConfigError(f"model.pretrained={name!r} holds runs: give {listed(runs)}")
     if folder and not (folder / "config.json").is_file():
         raise ConfigError(
             f"model.pretrained={name!r} holds no model (no config.json): give a run that has a checkpoint, one of its "

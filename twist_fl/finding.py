@@ -44,7 +44,7 @@ def finished_runs(paths: Iterable[Path]) -> list[Path]:
     """The runs given; of a folder of runs those in it that are finished. Raises ConfigError if none is."""
     found: list[Path] = []
     for path in map(expanded, paths):
-        if not path.exists():
+        if not path.is_dir():
             raise no_run(path.resolve())
         if is_run(path) or (path / "results.json").is_file() or not (inside := runs_in(path)):
             found.append(path)

@@ -4,6 +4,7 @@ cannot be reached."""
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,6 +17,8 @@ _FILES = (
     *(".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".raw", ".tokens"),
     *(".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".model", ".yaml", ".yml"),
 )
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+"""Of a model or data set on the hub."""
 _SECONDS = 3.0
 """For the hub's first answer."""
 
@@ -29,11 +32,11 @@ def expanded(path: str | Path) -> Path:
 
 
 def is_path(name: str) -> bool:
-    """Whether `name` can only be a path: it is there, looks like one, or its parent folder is there.
+    """Whether `name` can only be a path: it is there, is no possible name on the hub, or its parent folder is there.
 
     What is left, "gpt2" or "org/name", may be a name on the hub.
     """
-    if name[:1] in (".", "~", "/") or name.endswith(("/", *_FILES)) or name.count("/") > 1 or os.sep * 2 in name:
+    if not _NAME.fullmatch(name) or name.startswith(".") or name.endswith(_FILES):
         return True
     path = expanded(name)
     return path.exists() or ("/" in name and path.parent.is_dir())
@@ -42,8 +45,9 @@ def is_path(name: str) -> bool:
 def beside(path: Path) -> str:
     """The nearest name where a path that does not exist would be, or all that is there."""
     parent = path.parent
-    while not parent.is_dir():
-        path, parent = parent, parent.parent
+    if not parent.is_dir():
+        missing = next(each for each in reversed(path.parents) if not each.exists())
+        return f"; nor does {missing}"
     names = sorted(each.name for each in parent.iterdir() if not each.name.startswith("."))
     if close := closest(path.name, names):
         return f", did you mean {str(parent / close)!r}?"
@@ -53,6 +57,9 @@ def beside(path: Path) -> str:
 
 def local_path(key: str, value: str) -> Path | None:
     """The path that `key`=`value` is; None for a name on the hub. Raises ConfigError if the path is not there."""
+    if "://" in value:
+        name = value.rstrip("/").partition("://")[2].partition("/")[2]
+        raise ConfigError(f"{key}={shown(value)} is a URL: give the name on the hub, {name or 'org/name'}, or a folder")
     if not is_path(value):
         prepare_hub()
         return None
@@ -60,6 +67,14 @@ def local_path(key: str, value: str) -> Path | None:
     if not path.exists():
         raise ConfigError(f"{key}={shown(value)} does not exist{beside(path)}")
     return path
+
+
+def check_folder(key: str, value: str) -> None:
+    """Raises ConfigError if a file stands where the folder `key`=`value` is to be."""
+    path = expanded(value).absolute()
+    there = next(each for each in (path, *path.parents) if each.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{key}={shown(value)}: {there} is a file, and a folder is to be there: choose another")
 
 
 @cache

@@ -31,8 +31,10 @@ def node_arguments(
     }
     for option, file in files.items():
         if file is not None and not expanded(file).is_file():
-            state = "is a folder" if expanded(file).is_dir() else f"does not exist{beside(expanded(file))}"
-            raise ConfigError(f"{option} {str(file)!r} {state}: give a file; docs/nodes.md says how to make it")
+            state = (
+                "is a folder: give the file" if expanded(file).is_dir() else f"does not exist{beside(expanded(file))}"
+            )
+            raise ConfigError(f"{option} {str(file)!r} {state}")
     if insecure and root_certificates:
         raise ConfigError("--insecure and --root-certificates exclude each other: with a certificate, leave --insecure")
     _check_pairs(node_config)
@@ -44,11 +46,12 @@ def node_arguments(
 def check_address(superlink: str) -> None:
     """Raises ConfigError unless it is HOST:PORT, with the form that was meant."""
     bare = re.sub(r"^\w+://", "", superlink).rstrip("/")
-    host, colon, port = bare.rpartition(":")
-    if not colon or (":" in host and not host.startswith("[")):  # no port, or an IPv6 address without one
-        host, port = f"[{bare}]" if ":" in bare and not bare.startswith("[") else bare, ""
+    if bare.count(":") > 1 and not bare.startswith("["):
+        raise ConfigError(f"--superlink {superlink}: an IPv6 address stands in brackets, as [::1]:{DEFAULT_PORT}")
+    host, _, port = bare.rpartition(":") if re.search(r":[^\]]*$", bare) else (bare, "", "")
     possible = port.isdecimal() and 0 < int(port) < 2**16
-    meant = f"{host or 'localhost'}:{port if possible else DEFAULT_PORT}"
+    named = re.fullmatch(r"[\w.-]+|\[[\w:.%]+\]", host)
+    meant = f"{host if named else 'localhost'}:{port if possible else DEFAULT_PORT}"
     if bare != superlink:
         raise ConfigError(f"--superlink {superlink} is a URL: give HOST:PORT alone, {meant}")
     if not port:
@@ -56,7 +59,7 @@ def check_address(superlink: str) -> None:
             f"--superlink {superlink} has no port: give HOST:PORT, for example {meant} ({DEFAULT_PORT} is "
             "flower-superlink's default, its --port another)"
         )
-    if not host or not possible or re.search(r"[\s/@]", host):
+    if not named or not possible:
         raise ConfigError(f"--superlink {superlink} is not HOST:PORT with a port of 1 to 65535, for example {meant}")
 
 

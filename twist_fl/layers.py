@@ -7,8 +7,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import yaml
 from omegaconf import OmegaConf
-from yaml import YAMLError
 
 from twist_fl.checks import ConfigError, shown
 from twist_fl.finding import is_run, listed, runs_in
@@ -36,8 +36,10 @@ def read_preset(preset: str) -> Layer:
 
 def _preset_file(preset: str) -> Path:
     file, names = Path(preset), ", ".join(presets())
-    if "=" in preset:
-        raise ConfigError(f"{preset!r} stands where a preset or file is expected: demo {preset}, for example")
+    if "=" in preset or not preset.strip():
+        raise ConfigError(
+            f"{preset!r} stands where a preset or file is expected: {f'demo {preset}'.strip()}, for example"
+        )
     if preset in presets():
         return conf_dir() / f"{preset}.yaml"
     if file.is_dir():
@@ -52,8 +54,10 @@ def _preset_file(preset: str) -> Path:
         return file
     if file.suffix in (".yaml", ".yml") or "/" in preset:
         beside = [each.name for each in file.parent.glob("*.y*ml")] if file.parent.is_dir() else []
-        near = nearest(file.name, beside) or (f", the preset is called {file.stem}" if file.stem in presets() else "")
-        raise ConfigError(f"no file {preset!r}{near}: give a preset ({names}) or an existing YAML file")
+        if file.stem in presets():
+            raise ConfigError(f"no file {preset!r}; the preset is called {file.stem}")
+        near = nearest(file.name, beside)
+        raise ConfigError(f"no file {preset!r}{near}; give an existing YAML file, or a preset: {names}")
     if runs := [run for run in runs_in(Path("runs")) if preset in run.parts]:
         raise ConfigError(f"no preset {preset!r}, but a run, {listed(runs)}; presets: {names}")
     known = [*presets(), *(run.name for run in runs_in(Path("runs")))]
@@ -72,9 +76,11 @@ def read_yaml(file: Path) -> Layer:
 def parse_yaml(text: str, name: str) -> Layer:
     """The mapping that `text` is; `name` is what an error calls it."""
     try:
+        if isinstance(yaml.safe_load(text), str):
+            raise ConfigError(f"{name!r} holds no settings: a configuration is a mapping of keys to values")
         made = OmegaConf.create(text)
-    except (YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split()) if isinstance(error, YAMLError) else "it is nested too deep"
+    except (yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split()) if isinstance(error, yaml.YAMLError) else "it is nested too deep"
         raise ConfigError(f"{name!r} is not YAML: {reason}") from error
     return as_mapping(OmegaConf.to_container(made), name)
 
@@ -132,9 +138,11 @@ def _structure(key: str, value: str, hint: Any) -> Any:
     """A section, or a list of devices, as YAML in one word."""
     if is_dataclass(hint) and not value.startswith("{"):
         raise ConfigError(_section(key, hint))
+    if (inner := item_schema(hint)) and not value.startswith("["):
+        raise ConfigError(_no_items(key, value, inner))
     try:
         return OmegaConf.to_container(OmegaConf.create(value))
-    except (YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(
             f"the value of '{key}={value}' is not YAML: close its brackets, or quote it: '{key}=\"{value}\"'"
         ) from error
@@ -167,7 +175,7 @@ def typed(given: Mapping[Any, Any], section: Any, schema: Any, prefix: str = "")
     for name, value in given.items():
         key = f"{prefix}{name}"
         if name not in hints:
-            raise ConfigError(f"unknown key {key!r}{meant(key, schema, hints)}")
+            raise ConfigError(f"unknown key {shown(key)}{meant(key, schema, hints)}")
         hint = hints[name]
         if is_dataclass(hint):
             if not isinstance(value, dict):
@@ -182,9 +190,13 @@ def typed(given: Mapping[Any, Any], section: Any, schema: Any, prefix: str = "")
 
 def _items(key: str, value: Any, inner: Any) -> list[Layer]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        names = ", ".join(f"{field.name}: ..." for field in fields(inner))
-        raise ConfigError(f"{key}={shown(value)} must be a list of mappings: [{{{names}}}]")
+        raise ConfigError(_no_items(key, value, inner))
     return [typed(item, inner, inner, f"{key}[{i}].") for i, item in enumerate(value)]
+
+
+def _no_items(key: str, value: Any, inner: Any) -> str:
+    names = ", ".join(f"{field.name}: ..." for field in fields(inner))
+    return f"{key}={value if isinstance(value, str) else shown(value)} must be a list of mappings: [{{{names}}}]"
 
 
 def keys_of(layer: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

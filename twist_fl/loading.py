@@ -10,7 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from twist_fl.checks import ConfigError, check_values
 from twist_fl.effects import check_effects
-from twist_fl.hub import expanded, is_path, local_path
+from twist_fl.hub import check_folder, expanded, is_path, local_path
 from twist_fl.layers import as_mapping, keys_of, parse_yaml, read_overrides, read_preset, typed
 from twist_fl.shares import ShareError, refuse_share
 
@@ -21,19 +21,37 @@ def load(schema: Any, preset: str | None, overrides: Sequence[str], strict: bool
     Raises ConfigError for an unknown preset or key (with the nearest one), a value of another type or out of range; if
     `strict`, for an override that changes nothing and a folder that is not there, too.
     """
-    layers = [read_preset(preset)] if preset else []
+    layers = [] if preset is None else [read_preset(preset)]
     given = read_overrides(overrides, schema)
     config = from_layers(schema, [*layers, *given])
     if strict:
-        for key, value in (("model.pretrained", config.model.pretrained), ("data.tokenizer", config.data.tokenizer)):
-            if value and is_path(value):
-                local_path(key, value)
-        check_effects(config, {key for layer in given for key in keys_of(layer)})
+        _check_places(config)
+        check_effects(config, _merge(schema, layers)[0], {key for layer in given for key in keys_of(layer)})
     return config
+
+
+def _check_places(config: Any) -> None:
+    """Raises ConfigError for a folder that cannot be made, or is not there."""
+    if config.dir:
+        check_folder("dir", config.dir)
+    for key, value in (("model.pretrained", config.model.pretrained), ("data.tokenizer", config.data.tokenizer)):
+        if value and is_path(value):
+            local_path(key, value)
 
 
 def from_layers(schema: Any, layers: Sequence[Any]) -> Any:
     """Merge plain mappings over the defaults and check the result."""
+    config, share = _merge(schema, layers)
+    if share:
+        refuse_share(config, share)
+    check_values(config)
+    _make_absolute(config)
+    config.data.tokenizer = config.data.tokenizer or config.model.pretrained
+    return config
+
+
+def _merge(schema: Any, layers: Sequence[Any]) -> tuple[Any, ShareError | None]:
+    """Not checked yet, and a share that is to be refused when the model is known."""
     merged, share = OmegaConf.structured(schema), None
     for layer in layers:
         plain, in_layer = _without_shares(schema, as_mapping(layer))
@@ -41,20 +59,11 @@ def from_layers(schema: Any, layers: Sequence[Any]) -> Any:
         train = plain.get("train", {})
         if "epochs" in train:
             train.setdefault("rounds", None)  # of the two budgets, the one given last counts
-        try:
-            merged = OmegaConf.merge(merged, OmegaConf.create(plain))
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        merged = OmegaConf.merge(merged, OmegaConf.create(plain))
     try:
-        config: Any = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+        return OmegaConf.to_object(merged), share
+    except OmegaConfBaseException as error:  # of ${other.key}: all else is of its type already
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    if share:
-        refuse_share(config, share)
-    check_values(config)
-    _make_absolute(config)
-    config.data.tokenizer = config.data.tokenizer or config.model.pretrained
-    return config
 
 
 def _without_shares(schema: Any, layer: dict[str, Any]) -> tuple[dict[str, Any], ShareError | None]:

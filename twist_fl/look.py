@@ -7,7 +7,6 @@ import inspect
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
-from fractions import Fraction
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +19,10 @@ from rich.table import Table
 
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import Config, ConfigError
-from twist_fl.shares import blocks_of_share
+from twist_fl.finding import no_run, runs_in
+from twist_fl.shares import ShareError, blocks_of_share
+
+_COLDEST, _HOTTEST = 0.01, 100
 
 
 def load_final(path: Path) -> tuple[RunFolder, Any, Any]:
@@ -33,15 +35,14 @@ def load_final(path: Path) -> tuple[RunFolder, Any, Any]:
     return folder, job.scored(state.scores), state
 
 
-def chosen_sizes(job: Any, given: Sequence[Fraction] | None) -> list[int]:
+def chosen_sizes(job: Any, given: Sequence[int] | ShareError | None) -> list[int]:
     """The ticket sizes given, else the run's. Raises ConfigError if a size is impossible, or the run has none."""
     from twist_fl.evaluate import blocks_per_layer, ticket_sizes
 
-    if given and any(size.denominator > 1 or size < 1 for size in given):
+    if isinstance(given, ShareError):
         of = blocks_per_layer(job.layout, job.division)
-        shares = [int(size) if size.denominator == 1 else size for size in given]
-        raise ConfigError(blocks_of_share("--sizes", shares, of, "blocks of a divided layer"))
-    sizes = list(map(int, given)) if given else job.config.eval.sizes
+        raise ConfigError(blocks_of_share(given, of, "blocks of a divided layer"))
+    sizes: list[int] = list(given or job.config.eval.sizes)
     if not sizes:
         raise ConfigError("the run has eval.sizes=[]: give sizes, for example --sizes 8,6,4")
     try:
@@ -90,7 +91,9 @@ def _below(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
                 yield name, " ".join(text.split())
 
 
-def tickets(console: Console, path: Path, sizes: Sequence[Fraction] | None, draws: int, windows: int | None) -> None:
+def tickets(
+    console: Console, path: Path, sizes: Sequence[int] | ShareError | None, draws: int, windows: int | None
+) -> None:
     """Perplexity of random tickets of several sizes."""
     from twist_fl import evaluate
 
@@ -122,6 +125,8 @@ def generate(
     """Continue `prompt` with an exported ticket's folder or with a run (a random ticket of `size`, or whole)."""
     if not prompt:
         raise ConfigError("the prompt is empty: give --prompt at least one token to continue")
+    if temperature and not _COLDEST <= temperature <= _HOTTEST:
+        raise ConfigError(f"--temperature {temperature:g} must be 0 (the likeliest token), or {_COLDEST} to {_HOTTEST}")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -148,6 +153,8 @@ def generate(
             raise ConfigError(f"--size chooses a ticket of a run, and {path} holds one model")
         model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
+    elif not path.exists() or runs_in(path):
+        raise no_run(path.resolve())
     else:
         raise ConfigError(f"{path} is neither a run (job.json) nor a folder of a model (config.json, tokenizer.json)")
     torch.manual_seed(seed)

@@ -16,11 +16,11 @@ DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212\ufe63
 
 
 class ShareError(ConfigError):
-    """A share stands where a number of blocks does: 0.5, 50% or 1/2."""
+    """A share stands where a number of blocks does: `given` as typed, `numbers` what it says."""
 
-    def __init__(self, key: str, shares: list[Fraction | int]) -> None:
-        super().__init__(f"{key} counts blocks, and is given a share")
-        self.key, self.shares = key, shares
+    def __init__(self, key: str, given: Sequence[str], numbers: Sequence[Fraction]) -> None:
+        super().__init__(f"{key}={','.join(given)} counts blocks, and is given a share")
+        self.key, self.given, self.numbers = key, given, numbers
 
 
 def is_share(share: Fraction, item: Any) -> bool:
@@ -38,29 +38,26 @@ def share_of(item: Any) -> Fraction | None:
     return share / 100 if percent else share
 
 
-def blocks_of_share(key: str, shares: Sequence[Fraction | int], of: int, what: str) -> str:
-    """'blueprint.num_sub=0.5 must be a number of blocks, 1 to 12 (heads): 0.5 of 12 is 6: use blueprint.num_sub=6'."""
-    given, whole, steps = list[str](), list[str](), list[str]()
-    for share in shares:
-        if isinstance(share, int):
-            given, whole = [*given, str(share)], [*whole, str(share)]
+def blocks_of_share(error: ShareError, of: int, what: str) -> str:
+    """'num_sub=0.5 must be a number of blocks, 1 to 12 (heads of a layer): 0.5 of 12 blocks is 6, use num_sub=6'."""
+    steps, whole = list[str](), list[str]()
+    for text, number in zip(error.given, error.numbers, strict=True):
+        if not is_share(number, text):
+            whole.append(text)
             continue
-        blocks = share * of
-        nearest = max(1, round(blocks))
-        given.append(f"{float(share):g}")
-        whole.append(str(nearest))
-        exact = blocks.denominator == 1
-        steps.append(f"{float(share):g} of {of} blocks is {nearest if exact else f'{float(blocks):.3g}'}")
-    joined = " " if key.startswith("--") else "="
+        blocks = number * of
+        whole.append(str(max(1, round(blocks))))
+        steps.append(f"{text} of {of} blocks is {float(blocks):.3g}")
+    joined = " " if error.key.startswith("--") else "="
     return (
-        f"{key}{joined}{','.join(given)} must be a number of blocks, 1 to {of} ({what}): "
-        f"{', '.join(dict.fromkeys(steps))}, use {key}{joined}{','.join(whole)}"
+        f"{error.key}{joined}{','.join(error.given)} must be a number of blocks, 1 to {of} ({what}): "
+        f"{', '.join(dict.fromkeys(steps))}, use {error.key}{joined}{','.join(whole)}"
     )
 
 
 def refuse_share(config: Any, error: ShareError) -> NoReturn:
     """Says how many blocks the share is of the model that `config` is about. Raises ConfigError."""
-    raise ConfigError(blocks_of_share(error.key, error.shares, *_blocks(config, error.key))) from error
+    raise ConfigError(blocks_of_share(error, *_blocks(config, error.key))) from error
 
 
 def _blocks(config: Any, key: str) -> tuple[int, str]:

@@ -107,6 +107,9 @@ _CHOICES = {_plain(word): choice for choice, words in CHOICE_SYNONYMS.items() fo
 def closest(word: str, words: Iterable[str], likeness: float = 0.6) -> str | None:
     """The one of `words` that is most like `word`, if any is (1 is equal); capitals do not count."""
     by_case = {known.lower(): known for known in words}
+    begun = [known for known in by_case if len(word) > 2 and known.startswith(word.lower())]
+    if len(begun) == 1:
+        return by_case[begun[0]]
     close = difflib.get_close_matches(word.lower(), by_case, n=1, cutoff=likeness)
     return by_case[close[0]] if close else None
 
@@ -134,29 +137,27 @@ def setting_paths(schema: Any, prefix: str = "") -> Iterator[str]:
             yield prefix + field.name
 
 
-def settings_like(key: str, schema: Any) -> list[str]:
-    """The settings that an unknown `key` (dotted or not) may mean.
+def settings_named(key: str, schema: Any) -> list[str]:
+    """The settings that an unknown `key` (dotted or not) names: in another section, or as other tools do."""
+    if found := _KEYS.get(_plain(key)):
+        return [found]
+    plain = _plain(key.rpartition(".")[2])
+    same = [path for path in setting_paths(schema) if _plain(path.rpartition(".")[2]) == plain]
+    return same or ([_KEYS[plain]] if plain in _KEYS else [])
 
-    The one of that name in any section, or that has it among its synonyms; else the nearest in the key's section, else
-    in any.
-    """
+
+def settings_like(key: str, schema: Any) -> list[str]:
+    """`settings_named`, else the nearest name in the key's section, else in any."""
     section, _, name = key.rpartition(".")
+    if (found := settings_named(key, schema)) or _plain(name) in _NOTES:
+        return found
     named: dict[str, list[str]] = {}
     for path in setting_paths(schema):
         named.setdefault(_plain(path.rpartition(".")[2]), []).append(path)
-    plain = _plain(name)
-    if _plain(key) in _KEYS:
-        return [_KEYS[_plain(key)]]
-    if plain in named:
-        return named[plain]
-    if plain in _NOTES:
-        return []
-    if plain in _KEYS:
-        return [_KEYS[plain]]
-    inside = {_plain(path.rpartition(".")[2]): path for path in setting_paths(schema) if path.startswith(f"{section}.")}
-    if section and (close := difflib.get_close_matches(plain, inside, n=1)):
-        return [inside[close[0]]]
-    return [path for close in difflib.get_close_matches(plain, named, n=1) for path in named[close]]
+    inside = [plain for plain, paths in named.items() if any(path.startswith(f"{section}.") for path in paths)]
+    if section and (close := difflib.get_close_matches(_plain(name), inside, n=1)):
+        return [path for path in named[close[0]] if path.startswith(f"{section}.")]
+    return [path for close in difflib.get_close_matches(_plain(name), named, n=1) for path in named[close]]
 
 
 def meant(key: str, schema: Any, known: Iterable[str] = ()) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from fractions import Fraction
 from importlib.metadata import version
 from platform import python_version
 
@@ -13,16 +12,18 @@ import click
 from twist_fl import __version__
 from twist_fl.checks import ConfigError
 from twist_fl.config import Config
-from twist_fl.shares import share_of
-from twist_fl.suggest import closest, nearest, settings_like
+from twist_fl.shares import ShareError, is_share, share_of
+from twist_fl.suggest import closest, nearest, settings_like, settings_named
 from twist_fl.values import split_list
+
+_PRESETS = ("config", "conf", "cfg", "yaml")
 
 
 def explain(error: click.UsageError, words: Sequence[str]) -> str:
     """One line for a mistake in `words`, the command line without its first word; the nearest right thing in it."""
     message = " ".join(error.format_message().split()).rstrip(".")
     context = error.ctx
-    command = context.command_path if context else "twist-fl"
+    command = context.command_path if context else " ".join(["twist-fl", *words[:1]])
     match error:
         case click.NoSuchOption():
             return f"{command} has no option {_option(error.option_name, words)}{_instead(error, words)}"
@@ -44,6 +45,8 @@ def _value_of(error: click.BadParameter) -> str:
     message = error.message.rstrip(".")
     if bound := re.fullmatch(r"(\S+) is not in the range x>=(\S+)", message):
         return f"{name} {bound[1]} must be {bound[2]} or more"
+    if both := re.fullmatch(r"(\S+) is not in the range (\S+)<=x<=(\S+)", message):
+        return f"{name} {both[1]} must be {both[2]} to {both[3]}"
     if kind := re.fullmatch(r"(.+) is not a valid (\w+)(?: range)?", message):
         words = {"int": "a whole number", "integer": "a whole number", "float": "a number"}
         return f"{name} {kind[1]} must be {words.get(kind[2], kind[2])}"
@@ -64,18 +67,22 @@ def _option(name: str, words: Sequence[str]) -> str:
 def _instead(error: click.NoSuchOption, words: Sequence[str]) -> str:
     """The option or the setting that was meant."""
     context, name = error.ctx, _option(error.option_name, words)
-    options = [option for param in context.command.params for option in param.opts] if context else []
+    params = context.command.params if context else []
+    options = [option for param in params for option in param.opts if option.startswith("--")]
+    key = name.lstrip("-").replace("-", "_")
+    takes = any(param.name in ("overrides", "names") for param in params)
     if close := closest(name, options, likeness=0.8):
         return f", did you mean {close}?"
-    found = settings_like(name.lstrip("-").replace("-", "_"), Config)
-    if not found:
-        listed = ", ".join(option for option in options if option.startswith("--"))
-        return f"; it has {listed}" if listed else ""
-    setting = f"{found[0]}={_value(name, words)}"
-    takes = context is not None and any(param.name in ("overrides", "names") for param in context.command.params)
-    if takes:
-        return f"; settings are key=value: did you mean {setting}?"
-    return f"; {found[0]} is a setting, for `twist-fl train ... {setting}`"
+    if found := settings_like(key, Config) if takes else settings_named(key, Config):
+        setting = f"{found[0]}={_value(name, words)}"
+        if takes:
+            return f"; settings are key=value: did you mean {setting}?"
+        return f"; {found[0]} is a setting, for `twist-fl train ... {setting}`"
+    if any(name.lstrip("-") in (param.name, *_PRESETS) for param in params) and context:
+        return f": its first word is that, twist-fl {context.info_name} {_value(name, words)}"
+    if close := closest(name, options):
+        return f", did you mean {close}?"
+    return f"; it has {', '.join(options)}" if options else ""
 
 
 def _value(name: str, words: Sequence[str]) -> str:
@@ -89,15 +96,18 @@ def _value(name: str, words: Sequence[str]) -> str:
     return "..."
 
 
-def block_counts(sizes: str | None) -> list[Fraction] | None:
-    """Of --sizes 8,6,4; a share stays a share, of which only a run knows how many blocks it is. Raises ConfigError."""
+def block_counts(sizes: str | None) -> list[int] | ShareError | None:
+    """Of --sizes 8,6,4; of a share the error, which only a run can complete. Raises ConfigError."""
     if sizes is None:
         return None
-    numbers = [share_of(word) for word in split_list("--sizes", sizes)]
-    found = [number for number in numbers if number is not None and number > 0]
-    if not found or len(found) < len(numbers):
-        raise ConfigError(f"--sizes {sizes!r} is not a list of block counts, for example 8,6,4")
-    return found
+    words = split_list("--sizes", sizes)
+    found = [number for word in words if (number := share_of(word)) is not None and number > 0]
+    if found and len(found) == len(words):
+        if any(map(is_share, found, words)):
+            return ShareError("--sizes", words, found)
+        if all(number.denominator == 1 for number in found):
+            return [int(number) for number in found]
+    raise ConfigError(f"--sizes {sizes!r} is not a list of block counts, for example 8,6,4")
 
 
 def versions() -> str:

@@ -134,11 +134,10 @@ def _str(key: str, value: Any, example: str) -> str:
 def _list(key: str, value: Any) -> list[int]:
     """Of 6, "6,3", "[6, 3]" or a list."""
     items = split_list(key, value) if isinstance(value, str) else value if isinstance(value, list) else [value]
-    shares = [share_of(item) for item in items]
-    found = [share if share and is_share(share, item) else None for share, item in zip(shares, items, strict=True)]
-    if any(found):
-        numbers = [share if share is not None else _int(f"{key}[{i}]", items[i], "") for i, share in enumerate(found)]
-        raise ShareError(key, numbers)
+    numbers = [share_of(item) for item in items]
+    read = [number for number in numbers if number is not None]
+    if len(read) == len(items) and any(map(is_share, read, items)):
+        raise ShareError(key, [str(item).strip() for item in items], read)
     return [_int(f"{key}[{i}]" if len(items) > 1 else key, item, ", or several as 6,3") for i, item in enumerate(items)]
 
 

@@ -14,6 +14,7 @@ from twist_fl import plots
 from twist_fl.checks import ConfigError
 from twist_fl.commands import markdown, terminal_table, train
 from twist_fl.commands import resume as resume_run
+from twist_fl.config import Config
 from twist_fl.experiments.catalog import EXPERIMENTS
 from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import SCALES, TRAIN, Lab, Task
@@ -23,7 +24,7 @@ from twist_fl.files import read_json, write_json, write_text
 from twist_fl.machine import usable_cores
 from twist_fl.performance import fill, origin
 from twist_fl.results import provenance
-from twist_fl.suggest import nearest
+from twist_fl.suggest import nearest, settings_named
 
 EVERY = "all"
 
@@ -70,6 +71,8 @@ def reproduce(
 def _experiment(name: str) -> Experiment:
     if name not in EXPERIMENTS:
         known = [*EXPERIMENTS, EVERY]
+        if settings := settings_named(name, Config):
+            raise ConfigError(f"{name!r} is no experiment but a setting, which has a value: {settings[0]}=...")
         raise ConfigError(f"no experiment {name!r}{nearest(name, known)}; there are {', '.join(known)}")
     return EXPERIMENTS[name]
 

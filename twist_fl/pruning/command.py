@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from fractions import Fraction
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -21,6 +20,7 @@ from twist_fl.job import Job
 from twist_fl.look import chosen_sizes, load_final
 from twist_fl.pruning.methods import METHODS, prune, pruned_perplexities, save_pruned, sparsity
 from twist_fl.results import portable_config, provenance
+from twist_fl.shares import ShareError
 from twist_fl.suggest import nearest
 
 Row = dict[str, Any]
@@ -43,7 +43,7 @@ def prune_run(
     console: Console,
     path: Path,
     methods: list[str],
-    sizes: Sequence[Fraction] | None,
+    sizes: Sequence[int] | ShareError | None,
     *,
     windows: int | None,
     calibration: int,
