@@ -25,6 +25,7 @@ from twist_fl.deploy import export_ticket, make_ticket, ticket_memory_bytes
 from twist_fl.edge import EdgeReport
 from twist_fl.evaluate import ticket_distribution
 from twist_fl.job import Job
+from twist_fl.limits import parse_devices
 from twist_fl.progress import RunProgress, human_bytes
 from twist_fl.rounds import start
 from twist_fl.strategy import NoWorkersError
@@ -138,10 +139,13 @@ IMPOSSIBLE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "file": (("mine.yaml",), r"no file 'mine\.yaml': give a preset \(demo, "),
     "key": (("demo", "train.interva=3"), r"unknown key 'train\.interva', did you mean 'train\.interval'\?"),
-    "section": (("demo", "trian.lr=3"), r"unknown key 'trian', did you mean 'train'\?"),
+    "section": (("demo", "trian.lr=3"), r"unknown key 'trian\.lr', did you mean 'train\.lr'\?"),
     "form": (("demo", "train.lr"), r"override 'train\.lr' is not of the form key=value"),
-    "type": (("demo", "train.lr=fast"), r"train\.lr: .*'fast'"),
-    "choice": (("demo", "blueprint.setting=heads"), r"blueprint\.setting"),
+    "type": (("demo", "train.lr=fast"), r"train\.lr='fast' must be a number, for example 0\.0001"),
+    "choice": (
+        ("demo", "blueprint.setting=heads"),
+        r"blueprint\.setting='heads' must be one of attn, ffn, both, did you mean 'attn'\?",
+    ),
     "range": (("demo", "train.workers=0"), r"train\.workers=0 must be more than 0"),
     "num_sub too small": ((*TEXT, "blueprint.num_sub=2"), r"the smallest legal N_sub for all is 3"),
     "num_sub too large": ((*TEXT, "blueprint.num_sub=13"), r"more than the 12 blocks of a layer: use at most 12"),
@@ -157,7 +161,7 @@ IMPOSSIBLE: dict[str, tuple[tuple[str, ...], str]] = {
     "arithmetic": (("demo", "train.device=cpu", "train.precision=tf32"), r"train\.precision=tf32 needs a CUDA GPU"),
     "missing path": (("demo", "data.source=files", "data.path=/no/such/text"), r"'/no/such/text' does not exist"),
     "no path": (("demo", "data.source=files"), r"data\.source=files needs data\.path"),
-    "missing model": ((*TEXT, "model.pretrained=/no/model"), "'/no/model' is neither a folder here nor on a hub"),
+    "missing model": ((*TEXT, "model.pretrained=/no/model"), r"model\.pretrained='/no/model' does not exist"),
 }
 
 
@@ -219,14 +223,20 @@ def test_a_run_without_a_checkpoint(command: str, run: Run, untrained: Path) -> 
 @pytest.mark.parametrize(
     ("devices", "reason"),
     [
-        (["phone"], "device 'phone' is not NAME=LIMIT or NAME=LIMIT,LIMIT with limits as 3.5MB (memory), 20ms"),
-        (["phone=big"], "device 'phone=big' is not NAME=LIMIT"),
-        (["phone=nan"], "device 'phone=nan' is not NAME=LIMIT"),
-        (["phone=3.5GB"], "device 'phone=3.5GB' is not NAME=LIMIT"),
-        (["phone=3.5MB,"], "device 'phone=3.5MB,' is not NAME=LIMIT"),
-        (["phone=1/0"], "device 'phone=1/0' is not NAME=LIMIT"),
+        (["phone"], "device 'phone' is not NAME=LIMIT, for example phone=3.5MB,20ms: limits are memory as 3.5MB"),
+        (["phone=big"], "device 'phone=big': 'big' is no limit; limits are memory as 3.5MB, 500kB or 2GiB"),
+        (["phone=nan"], "device 'phone=nan': 'nan' is no limit"),
+        (["phone=3.5GHz"], "device 'phone=3.5GHz': '3.5GHz' is no limit"),
+        (["phone=3.5MB,"], "device 'phone=3.5MB,': '' is no limit"),
+        (["phone=1/0"], "device 'phone=1/0': '1/0' is no limit"),
+        (["phone=0.5"], "device 'phone=0.5': is 0.5 memory or a share of the blocks? Write 0.5MB or 50%"),
+        (["phone=150%"], "deploy.devices 'phone': kappa=1.5 must be in (0, 1]"),
         (["=3.5"], "device '=3.5' is not NAME=LIMIT"),
-        (["../phone=3.5"], "device '../phone=3.5' is not NAME=LIMIT"),
+        (["../phone=3.5"], "device: '../phone' is no name for a folder: use letters, digits"),
+        (
+            ["my phone=3.5"],
+            "device: 'my phone' is no name for a folder: use letters, digits, '.', '_', '+' and '-', for",
+        ),
         (["phone=3.5,4MB"], "device 'phone=3.5,4MB' has two limits of one kind: give the lower"),
         (["phone=0ms"], "deploy.devices 'phone': latency_ms=0 must be more than 0"),
         (["phone=5/4"], "deploy.devices 'phone': kappa=1.25 must be in (0, 1]"),
@@ -235,7 +245,7 @@ def test_a_run_without_a_checkpoint(command: str, run: Run, untrained: Path) -> 
             "kappa=0.2 is too little; the smallest possible ticket holds 1 of 4 blocks: use at least kappa",
         ),
         (["phone=3.5", "phone=4"], "device 'phone' is given twice"),
-        (["laptop=99", "watch=0.01"], "deploy.devices 'watch': memory_mb=0.01 is too little"),
+        (["laptop=99", "watch=0.01MB"], "deploy.devices 'watch': memory_mb=0.01 is too little"),
     ],
 )
 def test_an_impossible_device_is_refused_before_anything_starts(
@@ -270,7 +280,7 @@ def test_a_resumed_run_keeps_its_settings(given: tuple[str, ...], run: Run, untr
 def test_a_folder_that_cannot_be_made_is_named(run: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     status, _, error = run("train", "demo", *tiny, f"dir={tmp_path / 'file' / 'run'}")
-    assert status == 1
+    assert status == 2
     assert error.startswith("error: ")
     assert str(tmp_path / "file") in error
     assert error.count("\n") == 1
@@ -477,8 +487,8 @@ def test_tickets_of_the_sizes_of_the_run(run: Run, trained: Path) -> None:
     ("given", "reason"),
     [
         (("--sizes", "9"), "a ticket size of 9 (eval.sizes, --sizes) is impossible: choose 1 to 4"),
-        (("--sizes", "two"), "--sizes 'two' is not a list of numbers, for example 8,6,4"),
-        (("--sizes", ""), "--sizes '' is not a list of numbers"),
+        (("--sizes", "two"), "--sizes 'two' is not a list of block counts, for example 8,6,4"),
+        (("--sizes", ""), "--sizes '' is not a list of block counts"),
         (("--draws", "0"), "--draws"),
         (("--windows", "0"), "--windows"),
     ],
@@ -616,7 +626,7 @@ def test_the_three_default_devices_hold_the_whole_a_half_and_a_quarter(trained: 
 
 def test_limits_are_told_by_their_units() -> None:
     given = ["laptop=3.5", "phone=3.5MB,20ms", "watch=.5ms,1/3", "tag=3/12,1.25MB,2.ms"]
-    assert ship.parse_devices(given) == [
+    assert parse_devices(given) == [
         DeviceConfig("laptop", 3.5),
         DeviceConfig("phone", 3.5, 20),
         DeviceConfig("watch", None, 0.5, 1 / 3),

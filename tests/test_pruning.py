@@ -742,9 +742,14 @@ def test_prune_command_writes_elsewhere(run_folder: RunFolder, invoke: Callable[
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (("--method", "wandda"), r"--method 'wandda' is no pruning method: choose from sparsegpt, .*, or all"),
+        (
+            ("--method", "wandda"),
+            r"--method 'wandda' is no pruning method, did you mean 'wanda'\?; there are sparsegpt, .*, or all",
+        ),
         (("--sizes", "5"), "ticket size of 5 .* choose 1 to 4"),
-        (("--sizes", "two"), "--sizes 'two' is not a list of numbers"),
+        (("--sizes", "two"), "--sizes 'two' is not a list of block counts"),
+        (("--sizes", "4"), "--sizes 4 is the whole layer, which leaves nothing to prune: give sizes below 4"),
+        (("--sizes", "1/2"), "--sizes 1/2 must be a number of blocks, 1 to 4 .*1/2 of 4 blocks is 2, use --sizes 2"),
         (("--calibration", "100000"), "100000 calibration windows are asked for"),
     ],
 )

@@ -49,7 +49,7 @@ def test_your_text_block_runs(tmp_path: Path, text_folder: Path) -> None:
         if words[1] == "train":
             words += TINY
         if words[1] == "deploy":
-            for there, here in (("phone=2.0", "phone=1.0"), ("watch=1.3", "watch=0.9"), ("20ms", "2000ms")):
+            for there, here in (("phone=2.0", "phone=1.0"), ("watch=1.3", "watch=0.9MB"), ("20ms", "2000ms")):
                 words = [word.replace(there, here) for word in words]
         done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"

@@ -155,7 +155,10 @@ def test_failed_tasks_are_named_and_what_needs_them_is_left(tmp_path: Path) -> N
 
 
 def test_what_does_not_exist_is_refused_with_what_does(tmp_path: Path) -> None:
-    for names, scale, message in ((["table3"], "tiny", "no experiment 'table3'"), (["fig2"], "huge", "choose one of")):
+    for names, scale, message in (
+        (["table3"], "tiny", "no experiment 'table3'"),
+        (["fig2"], "huge", "'huge' must be one of tiny"),
+    ):
         with pytest.raises(ConfigError, match=message):
             reproduce(quiet(), names, scale, [], folder=tmp_path, out=None, jobs=1, dry_run=True)
     with pytest.raises(ConfigError, match=r"eval\.sizes=\[\] leaves nothing to compare: give at least one size"):

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from twist_fl.checks import ConfigError, LaunchError
 from twist_fl.config import conf_dir
+from twist_fl.suggest import nearest
 
 BENCHES = {
     "round": "a round of GPT-2 124M, phase by phase, beside its floors",
@@ -48,8 +49,7 @@ def run_benches(console: Console, name: str | None, options: Sequence[str], resu
     """
     tree = source_tree()
     if name is not None and name not in BENCHES:
-        listed = "; ".join(f"{known}: {what}" for known, what in BENCHES.items())
-        raise ConfigError(f"no benchmark {name!r}. There are {listed}")
+        raise ConfigError(f"no benchmark {name!r}{nearest(name, BENCHES)}; there are {', '.join(BENCHES)}")
     from twist_fl.results import provenance
 
     about = provenance()  # of before: each result changes the tree

@@ -23,6 +23,8 @@ from twist_fl.blocks import Kind
 from twist_fl.config import ConfigError
 from twist_fl.events import EventLog
 from twist_fl.files import check_seal, new_folder, save_tensors, write_text
+from twist_fl.finding import no_run
+from twist_fl.hub import expanded
 from twist_fl.job import Job, job_from_json
 from twist_fl.rounds import RunState
 from twist_fl.subnet import State
@@ -34,7 +36,7 @@ _KEPT = 2
 
 class RunFolder:
     def __init__(self, path: Path) -> None:
-        self.path = path.expanduser().resolve()
+        self.path = expanded(path).resolve()
         self._log = EventLog(self.events_file)
 
     @property
@@ -76,7 +78,7 @@ class RunFolder:
     def job(self) -> Job:
         """The run's job. Raises ConfigError if there is no run here."""
         if not self.job_file.is_file():
-            raise ConfigError(f"{self.path} holds no run (no job.json): give the folder of a run that was started")
+            raise no_run(self.path)
         return job_from_json(self.job_file.read_text())
 
     def log(self, event: str, **fields: Any) -> None:

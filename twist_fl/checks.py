@@ -4,7 +4,7 @@ checked where that is read (`job.py`)."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from math import inf
 from typing import Any
 
@@ -27,7 +27,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "train.loss_chunk model.n_layer model.n_head model.n_kv_head model.n_embd model.n_inner model.n_positions "
         "eval.batch_size eval.watch_windows eval.max_windows eval.tickets blueprint.score_windows "
         "checkpoint_every flower.round_timeout flower.poll_interval flower.connect_timeout flower.wait_for_nodes "
-        "flower.cpus_per_worker deploy.new_tokens",
+        "flower.cpus_per_worker deploy.new_tokens blueprint.ffn_blocks",
     ),
     "0 or more": (
         lambda value: value >= 0,
@@ -38,19 +38,48 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "in [0, 1)": (lambda value: 0 <= value < 1, "train.beta1 train.beta2 model.dropout"),
     "between 0 and 1": (lambda value: 0 < value < 1, "data.test_fraction"),
 }
+_MOST = {
+    100: "flower.gpus_per_worker",
+    1024: "train.threads flower.cpus_per_worker",
+    1000: "model.n_layer",
+    10_000: "train.workers model.n_head model.n_kv_head",
+    100_000: "eval.tickets deploy.new_tokens",
+    10_000_000: "data.vocab_size data.window model.n_embd model.n_inner model.n_positions flower.round_timeout "
+    "flower.poll_interval flower.connect_timeout flower.wait_for_nodes",
+    2**63 - 1: "seed train.interval train.batch_size train.epochs train.rounds train.loss_chunk eval.every "
+    "eval.batch_size eval.watch_windows eval.max_windows checkpoint_every blueprint.score_every "
+    "blueprint.score_windows blueprint.undivided_first blueprint.undivided_last blueprint.num_common "
+    "blueprint.ffn_blocks",
+}
+"""Far above what anyone has use for, and below what takes minutes to fail: layers, workers, seconds (of a timeout)."""
 _NAME = re.compile(r"[\w.+-]*\w[\w.+-]*")
+_LONGEST_NAME = 200
+_SMALLEST_VOCABULARY = 257
+_DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "hpu", "mtia", "npu")
+
+
+def _check_bounds(config: Any) -> None:
+    for words, (holds, keys) in _BOUNDS.items():
+        for key, value in _values(config, keys):
+            if not holds(value):
+                raise ConfigError(f"{key}={value} must be {words}")
+    for most, keys in _MOST.items():
+        for key, value in _values(config, keys):
+            if value > most:
+                raise ConfigError(f"{key}={value:{'.6g' if value > 1e15 else ''}} is too much: use at most {most}")
+    for key, value in _values(config, "train.lr train.eps train.weight_decay"):
+        if value == inf:
+            raise ConfigError(f"{key}={value} must be a number, not infinite")
+    for key, sizes in _values(config, "blueprint.num_sub blueprint.num_sub_ffn eval.sizes"):
+        if low := [size for size in sizes if size < 1]:
+            raise ConfigError(f"{key}={_listed(sizes)}: a layer's share is 1 block or more, not {low[0]}")
 
 
 def check_values(config: Any) -> None:
     """Raises ConfigError for the first value of a `Config` that cannot be."""
-    for words, (holds, keys) in _BOUNDS.items():
-        for key in keys.split():
-            value = config
-            for part in key.split("."):
-                value = getattr(value, part)
-            if value is not None and not holds(value):
-                raise ConfigError(f"{key}={value} must be {words}")
+    _check_bounds(config)
     check_name("name", config.name)
+    _check_device_name(config.train.device)
     for device in config.deploy.devices:
         check_device(device)
     model, blueprint, workers = config.model, config.blueprint, config.train.workers
@@ -69,9 +98,35 @@ def check_values(config: Any) -> None:
         raise ConfigError("data.source=files needs data.path: a text file or a folder")
     if config.data.source == "builtin" and config.data.path:
         raise ConfigError(f"data.path={config.data.path!r} is not read with data.source=builtin: add data.source=files")
+    if config.data.tokenizer is None and model.pretrained is None and config.data.vocab_size < _SMALLEST_VOCABULARY:
+        raise ConfigError(
+            f"data.vocab_size={config.data.vocab_size} must be at least {_SMALLEST_VOCABULARY}: 256 bytes and an end"
+        )
     _check_sizes(blueprint, workers)
     _check_policies(config)
     _check_variant(config)
+
+
+def _check_device_name(device: str) -> None:
+    kind, _, number = device.partition(":")
+    if kind not in _DEVICES or (number and not number.isdecimal()) or device.endswith(":"):
+        near = ", did you mean 'cuda'?" if kind in ("gpu", "nvidia") else ""
+        raise ConfigError(f"train.device={shown(device)} must be auto, cpu, or a GPU as cuda, cuda:1 or mps{near}")
+
+
+def _values(config: Any, keys: str) -> Iterator[tuple[str, Any]]:
+    """The settings that are not null, with their values."""
+    for key in keys.split():
+        value = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value is not None:
+            yield key, value
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    """As it is written on the command line: 6,3."""
+    return ",".join(map(str, sizes)) if sizes else "[]"
 
 
 def _check_sizes(blueprint: Any, workers: int) -> None:
@@ -80,7 +135,8 @@ def _check_sizes(blueprint: Any, workers: int) -> None:
     for key, sizes in given.items():
         if sizes is not None and (not sizes if drawn else len(sizes) not in (1, workers)):
             raise ConfigError(
-                f"blueprint.{key}={sizes} has {len(sizes)} entries for train.workers={workers}: give one, or one each"
+                f"blueprint.{key}={_listed(sizes)} has {len(sizes)} entries for train.workers={workers}: give one, or "
+                "one each"
             )
     heads, ffn = blueprint.num_sub, blueprint.num_sub_ffn or blueprint.num_sub
     if drawn and 1 not in (len(heads), len(ffn)) and len(heads) != len(ffn):
@@ -136,12 +192,24 @@ def check_device(device: Any) -> None:
     if set(limits.values()) == {None}:
         raise ConfigError(f"deploy.devices {device.name!r} has no limit: give {', '.join(limits)}, or several of them")
     for key, value in limits.items():
-        if value is not None and not 0 < value <= (1 if key == "kappa" else inf):
-            bound = "in (0, 1]" if key == "kappa" else "more than 0"
+        if value is not None and not (0 < value <= 1 if key == "kappa" else 0 < value < inf):
+            bound = "in (0, 1]" if key == "kappa" else "more than 0, and finite"
             raise ConfigError(f"deploy.devices {device.name!r}: {key}={value:g} must be {bound}")
 
 
 def check_name(key: str, name: str) -> None:
     """Names become folders: raises ConfigError for one that could lead elsewhere."""
+    if len(name) > _LONGEST_NAME:
+        raise ConfigError(f"{key}: {shown(name)} is no name for a folder: use at most {_LONGEST_NAME} letters")
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"{key}: {name!r} is no name for a folder: use letters, digits, '.', '_', '+' and '-'")
+        fitting = re.sub(r"[^\w.+-]+", "_", name).strip("._")
+        near = f", for example {fitting}" if _NAME.fullmatch(fitting) else ""
+        raise ConfigError(
+            f"{key}: {shown(name)} is no name for a folder: use letters, digits, '.', '_', '+' and '-'{near}"
+        )
+
+
+def shown(value: Any) -> str:
+    """As Python writes it, in one line that is not too long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}...{text[-1]}"

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 from rich.console import Console
 
 from twist_fl.bench import BENCHES
 from twist_fl.checks import LaunchError
 from twist_fl.config import ConfigError, presets
+from twist_fl.joining import node_arguments
+from twist_fl.options import Draws, Overrides, RunDir, Seed, Sizes, Windows, new_file, new_folder
+from twist_fl.usage import block_counts, explain, versions
 
 app = typer.Typer(
     help="TwIST on Flower: train a transformer whose random subnets work without fine-tuning.\n\n"
@@ -23,16 +28,20 @@ app = typer.Typer(
 # No markup: names, paths and error texts may hold brackets.
 console = Console(markup=False)
 
-RunDir = Annotated[Path, typer.Argument(help="Folder of a trained run, for example runs/demo/twist.")]
-Sizes = Annotated[
-    str | None, typer.Option(help="Ticket sizes in blocks per divided layer, as 8,6,4; default: as the run.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="key=value settings, for example train.lr=1e-3 blueprint.num_sub=4; `twist-fl keys` lists them."
-    ),
-]
+
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        typer.echo(versions())
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_versions, help="Show versions and stop.")
+    ] = False,
+) -> None:
+    """Its help is the app's."""
 
 
 @app.command()
@@ -52,12 +61,12 @@ def train(
     if resume:
         commands.resume(console, resume)
     else:
-        commands.train(console, preset or "demo", overrides or [])
+        commands.train(console, "demo" if preset is None else preset, overrides or [])
 
 
 @app.command()
 def demo(
-    directory: Annotated[Path, typer.Option("--dir", help="Where the two runs and the report go.")] = Path("runs/demo"),
+    directory: Annotated[Path, new_folder("Where the two runs and the report go.", "--dir")] = Path("runs/demo"),
     overrides: Overrides = None,
 ) -> None:
     """Train TwIST and FedAvg on the same budget, compare their tickets, deploy three, write a report. Minutes."""
@@ -70,13 +79,14 @@ def demo(
 def tickets(
     run: RunDir,
     sizes: Sizes = None,
-    draws: Annotated[int, typer.Option(min=1, help="Random tickets per size.")] = 20,
-    windows: Annotated[int | None, typer.Option(min=1, help="Test windows to use; default: as the run.")] = None,
+    draws: Draws = 20,
+    windows: Windows = None,
 ) -> None:
     """Draw random subnets from a trained run and show the distribution of their perplexity."""
+    counts = block_counts(sizes)
     from twist_fl import look
 
-    look.tickets(console, run, _numbers(sizes), draws, windows)
+    look.tickets(console, run, counts, draws, windows)
 
 
 @app.command()
@@ -87,28 +97,23 @@ def prune(
         typer.Option(help="sparsegpt, wanda, zpruner, block, se, se-unscaled, magnitude; several as a,b; or all."),
     ] = "all",
     sizes: Sizes = None,
-    windows: Annotated[int | None, typer.Option(min=1, help="Test windows to use; default: as the run.")] = None,
+    windows: Windows = None,
     calibration: Annotated[int, typer.Option(min=1, help="Training windows to calibrate on.")] = 128,
-    draws: Annotated[int, typer.Option(min=1, help="Random tickets per size, for se and se-unscaled.")] = 20,
-    out: Annotated[Path | None, typer.Option(help="The JSON to write; default: pruned.json in the run.")] = None,
+    draws: Draws = 20,
+    out: Annotated[Path | None, new_file("The JSON to write; default: pruned.json in the run.")] = None,
     save: Annotated[
-        Path | None, typer.Option(help="Also put each pruned model in a folder METHOD-SIZE below this one.")
+        Path | None,
+        new_folder("Also put each pruned model in a folder METHOD-SIZE below this one."),
     ] = None,
 ) -> None:
     """Prune a trained run after training, by the methods that TwIST is compared with, and show what each costs."""
+    counts = block_counts(sizes)
     from twist_fl.pruning.command import chosen_methods, prune_run
 
     prune_run(
-        console, run, chosen_methods(method), _numbers(sizes),
+        console, run, chosen_methods(method), counts,
         windows=windows, calibration=calibration, draws=draws, out=out, save=save,
     )  # fmt: skip
-
-
-def _numbers(sizes: str | None) -> list[int] | None:
-    try:
-        return [int(size) for size in sizes.split(",")] if sizes is not None else None
-    except ValueError:
-        raise ConfigError(f"--sizes {sizes!r} is not a list of numbers, for example 8,6,4") from None
 
 
 @app.command()
@@ -117,8 +122,8 @@ def deploy(
     device: Annotated[
         list[str] | None,
         typer.Option(
-            help="An edge device as NAME=LIMIT or NAME=LIMIT,LIMIT; repeat for more. Limits: 3.5MB (or 3.5) of memory, "
-            "20ms a token, 1/4 of the blocks. Default: three devices."
+            help="An edge device as NAME=LIMIT or NAME=LIMIT,LIMIT; repeat for more. Limits: 3.5MB of memory (kB, GB, "
+            "MiB too), 20ms or 0.5s a token, 1/4 or 25% of the blocks. Default: three devices."
         ),
     ] = None,
 ) -> None:
@@ -135,7 +140,7 @@ def generate(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 60,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
     size: Annotated[int | None, typer.Option(help="For a run: blocks per divided layer of a random ticket.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the ticket and of the sampling.")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Continue a text with a deployed ticket, or with a trained run."""
     from twist_fl import look
@@ -145,10 +150,11 @@ def generate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs to compare.")],
-    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    runs: Annotated[list[Path], typer.Argument(help="Finished runs to compare, or a folder that holds some.")],
+    out: Annotated[Path, new_file("The HTML file to write.")] = Path("report.html"),
     publish: Annotated[
-        Path | None, typer.Option(help="Also put results, table and PNG figures in this folder, to commit or to share.")
+        Path | None,
+        new_folder("Also put results, table and PNG figures in this folder, to commit or to share."),
     ] = None,
 ) -> None:
     """Write a self-contained HTML report: table, training curves, perplexity against size, ticket distributions."""
@@ -166,7 +172,9 @@ def cost(
     steps: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Optimiser steps of the run; default: the run's, as train.rounds says, or the paper's."
+            min=1,
+            max=10**15,
+            help="Optimiser steps of the run; default: the run's, as train.rounds says, or the paper's.",
         ),
     ] = None,
 ) -> None:
@@ -186,7 +194,8 @@ def bench(
         str | None, typer.Argument(help=f"{', '.join(BENCHES)}; default: all that need no data.", show_default=False)
     ] = None,
     results: Annotated[
-        Path | None, typer.Option(help="Folder for the results; default: results/performance, for docs/performance.md.")
+        Path | None,
+        new_folder("Folder for the results; default: results/performance, for docs/performance.md."),
     ] = None,
 ) -> None:
     """Measure time, memory and bytes beside floors and rivals, in a source tree.
@@ -203,12 +212,14 @@ def reproduce(
     names: Annotated[list[str], typer.Argument(help="Experiments, or all; any key=value among them is a setting.")],
     scale: Annotated[str, typer.Option(help="tiny (CPU, minutes), small (WikiText-2) or paper (GPT-2 124M).")] = "tiny",
     directory: Annotated[
-        Path | None, typer.Option("--dir", help="The lab: runs and measurements. Default: runs/reproduce/SCALE.")
+        Path | None,
+        new_folder("The lab: runs and measurements. Default: runs/reproduce/SCALE.", "--dir"),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Where tables and figures go. Default: the lab.")] = None,
+    out: Annotated[Path | None, new_folder("Where tables and figures go. Default: the lab.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Tasks at a time. Default: one a core.")] = None,
     doc: Annotated[
-        Path | None, typer.Option(help="A Markdown page whose <!-- table: NAME --> places are filled, too.")
+        Path | None,
+        new_file("A Markdown page whose <!-- table: NAME --> places are filled, too."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
 ) -> None:
@@ -249,36 +260,36 @@ def node(
     ] = None,
 ) -> None:
     """Join a Flower network as a SuperNode whose worker stays warm between rounds; see docs/nodes.md."""
+    arguments = node_arguments(
+        superlink, insecure, root_certificates, auth_supernode_private_key, node_config, trusted_entities
+    )
     from twist_fl.node import run_node
 
-    given = {
-        "--superlink": superlink,
-        "--root-certificates": root_certificates,
-        "--auth-supernode-private-key": auth_supernode_private_key,
-        "--node-config": node_config,
-        "--trusted-entities": trusted_entities,
-    }
-    run_node(["--insecure"] * insecure + [word for pair in given.items() if pair[1] for word in map(str, pair)])
+    run_node(arguments)
 
 
-def _complain(error: Exception) -> None:
+def _complain(error: Exception | str) -> None:
     Console(stderr=True, markup=False).print(f"error: {error}", style="red", soft_wrap=True, highlight=False)
 
 
 def main() -> None:
-    """Entry point: what the user can mend is one line and exit status 2, a failed run is 1, Ctrl-C is 130."""
+    """Entry point: what the user can mend is one line and status 2, a failed run is 1, Ctrl-C is 130."""
     # Also when started in the background, where a shell has them ignored: nothing of a run must outlive it.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a closed terminal; nohup has it ignored
         signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
-        app()
-    except ConfigError as error:
-        _complain(error)
+        raise SystemExit(app(prog_name="twist-fl", standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
         raise SystemExit(2) from None
-    except (LaunchError, OSError) as error:  # the system's own words name the file
-        _complain(error)
+    except (click.UsageError, ConfigError) as error:
+        _complain(explain(error, sys.argv[1:]) if isinstance(error, click.UsageError) else error)
+        raise SystemExit(2) from None
+    except (LaunchError, OSError) as error:
+        file = error.filename if isinstance(error, OSError) else None
+        _complain(f"{file}: {error.strerror}" if isinstance(error, OSError) and file else error)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -13,6 +13,7 @@ from twist_fl.checkpoint import RunFolder
 from twist_fl.checks import LaunchError
 from twist_fl.config import Config, load_config
 from twist_fl.files import read_json, write_text
+from twist_fl.finding import finished_runs
 from twist_fl.job import make_job
 from twist_fl.launch import flower_run
 from twist_fl.look import load_final
@@ -24,9 +25,12 @@ INTERRUPTED = 130
 DEVICES = "deployed devices, as they measured it"
 
 
-def train(console: Console, preset: str, overrides: list[str]) -> RunFolder:
-    """A new run from preset and overrides, refused before anything starts if it cannot work."""
-    config = load_config(preset, overrides)
+def train(console: Console, preset: str, overrides: list[str], strict: bool = True) -> RunFolder:
+    """A new run from preset and overrides, refused before anything starts if it cannot work.
+
+    `strict`: also if an override changes nothing. Overrides that several runs share may be for one of them.
+    """
+    config = load_config(preset, overrides, strict)
     check_simulation(config)
     folder = RunFolder(Path(config.dir or f"runs/{config.name}"))
     folder.refuse_second_run()
@@ -43,6 +47,7 @@ def demo(console: Console, directory: Path, overrides: list[str]) -> None:
 
     What is already there is used: a finished run as it is, an interrupted one from its checkpoint.
     """
+    load_config("demo", overrides)  # refused before a word is said
     console.print(
         "TwIST against FedAvg: the same model, text, batches and optimiser. Ctrl-C is safe: run it again to go on."
     )
@@ -53,7 +58,7 @@ def demo(console: Console, directory: Path, overrides: list[str]) -> None:
         path = directory / algorithm
         wanted = [*overrides, f"algorithm={algorithm}", f"dir={path}"]
         if not RunFolder(path).job_file.is_file():
-            runs.append(train(console, "demo", wanted))
+            runs.append(train(console, "demo", wanted, strict=False))
             continue
         refuse_other_settings(RunFolder(path), load_config("demo", wanted))
         runs.append(resume(console, path))
@@ -74,7 +79,7 @@ def report(console: Console, paths: list[Path], out: Path) -> None:
     """The HTML report of finished runs, with the devices of the first one that deployed any."""
     from twist_fl.report import write_report
 
-    runs = [RunFolder(path) for path in paths]
+    runs = [RunFolder(path) for path in finished_runs(paths)]
     deployed = next((rows for run in runs if (rows := _deployed(run))), [])
     write_report(runs, out, deployed)
     console.print(f"report: {out.resolve()}")
@@ -85,7 +90,7 @@ def publish(console: Console, paths: list[Path], target: Path) -> None:
     from twist_fl.compare import comparison_table, table_cells
     from twist_fl.report import figures
 
-    runs = [RunFolder(path) for path in paths]
+    runs = [RunFolder(path) for path in finished_runs(paths)]
     for run in runs:
         copy = RunFolder(target / run.path.name)
         for name in ("results.json", "events.jsonl", "deployed.json"):
@@ -177,7 +182,7 @@ def deploy(console: Console, path: Path, devices: list[str]) -> list[dict[str, A
     folder, job, _ = load_final(path)
     for device in devices_of(job, devices):
         plan_device(job, device)  # refuses an impossible one before Flower starts
-    settings = {"mode": "deploy", "devices": " ".join(devices)}
+    settings = {"mode": "deploy", "devices": " ".join("".join(word.split()) for word in devices)}
     with (
         console.status("shipping tickets to simulated edge clients"),
         flower_run(folder, job.config, 1, settings) as run,

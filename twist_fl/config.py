@@ -6,18 +6,16 @@ A configuration is the defaults below, then a preset of `conf/` (which holds onl
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
+from twist_fl import loading
 from twist_fl.checks import ConfigError as ConfigError  # noqa: PLC0414 (the name users import)
-from twist_fl.checks import check_values
+from twist_fl.layers import conf_dir as conf_dir  # noqa: PLC0414
+from twist_fl.layers import presets as presets  # noqa: PLC0414
 
 Algorithm = Literal["twist", "fedavg", "ddp"]
 OptimizerState = Literal["reset", "client", "server"]
@@ -220,95 +218,12 @@ class Config:
     deploy: DeployConfig = field(default_factory=DeployConfig)
 
 
-def conf_dir() -> Path:
-    """The presets: beside the package in a source tree, inside it in a wheel."""
-    package = Path(__file__).resolve().parent
-    beside = package.parent
-    return (beside if (beside / "server_app.py").is_file() else package / "app") / "conf"
-
-
-def presets() -> list[str]:
-    return sorted(path.stem for path in conf_dir().glob("*.yaml"))
-
-
-def load_config(preset: str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Defaults, then the preset (a name, or a YAML file), then `key=value` overrides.
-
-    Raises ConfigError for an unknown preset or key (with the nearest one) or a value out of range.
-    """
-    layers: list[Any] = []
-    if preset:
-        file = Path(preset)
-        if file.suffix != ".yaml":
-            file = conf_dir() / f"{preset}.yaml"
-            if "=" in preset:
-                raise ConfigError(f"{preset!r} stands where a preset or file is expected: demo {preset}, for example")
-            if preset not in presets():
-                raise ConfigError(f"no preset {preset!r}{_nearest(preset, presets())}; presets: {', '.join(presets())}")
-        elif not file.is_file():
-            raise ConfigError(f"no file {preset!r}: give a preset ({', '.join(presets())}) or an existing YAML file")
-        try:
-            layers.append(OmegaConf.load(file))
-        except YAMLError as error:
-            raise ConfigError(f"{str(file)!r} is not YAML: {error}") from error
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"override {override!r} is not of the form key=value, for example train.lr=1e-3")
-        try:
-            layers.append(OmegaConf.from_dotlist([override]))
-        except YAMLError as error:
-            key, _, value = override.partition("=")
-            raise ConfigError(
-                f"the value of {override!r} is not YAML: close its brackets, or quote it: '{key}=\"{value}\"'"
-            ) from error
-    return from_layers(layers)
-
-
-def from_layers(layers: Sequence[Any]) -> Config:
-    """Merge plain mappings over the defaults and check the result."""
-    merged = OmegaConf.structured(Config)
-    for layer in layers:
-        plain = OmegaConf.to_container(layer) if OmegaConf.is_config(layer) else layer
-        if not isinstance(plain, dict):
-            raise ConfigError(f"a configuration is a mapping of keys to values, not {plain!r}")
-        _check_keys(plain, Config, "")
-        for section, key in (
-            ("blueprint", "num_sub"),
-            ("blueprint", "num_sub_ffn"),
-            ("blueprint", "common"),
-            ("eval", "sizes"),
-        ):
-            values = plain.get(section)
-            if isinstance(values, dict) and isinstance(values.get(key), (int, str)):
-                values[key] = str(values[key]).split(",")  # one number is a list of one; 6,3 is what --sizes takes
-        train = plain.get("train")
-        if isinstance(train, dict) and train.get("variant") is True:
-            train["variant"] = "true"  # the paper's name for it is YAML's for yes
-        if isinstance(train, dict) and "epochs" in train:
-            train.setdefault("rounds", None)  # of the two budgets, the one given last counts
-        try:
-            merged = OmegaConf.merge(merged, OmegaConf.create(plain))
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
-    try:
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+def load_config(preset: str | None = None, overrides: Sequence[str] = (), strict: bool = False) -> Config:
+    """Defaults, then the preset (a name, or a YAML file), then `key=value` overrides; `loading.load` says what of it
+    is refused."""
+    config = loading.load(Config, preset, overrides, strict)
     assert isinstance(config, Config)
-    check_values(config)
-    _make_absolute(config)
-    config.data.tokenizer = config.data.tokenizer or config.model.pretrained
     return config
-
-
-def _make_absolute(config: Config) -> None:
-    """Folders that exist become absolute: Flower runs the app in another working folder. A run stands for its newest
-    checkpoint."""
-    for section, key in ((config.data, "path"), (config.data, "tokenizer"), (config.model, "pretrained")):
-        value = getattr(section, key)
-        if value and (path := Path(value).expanduser()).exists():
-            newest = max(path.glob("checkpoints/round-*"), default=path)
-            setattr(section, key, str(newest.resolve()))
 
 
 def to_yaml(config: Config) -> str:
@@ -316,44 +231,6 @@ def to_yaml(config: Config) -> str:
 
 
 def from_yaml(text: str) -> Config:
-    return from_layers([OmegaConf.create(text)])
-
-
-def _nearest(word: str, words: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
-def _keys(schema: Any, prefix: str = "") -> Iterator[str]:
-    """Every key that takes a value, with its sections: train.lr."""
-    for field_ in fields(schema):
-        default = getattr(schema(), field_.name)
-        inner = _keys(type(default), f"{prefix}{field_.name}.") if is_dataclass(default) else [prefix + field_.name]
-        yield from inner
-
-
-def _meant(key: str, section: str, known: Sequence[str]) -> str:
-    """The key of that name in any section, else the nearest in this one, else in any."""
-    named: dict[str, list[str]] = {}
-    for path in _keys(Config):
-        named.setdefault(path.rpartition(".")[2], []).append(path)
-    inside = [section + near for near in difflib.get_close_matches(key, known, n=1)]
-    anywhere = [path for near in difflib.get_close_matches(key, named, n=1) for path in named[near]]
-    found = named.get(key) or inside or anywhere
-    return f", did you mean {' or '.join(map(repr, found))}?" if found else f"; known here: {', '.join(known)}"
-
-
-def _check_keys(given: dict[Any, Any], schema: Any, prefix: str) -> None:
-    known = {f.name: f for f in fields(schema)}
-    defaults = schema()
-    for key, value in given.items():
-        if key not in known:
-            raise ConfigError(f"unknown key {prefix + str(key)!r}{_meant(str(key), prefix, list(known))}")
-        default = getattr(defaults, key)
-        if is_dataclass(default):
-            if not isinstance(value, dict):
-                raise ConfigError(
-                    f"{prefix}{key} is a section: set one of its keys, for example {prefix}{key}."
-                    f"{fields(default)[0].name}=..."
-                )
-            _check_keys(value, type(default), f"{prefix}{key}.")
+    config = loading.from_yaml(Config, text)
+    assert isinstance(config, Config)
+    return config

@@ -53,6 +53,12 @@ def _show(console: Console, title: str, config: Config, model: dict[str, Any], s
     ddp = config.algorithm == "ddp"
     moments = config.train.optimizer_state == "server" and not ddp
     rounds = steps if ddp else -(-steps // config.train.interval)
+    if config.blueprint.assign != "fixed" and rounds > _MOST_DRAWN:
+        most = _MOST_DRAWN * (1 if ddp else config.train.interval)
+        raise ConfigError(
+            f"{steps:,} steps are {rounds:,} rounds, and sizes that are {config.blueprint.assign} are counted round by "
+            f"round: use --steps {most} at most"
+        )
     try:
         layout, division = make_layout(model, config.blueprint.ffn_blocks), make_division(config)
         division.check(layout, coverage=config.algorithm == "twist")
@@ -76,6 +82,7 @@ def _show(console: Console, title: str, config: Config, model: dict[str, Any], s
     )
 
 
+_MOST_DRAWN = 100_000
 _COUNTINGS = {"tb_per_step": "by step", "tb_per_interval": "by interval"}
 
 

@@ -21,7 +21,8 @@ import numpy.typing as npt
 
 from twist_fl import builtin_text
 from twist_fl.config import ConfigError, DataConfig
-from twist_fl.tokenizer import load_tokenizer, reachable, train_tokenizer
+from twist_fl.hub import beside, expanded, local_path, reachable
+from twist_fl.tokenizer import load_tokenizer, train_tokenizer
 
 Windows = npt.NDArray[np.int32]
 WIKITEXTS = ("wikitext-2-raw-v1", "wikitext-103-raw-v1", "wikitext-2-v1", "wikitext-103-v1")
@@ -108,12 +109,9 @@ def _split(texts: Iterable[str], test_fraction: float) -> Documents:
 
 
 def _files(config: DataConfig) -> Documents:
-    path = Path(config.path or "").expanduser()
+    path = expanded(config.path or "")
     if not path.exists():
-        near = [p.name for p in sorted(path.parent.glob("*"))[:8]] if path.parent.is_dir() else []
-        raise ConfigError(
-            f"data.path={str(path)!r} does not exist" + (f"; beside it: {', '.join(near)}" if near else "")
-        )
+        raise ConfigError(f"data.path={str(path)!r} does not exist{beside(path)}")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path))
     if not any(file.stat().st_size for file in files):
         raise ConfigError(f"data.path={str(path)!r} holds no text")
@@ -168,6 +166,7 @@ def _wikitext(config: DataConfig) -> Documents:
 
     if not config.path and config.name not in WIKITEXTS:
         raise ConfigError(f"data.name={config.name!r} is no WikiText: choose one of {', '.join(WIKITEXTS)}")
+    local_path("data.path", config.path or "Salesforce/wikitext")
     with reachable(f"data set {config.path or 'Salesforce/wikitext'} ({config.name})"):
         dataset: Any = load_dataset(config.path or "Salesforce/wikitext", config.name)
     digest = hashlib.sha256()

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from twist_fl.architectures import ARCHITECTURES, sizes_of
 from twist_fl.config import Config, ConfigError, ModelConfig
-from twist_fl.tokenizer import reachable
+from twist_fl.finding import listed, runs_in
+from twist_fl.hub import local_path, reachable
 
 
 def model_config(config: Config) -> PreTrainedConfig:
@@ -38,13 +38,16 @@ def padding_token(fields: Mapping[str, Any]) -> int | None:
 
 
 def _pretrained(name: str) -> PreTrainedConfig:
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+    folder = local_path("model.pretrained", name)
+    if folder and (runs := runs_in(folder)):
+        raise ConfigError(f"model.pretrained={name!r} holds runs: give {listed(runs)}")
+    if folder and not (folder / "config.json").is_file():
         raise ConfigError(
             f"model.pretrained={name!r} holds no model (no config.json): give a run that has a checkpoint, one of its "
             "checkpoints, or another folder of a Hugging Face model"
         )
     with reachable(f"model.pretrained={name!r}"):
-        loaded: Any = AutoConfig.from_pretrained(name)
+        loaded: Any = AutoConfig.from_pretrained(str(folder or name))
     if loaded.model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ConfigError(f"model.pretrained={name!r} is a {loaded.model_type!r} model; known are {known}")

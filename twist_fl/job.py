@@ -127,9 +127,11 @@ def make_job(config: Config) -> Job:
     Raises ConfigError before anything starts, and before any text is read if the sizes alone are impossible.
     """
     model = model_config(config)
-    _divide(config, model)
+    layout, _ = _divide(config, model)
+    machine.check_memory(layout.num_params(), "the model")
     corpus = load_corpus(config.data, config.train.workers)
     _fit_vocabulary(config, model, corpus)
+    _fit_batches(config, corpus)
     config.train.threads = config.train.threads or max(1, machine.usable_cores() // config.train.workers)
     return _job(config, model, corpus, uuid.uuid4().hex)
 
@@ -189,6 +191,16 @@ def _sizes(blueprint: BlueprintConfig, workers: int) -> Sizes:
     length = max(len(heads), len(ffn)) if blueprint.assign == "drawn" else workers
     heads, ffn = (sizes * length if len(sizes) == 1 else sizes for sizes in (heads, ffn))
     return tuple(zip(heads, ffn, strict=True))
+
+
+def _fit_batches(config: Config, corpus: Corpus) -> None:
+    train = config.train
+    windows = len(corpus.train) // train.workers
+    if train.batch_size > windows:
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} is more than the {windows} windows of data.window="
+            f"{config.data.window} tokens that each of {train.workers} workers has: use at most {windows}"
+        )
 
 
 def _fit_vocabulary(config: Config, model: PreTrainedConfig, corpus: Corpus) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
 from itertools import pairwise
@@ -19,6 +19,10 @@ from rich.table import Table
 
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import Config, ConfigError
+from twist_fl.finding import no_run, runs_in
+from twist_fl.shares import ShareError, blocks_of_share
+
+_COLDEST, _HOTTEST = 0.01, 100
 
 
 def load_final(path: Path) -> tuple[RunFolder, Any, Any]:
@@ -31,11 +35,14 @@ def load_final(path: Path) -> tuple[RunFolder, Any, Any]:
     return folder, job.scored(state.scores), state
 
 
-def chosen_sizes(job: Any, sizes: list[int] | None) -> list[int]:
+def chosen_sizes(job: Any, given: Sequence[int] | ShareError | None) -> list[int]:
     """The ticket sizes given, else the run's. Raises ConfigError if a size is impossible, or the run has none."""
-    from twist_fl.evaluate import ticket_sizes
+    from twist_fl.evaluate import blocks_per_layer, ticket_sizes
 
-    sizes = sizes or job.config.eval.sizes
+    if isinstance(given, ShareError):
+        of = blocks_per_layer(job.layout, job.division)
+        raise ConfigError(blocks_of_share(given, of, "blocks of a divided layer"))
+    sizes: list[int] = list(given or job.config.eval.sizes)
     if not sizes:
         raise ConfigError("the run has eval.sizes=[]: give sizes, for example --sizes 8,6,4")
     try:
@@ -84,7 +91,9 @@ def _below(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
                 yield name, " ".join(text.split())
 
 
-def tickets(console: Console, path: Path, sizes: list[int] | None, draws: int, windows: int | None) -> None:
+def tickets(
+    console: Console, path: Path, sizes: Sequence[int] | ShareError | None, draws: int, windows: int | None
+) -> None:
     """Perplexity of random tickets of several sizes."""
     from twist_fl import evaluate
 
@@ -114,6 +123,10 @@ def generate(
     console: Console, path: Path, prompt: str, new_tokens: int, temperature: float, size: int | None, seed: int
 ) -> None:
     """Continue `prompt` with an exported ticket's folder or with a run (a random ticket of `size`, or whole)."""
+    if not prompt:
+        raise ConfigError("the prompt is empty: give --prompt at least one token to continue")
+    if temperature and not _COLDEST <= temperature <= _HOTTEST:
+        raise ConfigError(f"--temperature {temperature:g} must be 0 (the likeliest token), or {_COLDEST} to {_HOTTEST}")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -140,6 +153,8 @@ def generate(
             raise ConfigError(f"--size chooses a ticket of a run, and {path} holds one model")
         model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
         tokenizer = AutoTokenizer.from_pretrained(path)
+    elif not path.exists() or runs_in(path):
+        raise no_run(path.resolve())
     else:
         raise ConfigError(f"{path} is neither a run (job.json) nor a folder of a model (config.json, tokenizer.json)")
     torch.manual_seed(seed)

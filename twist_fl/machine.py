@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
+
 from twist_fl.config import Config, ConfigError
 
 
@@ -19,6 +21,16 @@ def _quota(file: Path, unlimited: int) -> int:
         return unlimited
     quota, period = file.read_text().split()
     return unlimited if quota == "max" else int(quota) // int(period)
+
+
+def check_memory(num_params: int, what: str) -> None:
+    """Raises ConfigError if not even the model's weights fit in this machine's memory."""
+    needed, there = 4 * num_params, psutil.virtual_memory().total
+    if needed > there:
+        raise ConfigError(
+            f"{what} has {num_params:,} parameters, {needed / 1e9:,.1f} GB in float32, and this machine has "
+            f"{there / 1e9:,.1f} GB of memory: use smaller sizes"
+        )
 
 
 def cpus_per_worker(config: Config) -> int:

@@ -30,7 +30,11 @@ def open_run(run_dir: str, preset: str, overrides: str) -> tuple[RunFolder, Job]
         if overrides:
             raise ConfigError(f"{run_dir} holds a run, which keeps its settings: leave out overrides={overrides!r}")
         return folder, folder.job()
-    config = load_config(preset, shlex.split(overrides))
+    try:
+        words = shlex.split(overrides)
+    except ValueError as error:
+        raise ConfigError(f"overrides={overrides!r} cannot be split into words ({error}): close its quotes") from error
+    config = load_config(preset or None, words, strict=True)
     if config.dir and not Path(config.dir).expanduser().is_absolute():
         raise ConfigError(f"dir={config.dir!r} must be an absolute path: Flower runs the app in another folder")
     folder = RunFolder(Path(run_dir or config.dir or f"~/twist_fl_runs/{config.name}"))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from fractions import Fraction
 from functools import partial
 from math import ceil
 from typing import Any
@@ -17,7 +15,6 @@ from flwr.serverapp import Grid
 from twist_fl import edge, tensors, wire
 from twist_fl.blueprint import Blueprint, draw_ticket
 from twist_fl.checkpoint import RunFolder
-from twist_fl.checks import check_device
 from twist_fl.config import ConfigError, DeviceConfig
 from twist_fl.data import cache_dir
 from twist_fl.deploy import (
@@ -32,38 +29,13 @@ from twist_fl.deploy import (
 from twist_fl.evaluate import blocks_per_layer, ticket_sizes
 from twist_fl.files import write_json
 from twist_fl.job import Job
+from twist_fl.limits import parse_devices
 from twist_fl.strategy import NoWorkersError, exchange
 from twist_fl.subnet import State
 
 MESSAGE_TYPE = "query.ticket"
 _LOCAL_WINDOWS = 64
 """Windows of the test split that stand for a device's own text."""
-_NUMBER = r"(?:\d+\.?\d*|\.\d+)"
-_LIMIT = re.compile(rf"(?P<memory_mb>{_NUMBER})(?:MB)?|(?P<latency_ms>{_NUMBER})ms|(?P<kappa>\d+/[1-9]\d*)")
-
-
-def parse_devices(words: Iterable[str]) -> list[DeviceConfig]:
-    """`NAME=LIMIT[,LIMIT...]`: megabytes as 3.5MB or 3.5, milliseconds a token as 20ms, a share of blocks as 1/4.
-
-    A name becomes the name of a folder. Raises ConfigError.
-    """
-    devices: list[DeviceConfig] = []
-    for word in words:
-        name, _, limits = word.partition("=")
-        found = [_LIMIT.fullmatch(limit) for limit in limits.split(",")]
-        given = [(key, text) for limit in found if limit for key, text in limit.groupdict().items() if text]
-        if not re.fullmatch(r"\w[\w.-]*", name) or not all(found):
-            raise ConfigError(
-                f"device {word!r} is not NAME=LIMIT or NAME=LIMIT,LIMIT with limits as 3.5MB (memory), 20ms (a token) "
-                "and 1/4 (blocks held), for example phone=3.5MB,20ms"
-            )
-        if len(dict(given)) < len(given):
-            raise ConfigError(f"device {word!r} has two limits of one kind: give the lower")
-        if name in {device.name for device in devices}:
-            raise ConfigError(f"device {name!r} is given twice: give each its own name")
-        devices.append(DeviceConfig(name, **{key: float(Fraction(text)) for key, text in given}))
-        check_device(devices[-1])
-    return devices
 
 
 def default_devices(job: Job) -> list[DeviceConfig]:

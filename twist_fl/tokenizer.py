@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from twist_fl.config import ConfigError
+from twist_fl.checks import ConfigError
+from twist_fl.hub import local_path, reachable
 
 END_OF_TEXT = "<|endoftext|>"
 _FILES = (
@@ -23,35 +22,22 @@ _FILES = (
 )
 
 
-@contextmanager
-def reachable(what: str) -> Iterator[None]:
-    """Turns a library's failure to load `what` into a ConfigError with its first line."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{what} is neither a folder here nor on a hub that can be reached: {reason}") from error
-
-
 def load_tokenizer(name: str) -> Any:
     """A fast tokenizer from a folder (`tokenizer.json` alone is enough) or from the hub by name."""
     from transformers import AutoTokenizer, GPT2TokenizerFast  # type: ignore[attr-defined]
 
-    folder = Path(name).expanduser()
-    looks_like_path = os.sep in name and (folder.is_absolute() or name[0] in "~.")
-    if looks_like_path and not folder.is_dir():
+    folder = local_path("data.tokenizer", name)
+    if folder is None:
+        with reachable(f"data.tokenizer={name!r}"):
+            return AutoTokenizer.from_pretrained(name)
+    if not (folder / "tokenizer.json").is_file():
         raise ConfigError(
-            f"data.tokenizer={name!r} does not exist: give a folder with tokenizer.json, or a name on the hub"
+            f"data.tokenizer={name!r} has no tokenizer.json: give a folder that has one, or a name on the hub"
         )
-    if folder.is_dir():
-        if not (folder / "tokenizer.json").is_file():
-            raise ConfigError(
-                f"data.tokenizer={name!r} has no tokenizer.json: give a folder that has one, or a name on the hub"
-            )
-        if not (folder / "tokenizer_config.json").is_file() and not (folder / "config.json").is_file():
-            return GPT2TokenizerFast.from_pretrained(str(folder))
+    if not (folder / "tokenizer_config.json").is_file() and not (folder / "config.json").is_file():
+        return GPT2TokenizerFast.from_pretrained(str(folder))
     with reachable(f"data.tokenizer={name!r}"):
-        return AutoTokenizer.from_pretrained(str(folder) if folder.is_dir() else name)
+        return AutoTokenizer.from_pretrained(str(folder))
 
 
 def copy_tokenizer(folder: Path, target: Path) -> None:

@@ -14,6 +14,7 @@ from twist_fl import plots
 from twist_fl.checks import ConfigError
 from twist_fl.commands import markdown, terminal_table, train
 from twist_fl.commands import resume as resume_run
+from twist_fl.config import Config
 from twist_fl.experiments.catalog import EXPERIMENTS
 from twist_fl.experiments.experiment import Cells, Data, Experiment
 from twist_fl.experiments.lab import SCALES, TRAIN, Lab, Task
@@ -23,6 +24,7 @@ from twist_fl.files import read_json, write_json, write_text
 from twist_fl.machine import usable_cores
 from twist_fl.performance import fill, origin
 from twist_fl.results import provenance
+from twist_fl.suggest import nearest, settings_named
 
 EVERY = "all"
 
@@ -44,7 +46,7 @@ def reproduce(
     Raises ConfigError for an unknown name or an impossible setting, LaunchError if a task fails.
     """
     if scale not in SCALES:
-        raise ConfigError(f"--scale {scale!r} is unknown: choose one of {', '.join(SCALES)}")
+        raise ConfigError(f"--scale {scale!r} must be one of {', '.join(SCALES)}{nearest(scale, SCALES)}")
     chosen = [_experiment(name) for name in (EXPERIMENTS if EVERY in names else names)]
     lab = Lab((folder or Path("runs/reproduce") / scale).resolve(), SCALES[scale], tuple(overrides))
     if not lab.base.eval.sizes:
@@ -68,8 +70,10 @@ def reproduce(
 
 def _experiment(name: str) -> Experiment:
     if name not in EXPERIMENTS:
-        listed = "\n".join(f"  {known}: {experiment.title}" for known, experiment in EXPERIMENTS.items())
-        raise ConfigError(f"no experiment {name!r}; there are\n{listed}\n  {EVERY}: all of them")
+        known = [*EXPERIMENTS, EVERY]
+        if settings := settings_named(name, Config):
+            raise ConfigError(f"{name!r} is no experiment but a setting, which has a value: {settings[0]}=...")
+        raise ConfigError(f"no experiment {name!r}{nearest(name, known)}; there are {', '.join(known)}")
     return EXPERIMENTS[name]
 
 
@@ -98,7 +102,7 @@ def _train_by_flower(console: Console, lab: Lab, runs: Sequence[Task]) -> None:
             resume_run(console, folder.path)
         else:
             lab.begin(task)
-            train(console, lab.scale.preset, lab.words(task))
+            train(console, lab.scale.preset, lab.words(task), strict=False)
 
 
 def _show(console: Console, lab: Lab, experiment: Experiment, target: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -19,6 +20,8 @@ from twist_fl.job import Job
 from twist_fl.look import chosen_sizes, load_final
 from twist_fl.pruning.methods import METHODS, prune, pruned_perplexities, save_pruned, sparsity
 from twist_fl.results import portable_config, provenance
+from twist_fl.shares import ShareError
+from twist_fl.suggest import nearest
 
 Row = dict[str, Any]
 _COLUMNS = ("method", "blocks", "perplexity", "sparsity", "seconds", "peak MB", "tokens")
@@ -31,7 +34,8 @@ def chosen_methods(names: str) -> list[str]:
     chosen = names.split(",")
     for name in chosen:
         if name not in METHODS:
-            raise ConfigError(f"--method {name!r} is no pruning method: choose from {', '.join(METHODS)}, or all")
+            near = nearest(name, METHODS)
+            raise ConfigError(f"--method {name!r} is no pruning method{near}; there are {', '.join(METHODS)}, or all")
     return chosen
 
 
@@ -39,7 +43,7 @@ def prune_run(
     console: Console,
     path: Path,
     methods: list[str],
-    sizes: list[int] | None,
+    sizes: Sequence[int] | ShareError | None,
     *,
     windows: int | None,
     calibration: int,
@@ -50,16 +54,18 @@ def prune_run(
     """Prune the newest checkpoint of the run in `path` by every method to every size; a table, and pruned.json."""
     folder, job, state = load_final(path)
     config = job.config
-    sizes = chosen_sizes(job, sizes)
-    test = job.corpus.test[: windows or config.eval.max_windows]
     of = blocks_per_layer(job.layout, job.division)
+    chosen = chosen_sizes(job, sizes)
+    if min(chosen) == of:
+        raise ConfigError(f"--sizes {of} is the whole layer, which leaves nothing to prune: give sizes below {of}")
+    test = job.corpus.test[: windows or config.eval.max_windows]
     with console.status("the full model"):
         full = perplexity(
             job.models().load_sliced(full_blueprint(job.layout), state.params), test, config.eval.batch_size
         )
     rows: list[Row] = []
     for method in methods:
-        for size in sizes:
+        for size in chosen:
             with console.status(f"{method}, {size}/{of}"):
                 rows.append(_row(console, job, state.params, method, size, test, calibration, draws, save))
     results = provenance() | {
