@@ -137,7 +137,7 @@ IMPOSSIBLE: dict[str, tuple[tuple[str, ...], str]] = {
         ("name=mine",),
         r"'name=mine' stands where a preset or file is expected: demo name=mine, for example",
     ),
-    "file": (("mine.yaml",), r"no file 'mine\.yaml': give a preset \(demo, "),
+    "file": (("mine.yaml",), r"no file 'mine\.yaml'; give an existing YAML file, or a preset: demo, "),
     "key": (("demo", "train.interva=3"), r"unknown key 'train\.interva', did you mean 'train\.interval'\?"),
     "section": (("demo", "trian.lr=3"), r"unknown key 'trian\.lr', did you mean 'train\.lr'\?"),
     "form": (("demo", "train.lr"), r"override 'train\.lr' is not of the form key=value"),

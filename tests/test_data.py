@@ -233,8 +233,10 @@ def test_a_failed_tokenisation_leaves_nothing(folder: Path, own_cache: Path, mon
 
 
 def test_a_missing_path_is_named_with_what_lies_beside_it(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"trian\.txt' does not exist; beside it: notes\.md, .*train\.txt"):
+    with pytest.raises(ConfigError, match=r"trian\.txt' does not exist, did you mean '.*/train\.txt'\?"):
         load_corpus(config_of(folder / "trian.txt"))
+    with pytest.raises(ConfigError, match=r"xyz' does not exist; in .*: .*notes\.md, .*train\.txt"):
+        load_corpus(config_of(folder / "xyz"))
 
 
 def test_no_text(tmp_path: Path) -> None:

@@ -323,8 +323,11 @@ def test_a_supernode_that_cannot_start_ends_the_node(capfd: pytest.CaptureFixtur
     assert "does not point to a file" in capfd.readouterr().err
 
 
-def test_the_options_are_flowers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_options_are_flowers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: list[list[str]] = []
+    monkeypatch.chdir(tmp_path)
+    for file in ("ca.crt", "key", "keys.yaml"):
+        Path(file).touch()
     monkeypatch.setattr(node, "run_node", given.append)
     secure = ["--superlink", "host:8000", "--root-certificates", "ca.crt", "--auth-supernode-private-key", "key"]
     secure += ["--node-config", "partition-id=0 num-partitions=2", "--trusted-entities", "keys.yaml"]

@@ -399,7 +399,7 @@ REFUSED = {
     "blueprint.assign=drawn blueprint.num_sub=[]": "blueprint.num_sub=[] has 0 entries",
     "blueprint.assign=drawn blueprint.num_sub=[3,2] blueprint.num_sub_ffn=[1,2,3]": "are drawn in pairs: give both",
     "blueprint.score_windows=0": "blueprint.score_windows=0 must be more than 0",
-    "blueprint.policy=rolled": "blueprint.policy: Invalid value 'rolled'",
+    "blueprint.policy=rolled": "blueprint.policy='rolled' must be one of random, rolling, ordered",
 }
 
 

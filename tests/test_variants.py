@@ -287,7 +287,7 @@ REFUSED = {
     "train.variant=hybrid train.workers=1 blueprint.num_sub=4": "train.workers=1 leaves no client beside the server",
     "train.variant=hybrid train.weight_decay=0.1": "train.weight_decay=0.1 would shrink those that are masked",
     "train.variant=hybrid train.compile=true": "does not compile the server's model: set train.compile=false",
-    "train.variant=mask": "train.variant: Invalid value 'mask', expected one of ['true', 'masked', 'hybrid']",
+    "train.variant=mask": "train.variant='mask' must be one of true, masked, hybrid, did you mean 'masked'?",
 }
 
 

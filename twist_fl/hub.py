@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from twist_fl.checks import ConfigError, shown
+from twist_fl.checks import ConfigError
 from twist_fl.suggest import closest
 
 _FILES = (
@@ -59,13 +59,13 @@ def local_path(key: str, value: str) -> Path | None:
     """The path that `key`=`value` is; None for a name on the hub. Raises ConfigError if the path is not there."""
     if "://" in value:
         name = value.rstrip("/").partition("://")[2].partition("/")[2]
-        raise ConfigError(f"{key}={shown(value)} is a URL: give the name on the hub, {name or 'org/name'}, or a folder")
+        raise ConfigError(f"{key}={value!r} is a URL: give the name on the hub, {name or 'org/name'}, or a folder")
     if not is_path(value):
         prepare_hub()
         return None
     path = expanded(value)
     if not path.exists():
-        raise ConfigError(f"{key}={shown(value)} does not exist{beside(path)}")
+        raise ConfigError(f"{key}={value!r} does not exist{beside(path)}")
     return path
 
 
@@ -74,7 +74,7 @@ def check_folder(key: str, value: str) -> None:
     path = expanded(value).absolute()
     there = next(each for each in (path, *path.parents) if each.exists())
     if not there.is_dir():
-        raise ConfigError(f"{key}={shown(value)}: {there} is a file, and a folder is to be there: choose another")
+        raise ConfigError(f"{key}={value!r}: {there} is a file, and a folder is to be there: choose another")
 
 
 @cache

@@ -38,9 +38,14 @@ def node_arguments(
     if insecure and root_certificates:
         raise ConfigError("--insecure and --root-certificates exclude each other: with a certificate, leave --insecure")
     _check_pairs(node_config)
-    given = {"--superlink": superlink} | ({"--node-config": node_config} if node_config else {})
-    given |= {option: str(expanded(file)) for option, file in files.items() if file}
-    return ["--insecure"] * insecure + [word for pair in given.items() for word in pair]
+    given = {
+        "--superlink": superlink,
+        "--root-certificates": root_certificates,
+        "--auth-supernode-private-key": auth_supernode_private_key,
+        "--node-config": node_config,
+        "--trusted-entities": trusted_entities,
+    }
+    return ["--insecure"] * insecure + [word for pair in given.items() if pair[1] for word in map(str, pair)]
 
 
 def check_address(superlink: str) -> None:
