@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import httpx
 import pytest
+from huggingface_hub import constants
 from test_cli import Run, no_flower, run, trained
 
 from twist_fl.checks import ConfigError
 from twist_fl.config import DeviceConfig
 from twist_fl.finding import finished_runs, no_run
-from twist_fl.hub import is_path, local_path
+from twist_fl.hub import is_path, local_path, prepare_hub
 from twist_fl.limits import parse_devices
 
 __all__ = ["no_flower", "run", "trained"]  # fixtures
@@ -51,6 +54,26 @@ def test_a_hub_that_cannot_be_reached_says_what_to_do(key: str, run: Run) -> Non
     status, _, error = run("train", "demo", f"{key}=no-such-org/no-such-model")
     assert status == 2
     assert f"{key}='no-such-org/no-such-model' is neither here nor among what was downloaded before, and" in error
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_hub_that_does_not_answer_is_asked_once(answers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After that, this process and its children go on as offline ones."""
+    asked: list[str] = []
+
+    def head(address: str, timeout: float) -> None:
+        asked.append(address)
+        if not answers:
+            raise httpx.ConnectError("no route")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(httpx, "head", head)
+    assert prepare_hub.__wrapped__() is answers
+    assert len(asked) == 1
+    assert constants.HF_HUB_OFFLINE is not answers
+    assert os.environ.get("HF_HUB_OFFLINE") == (None if answers else "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # of the other tests
 
 
 # Runs and folders of runs
@@ -157,6 +180,13 @@ def test_a_mistake_in_the_words_of_a_command(words: tuple[str, ...], run: Run, t
     assert error.startswith("error: ")
     assert (output, error.count("\n")) == ("", 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_the_system_refuses_is_named(run: Run, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    status, _, error = run("report", trained, "--out", "file/report.html")
+    assert status == 1
+    assert error == "error: file: File exists\n"
 
 
 def test_versions(run: Run) -> None:
