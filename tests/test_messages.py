@@ -201,8 +201,6 @@ def test_whatever_is_written_is_read_or_refused(text: str) -> None:
 
 
 IDLE = {
-    "algorithm=fedavg blueprint.num_sub=3": "blueprint.num_sub=3 changes nothing: with algorithm=fedavg every worker",
-    "algorithm=ddp train.optimizer_state=client": "train.optimizer_state=client changes nothing: with algorithm=ddp",
     "blueprint.setting=attn blueprint.num_sub_ffn=6": "blueprint.num_sub_ffn=6 changes nothing: blueprint.setting=attn",
     "blueprint.setting=ffn blueprint.num_sub_ffn=6 blueprint.num_sub=3": "blueprint.num_sub=3 changes nothing",
     "blueprint.score=taylor": "only blueprint.policy=importance scores blocks",

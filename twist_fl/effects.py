@@ -1,4 +1,7 @@
-"""Settings that change nothing beside others: what a user asked for in vain is refused, not passed over."""
+"""Settings that change nothing beside others: what a user asked for in vain is refused, not passed over.
+
+What only another algorithm uses is taken: runs that are compared share their settings.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,6 @@ def _if(holds: Callable[[Any], Any], reason: str) -> Reason:
 
 
 _IDLE: tuple[tuple[str, Reason], ...] = (
-    (
-        "blueprint.num_sub blueprint.num_sub_ffn blueprint.assign blueprint.policy",
-        _if(lambda c: c.algorithm != "twist", "with algorithm={0.algorithm} every worker holds all blocks"),
-    ),
-    (
-        "train.optimizer_state",
-        _if(lambda c: c.algorithm == "ddp", "with algorithm=ddp Adam and its moments stay on the server"),
-    ),
     (
         "blueprint.num_sub_ffn blueprint.ffn_blocks",
         _if(lambda c: c.blueprint.setting == "attn", "blueprint.setting=attn leaves the FFN whole"),
