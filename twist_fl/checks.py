@@ -24,8 +24,8 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "more than 0": (
         lambda value: value > 0,
         "train.workers train.interval train.batch_size train.epochs train.rounds train.lr train.threads "
-        "train.loss_chunk model.n_layer model.n_head model.n_kv_head model.n_embd model.n_inner model.n_positions "
-        "eval.batch_size eval.watch_windows eval.max_windows eval.tickets blueprint.score_windows "
+        "train.loss_chunk train.clip_norm model.n_layer model.n_head model.n_kv_head model.n_embd model.n_inner "
+        "model.n_positions eval.batch_size eval.watch_windows eval.max_windows eval.tickets blueprint.score_windows "
         "checkpoint_every flower.round_timeout flower.poll_interval flower.connect_timeout flower.wait_for_nodes "
         "flower.cpus_per_worker deploy.new_tokens blueprint.ffn_blocks",
     ),
@@ -35,7 +35,8 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "train.eps train.weight_decay eval.every flower.gpus_per_worker",
     ),
     "at least 2": (lambda value: value >= 2, "data.window"),
-    "in [0, 1)": (lambda value: 0 <= value < 1, "train.beta1 train.beta2 model.dropout"),
+    "in [0, 1)": (lambda value: 0 <= value < 1, "train.beta1 train.beta2 train.warmup model.dropout"),
+    "in (0, 1]": (lambda value: 0 < value <= 1, "train.decay"),
     "between 0 and 1": (lambda value: 0 < value < 1, "data.test_fraction"),
 }
 _MOST = {

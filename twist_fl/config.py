@@ -111,6 +111,18 @@ class TrainConfig:
     """Number of intervals, for ddp too; null: as many as `epochs` of a worker's shard need, also if `epochs` is given
     after it, as over a preset's rounds."""
     lr: float = 1e-4
+    """The learning rate, or the highest that `schedule` and `warmup` reach."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """Of the learning rate over the whole run, whatever the interval: linear and cosine fall to 0 at its end; wsd
+    (warm-up, stable, decay) is constant and falls linearly over the last `decay`."""
+    warmup: float = 0.0
+    """Share of the run's batches over which the learning rate rises."""
+    decay: float = 0.3
+    """schedule=wsd: share of the run's batches over which the learning rate falls."""
+    clip_norm: float | None = None
+    """Longest gradient, over all that a worker holds; a longer one is scaled down to it. null: as it is."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """adam adds `weight_decay` to the gradient, adamw takes it from the weights (decoupled)."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8

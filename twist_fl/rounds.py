@@ -14,6 +14,7 @@ from twist_fl.aggregate import Memory, ReplyError, StreamingMean, check_state, c
 from twist_fl.blueprint import Debt, Scores
 from twist_fl.importance import score_blocks
 from twist_fl.job import Job
+from twist_fl.schedule import learning_rate
 from twist_fl.shelf import MomentShelf
 from twist_fl.subnet import State, mask_state, slice_state
 from twist_fl.train import MOMENTS, Moments, adam_step, zero_moments
@@ -181,7 +182,8 @@ class RoundMean:
         state, moments = self.state, self.state.moments
         if self.job.config.algorithm == "ddp":
             assert moments is not None
-            return adam_step(state.params, self._params.finish(), moments, self.job.config.train)
+            rate = learning_rate(self.job.config.train, state.round, self.job.total_batches)
+            return adam_step(state.params, self._params.finish(), moments, self.job.config.train, rate)
         if moments is not None:
             longest = max(task.num_batches for task in self.tasks if task.worker in self.report.answered)
             moments = Moments(moments.step + longest, {name: self._moments[name].finish() for name in MOMENTS})

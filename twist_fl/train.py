@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -64,7 +65,9 @@ def next_token_loss(
 
 
 def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.Adam:
-    return torch.optim.Adam(
+    """Of the same two moments, whichever it is."""
+    make = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return make(
         parameters,
         lr=config.lr,
         betas=(config.beta1, config.beta2),
@@ -74,10 +77,24 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> t
     )
 
 
+def _step(optimizer: torch.optim.Optimizer, config: TrainConfig, rate: float) -> None:
+    """With gradients no longer than config.clip_norm, at that learning rate; nothing here waits for the device."""
+    (group,) = optimizer.param_groups
+    if config.clip_norm is not None:
+        nn.utils.clip_grad_norm_(group["params"], config.clip_norm)
+    group["lr"] = rate
+    optimizer.step()
+
+
 def train_interval(
-    model: nn.Module, batches: Iterable[torch.Tensor], config: TrainConfig, seed: int, moments: Moments | None = None
+    model: nn.Module,
+    batches: Iterable[torch.Tensor],
+    config: TrainConfig,
+    seed: int,
+    moments: Moments | None = None,
+    rates: Iterable[float] | None = None,
 ) -> Interval:
-    """Train `model` in place on `batches`, each (B, T) int64 on the model's device.
+    """Train `model` in place on `batches`, each (B, T) int64 on the model's device, at `rates`, else at config.lr.
 
     `moments` may cover any subset of the parameters; the others start anew. Those that lie on the model's device change
     in place. `seed` fixes the dropout. The host never waits for the device between the first batch and the last: it
@@ -92,10 +109,10 @@ def train_interval(
         _restore(optimizer, named, moments)
     loss_sum, num_tokens, num_batches = torch.zeros((), dtype=torch.float64, device=device), 0, 0
     with product_precision(config.precision, device):
-        for windows in batches:
+        for windows, rate in zip(batches, repeat(config.lr) if rates is None else rates, strict=False):
             predicted = windows.shape[0] * (windows.shape[1] - 1)
             loss_sum += _backward(model, windows, config) * predicted
-            optimizer.step()
+            _step(optimizer, config, rate)
             num_tokens += predicted
             num_batches += 1
     after = _collect(optimizer, named, (moments.step if moments else 0) + num_batches)
@@ -117,14 +134,16 @@ def batch_gradient(model: nn.Module, windows: torch.Tensor, config: TrainConfig,
     return Interval(float(loss), windows.shape[0] * (windows.shape[1] - 1), 1, gradient, Moments())
 
 
-def adam_step(params: State, gradient: State, moments: Moments, config: TrainConfig) -> tuple[State, Moments]:
+def adam_step(
+    params: State, gradient: State, moments: Moments, config: TrainConfig, rate: float
+) -> tuple[State, Moments]:
     """What the server of DDP does with the workers' mean gradient: one step; what is given stays as it is."""
     named = {name: nn.Parameter(value.clone()) for name, value in params.items()}
     for name, parameter in named.items():
-        parameter.grad = gradient[name]
+        parameter.grad = gradient[name].clone() if config.clip_norm else gradient[name]
     optimizer = make_optimizer(named.values(), config)
     _restore(optimizer, named, moments.clone())
-    optimizer.step()
+    _step(optimizer, config, rate)
     return {name: parameter.detach() for name, parameter in named.items()}, _collect(optimizer, named, moments.step + 1)
 
 

@@ -16,6 +16,7 @@ from twist_fl.job import Job
 from twist_fl.masked import MaskedModel
 from twist_fl.memory import Peak
 from twist_fl.precision import check_precision
+from twist_fl.schedule import learning_rates
 from twist_fl.shelf import MomentShelf
 from twist_fl.subnet import State, take_back
 from twist_fl.train import MOMENTS, Interval, Moments, batch_gradient, train_interval
@@ -114,7 +115,12 @@ class Worker:
             return batch_gradient(model, batch, config.train, seed), ""
         if config.train.optimizer_state == "client":
             return self._continue(model, task, seed)
-        return train_interval(model, self.batches(task), config.train, seed, moments), ""
+        return self._train(model, task, seed, moments), ""
+
+    def _train(self, model: PreTrainedModel, task: Task, seed: int, moments: Moments | None) -> Interval:
+        config = self.job.config.train
+        rates = learning_rates(config, task.cursor, task.num_batches, self.job.total_batches)
+        return train_interval(model, self.batches(task), config, seed, moments, rates)
 
     def _moments(self, after: Moments, places: Mapping[str, State]) -> Moments | None:
         """Those that travel."""
@@ -126,7 +132,7 @@ class Worker:
         """An interval with the client's own optimiser state of what it always holds, and a note if that is lost."""
         moments = self.shelf.load(task.worker, task.round)
         lost = moments is None and task.cursor > 0
-        interval = train_interval(model, self.batches(task), self.job.config.train, seed, moments)
+        interval = self._train(model, task, seed, moments)
         kept = self.job.always_whole(task.worker)
         self.shelf.save(task.worker, task.round, interval.moments, kept, task.keep_from)
         return interval, "its optimiser state is not on this machine: started anew" if lost else ""
