@@ -91,7 +91,7 @@ def test_every_synonym_is_of_a_setting_that_exists_and_is_none_itself() -> None:
 
 
 REFUSED = {
-    "train.optimizer=adamw": "unknown key 'train.optimizer': workers train with Adam: train.lr, train.beta1",
+    "train.optimizer=sgd": "train.optimizer='sgd' must be one of adam, adamw",
     "train.fraction=0.5": "unknown key 'train.fraction': every worker trains in every round, with a share",
     "data.source=file": "data.source='file' must be one of builtin, files, wikitext, did you mean 'files'?",
     "blueprint.setting=mlp": "blueprint.setting='mlp' must be one of attn, ffn, both, did you mean 'ffn'?",
@@ -211,6 +211,8 @@ IDLE = {
     "model.pretrained=gpt2 model.n_layer=6": "model.n_layer=6 changes nothing: it is read from model.pretrained=gpt2",
     "data.tokenizer=gpt2 data.vocab_size=300": "data.vocab_size=300 changes nothing: the tokenizer is there already",
     "eval.every=0 eval.watch_windows=5": "eval.every=0 evaluates at the end alone",
+    "train.decay=0.2": "it is for train.schedule=wsd",
+    "aggregate.server_lr=0.7": "aggregate.optimizer=mean has no settings",
     "eval.sizes=[] eval.tickets=5": "eval.tickets=5 changes nothing: eval.sizes=[] draws none",
     "train.device=cpu flower.gpus_per_worker=0.5": "train.device=cpu leaves GPUs alone",
 }

@@ -65,6 +65,10 @@ class StreamingMean:
         if not lasts:
             self._sum_up(last=False)
 
+    def held(self) -> dict[str, npt.NDArray[np.bool_]]:
+        """For each parameter, the blocks that some reply held; complete after `finish`."""
+        return {name: nums > 0 for name, nums in self._nums.items()}
+
     def finish(self) -> State:
         """The new state, where the old one was: means of what somebody held, the old values elsewhere."""
         self._sum_up(last=True)

@@ -26,10 +26,11 @@ from twist_fl.files import check_seal, new_folder, save_tensors, write_text
 from twist_fl.finding import no_run
 from twist_fl.hub import expanded
 from twist_fl.job import Job, job_from_json
+from twist_fl.outer import OuterState
 from twist_fl.rounds import RunState
 from twist_fl.subnet import State
 from twist_fl.tokenizer import copy_tokenizer
-from twist_fl.train import MOMENTS, Moments
+from twist_fl.train import Moments
 
 _KEPT = 2
 
@@ -118,8 +119,10 @@ class RunFolder:
         with new_folder(folder, sealed=True) as making:
             save_tensors(state.params, making / "model.safetensors")
             if state.moments:
-                tensors = {f"{m}/{name}": t for m in MOMENTS for name, t in state.moments.values[m].items()}
-                save_tensors(tensors, making / "moments.safetensors")
+                save_tensors(_prefixed(state.moments.values), making / "moments.safetensors")
+            if state.outer:
+                rounds = {name: torch.from_numpy(counts) for name, counts in state.outer.rounds.items()}
+                save_tensors(_prefixed(state.outer.values | {"rounds": rounds}), making / "outer.safetensors")
             write_text(json.dumps(fields), making / "state.json")
             # Of the dtype of what is saved: a model that came in 16 bits would be read so again.
             write_text(json.dumps(model.to_dict() | {"dtype": "float32"}, indent=1), making / "config.json")
@@ -140,11 +143,15 @@ class RunFolder:
         moments = None
         if fields["moment_step"] is not None:
             moments = Moments(fields["moment_step"], _unprefixed(_load(folder / "moments.safetensors")))
+        outer = None
+        if (folder / "outer.safetensors").is_file():
+            values = _unprefixed(_load(folder / "outer.safetensors"))
+            outer = OuterState(values, {name: counts.numpy() for name, counts in values.pop("rounds").items()})
         params = _load(folder / "model.safetensors")
         scores = None
         if fields.get("scores"):
             scores = {(kind, layer): tuple(values) for kind, layer, *values in fields["scores"]}
-        return RunState(params, fields["cursors"], fields["round"], frozenset(debt), moments, scores)
+        return RunState(params, fields["cursors"], fields["round"], frozenset(debt), moments, outer, scores)
 
 
 def _load(file: Path) -> State:
@@ -152,9 +159,14 @@ def _load(file: Path) -> State:
     return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
-def _unprefixed(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    values: dict[str, dict[str, torch.Tensor]] = {moment: {} for moment in MOMENTS}
+def _prefixed(values: Mapping[str, State]) -> State:
+    return {f"{prefix}/{name}": tensor for prefix, state in values.items() for name, tensor in state.items()}
+
+
+def _unprefixed(tensors: State) -> dict[str, State]:
+    """The inverse of `_prefixed`."""
+    values: dict[str, State] = {}
     for key, tensor in tensors.items():
-        moment, _, name = key.partition("/")
-        values[moment][name] = tensor
+        prefix, _, name = key.partition("/")
+        values.setdefault(prefix, {})[name] = tensor
     return values

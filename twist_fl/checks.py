@@ -27,7 +27,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "train.loss_chunk train.clip_norm model.n_layer model.n_head model.n_kv_head model.n_embd model.n_inner "
         "model.n_positions eval.batch_size eval.watch_windows eval.max_windows eval.tickets blueprint.score_windows "
         "checkpoint_every flower.round_timeout flower.poll_interval flower.connect_timeout flower.wait_for_nodes "
-        "flower.cpus_per_worker deploy.new_tokens blueprint.ffn_blocks",
+        "flower.cpus_per_worker deploy.new_tokens blueprint.ffn_blocks aggregate.server_lr aggregate.tau",
     ),
     "0 or more": (
         lambda value: value >= 0,
@@ -35,7 +35,10 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "train.eps train.weight_decay eval.every flower.gpus_per_worker",
     ),
     "at least 2": (lambda value: value >= 2, "data.window"),
-    "in [0, 1)": (lambda value: 0 <= value < 1, "train.beta1 train.beta2 train.warmup model.dropout"),
+    "in [0, 1)": (
+        lambda value: 0 <= value < 1,
+        "train.beta1 train.beta2 train.warmup aggregate.momentum aggregate.beta2 model.dropout",
+    ),
     "in (0, 1]": (lambda value: 0 < value <= 1, "train.decay"),
     "between 0 and 1": (lambda value: 0 < value < 1, "data.test_fraction"),
 }
@@ -68,7 +71,9 @@ def _check_bounds(config: Any) -> None:
         for key, value in _values(config, keys):
             if value > most:
                 raise ConfigError(f"{key}={value:{'.6g' if value > 1e15 else ''}} is too much: use at most {most}")
-    for key, value in _values(config, "train.lr train.eps train.weight_decay"):
+    for key, value in _values(
+        config, "train.lr train.eps train.weight_decay train.clip_norm aggregate.server_lr aggregate.tau"
+    ):
         if value == inf:
             raise ConfigError(f"{key}={value} must be a number, not infinite")
     for key, sizes in _values(config, "blueprint.num_sub blueprint.num_sub_ffn eval.sizes"):
@@ -102,6 +107,11 @@ def check_values(config: Any) -> None:
     if config.data.tokenizer is None and model.pretrained is None and config.data.vocab_size < _SMALLEST_VOCABULARY:
         raise ConfigError(
             f"data.vocab_size={config.data.vocab_size} must be at least {_SMALLEST_VOCABULARY}: 256 bytes and an end"
+        )
+    if config.aggregate.optimizer != "mean" and config.algorithm == "ddp":
+        raise ConfigError(
+            f"aggregate.optimizer={config.aggregate.optimizer} steps on what a round has trained, and "
+            "algorithm=ddp trains nothing before its one step: use aggregate.optimizer=mean"
         )
     _check_sizes(blueprint, workers)
     _check_policies(config)

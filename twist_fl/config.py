@@ -147,6 +147,23 @@ class TrainConfig:
 
 
 @dataclass
+class AggregateConfig:
+    """What the server makes of the mean of a round's replies."""
+
+    optimizer: Literal["mean", "momentum", "nesterov", "adam"] = "mean"
+    """mean: it is the next model; else the outer optimiser whose gradient is what the round has changed (FedAvgM,
+    DiLoCo, FedAdam), for each block in the rounds in which somebody held it. Not for ddp."""
+    server_lr: float = 1.0
+    """The outer optimiser's learning rate."""
+    momentum: float = 0.9
+    """Of momentum and nesterov; adam's beta1."""
+    beta2: float = 0.99
+    """adam."""
+    tau: float = 1e-3
+    """adam: what is added to the root of the second moment."""
+
+
+@dataclass
 class EvalConfig:
     """Perplexity on the test split."""
 
@@ -225,6 +242,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     blueprint: BlueprintConfig = field(default_factory=BlueprintConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    aggregate: AggregateConfig = field(default_factory=AggregateConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     flower: FlowerConfig = field(default_factory=FlowerConfig)
     deploy: DeployConfig = field(default_factory=DeployConfig)

@@ -54,6 +54,11 @@ _IDLE: tuple[tuple[str, Reason], ...] = (
     ("data.name", _if(lambda c: c.data.source != "wikitext", "it is for data.source=wikitext")),
     ("data.train_glob data.test_glob", _if(lambda c: c.data.source != "files", "it is for data.source=files")),
     ("data.test_fraction", _if(lambda c: c.data.source == "wikitext", "data.source=wikitext has its own test split")),
+    ("train.decay", _if(lambda c: c.train.schedule != "wsd", "it is for train.schedule=wsd")),
+    (
+        "aggregate.server_lr aggregate.momentum aggregate.beta2 aggregate.tau",
+        _if(lambda c: c.aggregate.optimizer == "mean", "aggregate.optimizer=mean has no settings"),
+    ),
     ("eval.watch_windows", _if(lambda c: c.eval.every == 0, "eval.every=0 evaluates at the end alone")),
     ("eval.tickets", _if(lambda c: not c.eval.sizes, "eval.sizes=[] draws none")),
     ("flower.gpus_per_worker", _if(lambda c: c.train.device == "cpu", "train.device=cpu leaves GPUs alone")),

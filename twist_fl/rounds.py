@@ -6,6 +6,7 @@ network in between (`wire.task_to_records` sends what `dispatch` gives); on CPU 
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -14,6 +15,7 @@ from twist_fl.aggregate import Memory, ReplyError, StreamingMean, check_state, c
 from twist_fl.blueprint import Debt, Scores
 from twist_fl.importance import score_blocks
 from twist_fl.job import Job
+from twist_fl.outer import OuterState, new_outer, outer_step
 from twist_fl.schedule import learning_rate
 from twist_fl.shelf import MomentShelf
 from twist_fl.subnet import State, mask_state, slice_state
@@ -31,6 +33,8 @@ class RunState:
     debt: Debt = frozenset()
     moments: Moments | None = None
     """The server's, with train.optimizer_state=server or DDP."""
+    outer: OuterState | None = None
+    """With aggregate.optimizer other than mean."""
     scores: Scores | None = None
     """Of the blocks, with blueprint.policy=importance."""
     spare: list[Memory] = field(default_factory=list, repr=False, compare=False)
@@ -61,7 +65,8 @@ def start(job: Job) -> RunState:
     kept = job.moments_travel or job.config.algorithm == "ddp"
     scores = score_blocks(job, params, 0) if job.config.blueprint.policy == "importance" else None
     moments = zero_moments(params) if kept else None
-    return RunState(params, [0] * job.config.train.workers, moments=moments, scores=scores)
+    outer = new_outer(job.config.aggregate, job.layout, params)
+    return RunState(params, [0] * job.config.train.workers, moments=moments, outer=outer, scores=scores)
 
 
 def plan(job: Job, state: RunState, keep_from: int = 0) -> list[Task]:
@@ -99,6 +104,9 @@ class RoundMean:
     def __init__(self, job: Job, state: RunState, tasks: list[Task], in_place: bool = False) -> None:
         self.job, self.state, self.tasks = job, state, tasks
         self.report = RoundReport(state.round + 1)
+        self._in_place = in_place
+        # The hybrid variant's own worker trains the server's parameters where they are, in_place or not.
+        self._before = {name: value.clone() for name, value in state.params.items()} if state.outer else {}
         self._params = self._mean_for(state.params, in_place and job.config.algorithm != "ddp")  # DDP's: of gradients
         moments = state.moments.values if state.moments and job.moments_travel else {}
         self._moments = {name: self._mean_for(values, in_place) for name, values in moments.items()}
@@ -168,26 +176,30 @@ class RoundMean:
         self.report.answered = answered
         if self.report.num_tokens:
             self.report.loss = self._loss_sum / self.report.num_tokens
-        params, moments = self._next() if answered else (state.params, state.moments)
+        params, moments, outer = self._next() if answered else (state.params, state.moments, state.outer)
         blueprints = [task.blueprint for task in self.tasks if task.worker in answered]
         debt = coverage_debt(self.job.layout, self.job.division, blueprints)
         spare = [mean.memory for mean in (self._params, *self._moments.values())]
         round_, every, scores = state.round + 1, self.job.config.blueprint.score_every, state.scores
         if scores is not None and every and round_ % every == 0:
             scores = score_blocks(self.job, params, round_)
-        return RunState(params, self._cursors, round_, debt, moments, scores, spare)
+        return RunState(params, self._cursors, round_, debt, moments, outer, scores, spare)
 
-    def _next(self) -> tuple[State, Moments | None]:
+    def _next(self) -> tuple[State, Moments | None, OuterState | None]:
         """The next parameters and moments: the means of what was trained, or DDP's step by the mean gradient."""
-        state, moments = self.state, self.state.moments
+        state, moments, outer = self.state, self.state.moments, self.state.outer
         if self.job.config.algorithm == "ddp":
             assert moments is not None
             rate = learning_rate(self.job.config.train, state.round, self.job.total_batches)
-            return adam_step(state.params, self._params.finish(), moments, self.job.config.train, rate)
+            return *adam_step(state.params, self._params.finish(), moments, self.job.config.train, rate), None
         if moments is not None:
             longest = max(task.num_batches for task in self.tasks if task.worker in self.report.answered)
             moments = Moments(moments.step + longest, {name: self._moments[name].finish() for name in MOMENTS})
-        return self._params.finish(), moments
+        params = self._params.finish()
+        if outer is not None:
+            outer = outer if self._in_place else deepcopy(outer)
+            outer_step(self.job.config.aggregate, self.job.layout, self._before, params, self._params.held(), outer)
+        return params, moments, outer
 
 
 def twist_round(job: Job, state: RunState, workers: list[Worker], keep_from: int = 0) -> tuple[RunState, RoundReport]:

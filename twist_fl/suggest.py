@@ -34,15 +34,22 @@ KEY_SYNONYMS = {
     "blueprint.policy": "sampling selection",
     "train.workers": "num_clients clients n_clients client num_workers n_workers num_nodes nodes num_supernodes "
     "world_size nproc_per_node",
-    "train.interval": "local_steps local_epochs local_iterations sync_every tau num_local_steps local_updates",
+    "train.interval": "local_steps local_epochs local_iterations sync_every num_local_steps local_updates",
     "train.batch_size": "batch bs per_device_train_batch_size train_batch_size micro_batch_size",
     "train.epochs": "num_epochs num_train_epochs n_epochs",
     "train.rounds": "num_rounds n_rounds communication_rounds num_server_rounds max_steps steps global_rounds",
     "train.lr": "learning_rate learningrate step_size eta",
-    "train.beta1": "momentum adam_beta1 betas",
+    "train.beta1": "adam_beta1 betas",
+    "train.schedule": "scheduler lr_scheduler lr_schedule lr_scheduler_type",
+    "train.warmup": "warmup_steps warmup_ratio warm_up",
+    "train.clip_norm": "max_grad_norm grad_clip clip gradient_clipping",
+    "train.optimizer": "optim optimiser",
+    "aggregate.server_lr": "server_learning_rate outer_lr",
+    "aggregate.momentum": "server_momentum outer_momentum",
+    "aggregate.optimizer": "server_optimizer outer_optimizer",
     "train.beta2": "adam_beta2",
     "train.eps": "adam_epsilon epsilon",
-    "train.weight_decay": "wd decay l2",
+    "train.weight_decay": "wd l2",
     "train.threads": "num_threads omp_num_threads",
     "train.device": "gpu cuda accelerator use_gpu no_cuda",
     "train.precision": "dtype fp16 bf16 amp torch_dtype mixed_precision autocast",
@@ -59,16 +66,11 @@ KEY_SYNONYMS = {
 """What other tools call a setting, by our name for it."""
 
 NO_SETTING = {
-    "optimizer optim optimiser": "workers train with Adam: train.lr, train.beta1, train.beta2, train.eps and "
-    "train.weight_decay are its settings",
-    "scheduler lr_scheduler lr_schedule warmup warmup_steps lr_decay warmup_ratio": "the learning rate is constant: "
-    "train.lr",
     "fraction fraction_fit client_fraction participation frac sample_fraction": "every worker trains in every round, "
     "with a share of the blocks: blueprint.num_sub says how many, train.workers how many workers there are",
     "alpha dirichlet iid partition partitioner": "each worker gets an equal random part of the text (i.i.d.)",
     "gradient_accumulation_steps accumulation_steps": "batches are not split: train.batch_size is what a worker takes "
     "at once",
-    "max_grad_norm grad_clip clip": "gradients are not clipped",
 }
 """Settings of other tools that have no counterpart, and what is so here."""
 
