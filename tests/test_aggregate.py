@@ -261,9 +261,9 @@ def test_a_round_takes_the_sums_of_the_round_before_and_nobody_elses(
         assert torch.equal(mean.finish().params[name], random_state(job.layout, seed)[name])
 
 
-def test_finite_values_with_an_infinite_sum_are_finite(random_state: RandomState) -> None:
+def test_large_values_count_up_to_the_bound(random_state: RandomState) -> None:
     blueprint, state = replies_of(random_state, 1)[0]
-    check_state(LAYOUT, blueprint, state | {BIAS: torch.full_like(state[BIAS], 3e38)})
+    check_state(LAYOUT, blueprint, state | {BIAS: torch.full_like(state[BIAS], 1e9)})
 
 
 def test_adding_does_not_change_the_reply_or_the_old_state(random_state: RandomState) -> None:
@@ -281,6 +281,14 @@ CHECKED: dict[str, tuple[Callable[[State], State], str]] = {
     "dtype": (lambda s: s | {BIAS: s[BIAS].double()}, "ln_f.bias is torch.float64, expected torch.float32"),
     "nan": (lambda s: s | {BIAS: s[BIAS] * float("nan")}, "ln_f.bias has values that are not finite"),
     "inf": (lambda s: s | {BIAS: s[BIAS] / 0}, "ln_f.bias has values that are not finite"),
+    "infinite in sum only": (
+        lambda s: s | {BIAS: s[BIAS].fill_(3e38)},
+        "ln_f.bias has a value of 3e+38, expected -1e+09 to",
+    ),
+    "one that is huge": (
+        lambda s: s | {BIAS: torch.tensor([0.1] * 6 + [1e30, -1e30])},
+        "ln_f.bias has a value of -1e+30, expected -1e+09 to 1e+09",
+    ),
 }
 
 
@@ -305,7 +313,8 @@ def honest(job: Job, task: Task, random_state: RandomState, seed: int = 5) -> Re
 
     moments = None
     if job.config.train.optimizer_state == "server":
-        moments = Moments(task.num_batches, {name: sliced(seed + 1) for name in MOMENTS})
+        first, second = sliced(seed + 1), {name: value.square() for name, value in sliced(seed + 2).items()}
+        moments = Moments(task.num_batches, {"exp_avg": first, "exp_avg_sq": second})
     return Reply(task.blueprint.digest, sliced(seed), 3.0, 60, task.num_batches, moments=moments)
 
 
@@ -313,22 +322,32 @@ def other_digest(reply: Reply) -> Reply:
     return replace(reply, digest="0" * 64)
 
 
-def spoiled_moments(reply: Reply) -> Reply:
-    assert reply.moments is not None
-    first, second = MOMENTS
-    bad = {name: value * float("nan") for name, value in reply.moments.values[second].items()}
-    return replace(reply, moments=Moments(2, {first: reply.moments.values[first], second: bad}))
+def with_moments(change: Callable[[torch.Tensor], torch.Tensor], step: int = 2) -> Callable[[Reply], Reply]:
+    """The second moments changed."""
+
+    def changed(reply: Reply) -> Reply:
+        assert reply.moments is not None
+        first, second = MOMENTS
+        bad = {name: change(value) for name, value in reply.moments.values[second].items()}
+        return replace(reply, moments=Moments(step, {first: reply.moments.values[first], second: bad}))
+
+    return changed
 
 
 BAD_REPLIES: dict[str, tuple[Callable[[Reply], Reply], str]] = {
     "digest": (other_digest, "reply is for blueprint 000000000000, sent was"),
     "batches": (lambda reply: replace(reply, num_batches=1), "trained 1 batches, asked were 2"),
     "no moments": (lambda reply: replace(reply, moments=None), "moments are missing"),
-    "bad moments": (spoiled_moments, "values that are not finite"),
+    "bad moments": (with_moments(lambda value: value * torch.nan), "values that are not finite"),
+    "negative squares": (
+        with_moments(lambda value: value - 10),
+        "transformer.wte.weight has a value of -10, expected 0 to",
+    ),
+    "too many steps": (with_moments(lambda value: value, step=10**6), "moment_step is 1000000, expected 2"),
 } | {
-    fault: (lambda reply, spoil=spoil: replace(reply, params=spoil(reply.params)), message)  # type: ignore[misc]
+    fault: (lambda reply, spoil=spoil: replace(reply, params=spoil(reply.params)), message)
     for fault, (spoil, message) in CHECKED.items()
-    if fault != "shape"
+    if fault not in ("shape", "one that is huge")
 }
 
 
@@ -406,6 +425,26 @@ def test_in_place_is_the_same_in_the_states_own_memory(
         assert {name: tensor.data_ptr() for name, tensor in ours.params.items()} == places
 
 
+def test_a_worker_is_answered_or_dropped_and_never_both(
+    tiny_job: Callable[..., Job], random_state: RandomState
+) -> None:
+    """Whatever comes from it twice, in whichever order."""
+    job = tiny_job()
+    state = start(job)
+    tasks = plan(job, state)
+    good = [honest(job, task, random_state) for task in tasks]
+    mean = RoundMean(job, state, tasks)
+    mean.add(tasks[0], good[0])
+    mean.drop(0, "failed later")
+    mean.add(tasks[0], other_digest(good[0]))
+    mean.add(tasks[1], other_digest(good[1]))
+    mean.drop(1, "failed")
+    mean.add(tasks[1], good[1])
+    mean.drop(2, "failed")
+    assert mean.finish().cursors == [2, 2, 0]
+    assert (mean.report.answered, mean.report.dropped) == ([0, 1], {2: "failed"})
+
+
 def test_a_second_answer_does_not_count_twice(tiny_job: Callable[..., Job], random_state: RandomState) -> None:
     job = tiny_job()
     state = start(job)
@@ -413,7 +452,8 @@ def test_a_second_answer_does_not_count_twice(tiny_job: Callable[..., Job], rand
     mean = RoundMean(job, state, tasks)
     for seed in (1, 2):
         mean.add(tasks[0], honest(job, tasks[0], random_state, seed))
-    assert mean.report.dropped == {0: "answered twice"}
+    assert (mean.report.answered, mean.report.dropped) == ([0], {})
+    assert mean.report.notes == {0: "answered more than once: the first counts"}
     assert mean.report.num_tokens == 60
     shared = "transformer.wte.weight"
     assert torch.equal(mean.finish().params[shared], random_state(job.layout, 1)[shared])

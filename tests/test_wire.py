@@ -564,6 +564,22 @@ MALFORMED: dict[str, tuple[Spoil, str]] = {
     "garbage": (set_json("{not json"), "Expecting property name"),
     "empty text": (set_json(""), "Expecting value"),
     "a list": (set_json("[1, 2]"), "malformed reply"),
+    "nested deeply": (set_json("[" * 100_000), "JSON that is nested too deeply"),
+    "a field nested deeply": (set_json('{"loss": ' + "[" * 100_000 + "]" * 100_000 + "}"), "nested too deeply"),
+    "a hundred megabytes": (
+        set_json('"' + "a" * 100_000_000 + '"'),
+        r"100000002 characters of JSON: more than 16777216",
+    ),
+    "more tokens than there are": (
+        set_fields(num_tokens=10**400),
+        r"num_tokens=1000.*\.\.\..* is no int of at least 1$",
+    ),
+    "more digits than Python reads": (set_json('{"loss": ' + "1" * 5000 + "}"), "integer string conversion"),
+    "NaN seconds": (set_fields(seconds=float("nan")), "seconds=nan is no float of at least 0"),
+    "endless seconds": (set_fields(seconds=float("inf")), "seconds=inf is no float of at least 0"),
+    "negative seconds": (set_fields(seconds=-1.0), r"seconds=-1\.0 is no float of at least 0"),
+    "no step of moments": (set_fields(moment_step=True), "moment_step=True is no int of at least 0 or null"),
+    "a long name": (set_fields(**{"x" * 10**6: 1}), r"^malformed reply: ValueError: unknown field 'xxxxxxx.{,60}$"),
     "null": (set_json("null"), "malformed reply"),
     "a missing field": (drop_field("loss"), "loss"),
     "a missing moment_step": (drop_field("moment_step"), "moment_step"),
@@ -603,6 +619,57 @@ def test_a_malformed_reply_is_a_reply_error(case: str, tiny_job: MakeJob, random
     tensors.num_bytes(content)
     with pytest.raises(ReplyError, match=reason):
         wire.reply_from_records(job, task.blueprint, content)
+
+
+def test_what_a_worker_says_is_one_short_line(tiny_job: MakeJob, random_state: RandomState) -> None:
+    job = tiny_job()
+    state = random_run(job, random_state)
+    task = plan(job, state)[0]
+    note = "\x1b[31mred\r\n\u202etxt\0" + "x" * 10**6
+    reply = Reply(task.blueprint.digest, dispatch(job, state, task)[0], 1.25, 60, 2, note=note)
+    found = wire.reply_from_records(job, task.blueprint, wire.reply_to_records(job, task.blueprint, reply)).note
+    assert found.startswith(" [31mred   txt xxx")
+    assert len(found) == 300
+    assert found.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("partition", "place"),
+    [("3", 3), ("9" * 5000, 2**64), ("\u0663", 2**64), ("-1", 2**64), ("", 2**64), ("1.5", 2**64), ("\u00b2", 2**64)],
+)
+def test_a_place_that_is_no_number_comes_last(partition: str, place: int) -> None:
+    assert wire.partition_of(wire.node_record(partition)) == place
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"worker": 3}, "worker=3 is none of the run's clients, 0 to 2"),
+        ({"worker": "../x"}, "worker='../x' is no int"),
+        ({"round": 10**30}, "is no int of at least 1"),
+        ({"num_batches": -1}, "num_batches=-1 is no int of at least 0"),
+        ({"spy": 1}, "unknown field 'spy'"),
+        ({"blueprint": "[" * 100_000}, "nested too deeply"),
+        ({"blueprint": "{}"}, "num_blocks is missing"),
+        ({"blueprint": '{"num_blocks": [4, 4], "attn": [[0]], "ffn": [[0]]}'}, "a blueprint of 1 layers"),
+        ({"blueprint": '{"num_blocks": [4, 0], "attn": [], "ffn": []}'}, r"num_blocks=\[4, 0\] is no pair"),
+        ({"blueprint": '{"num_blocks": [4, 4], "attn": [[0]], "ffn": []}'}, "1 layers with heads and 0 with FFN"),
+        ({"blueprint": '{"num_blocks": [4, 4], "attn": [[4]], "ffn": [[0]]}'}, r"attn blocks \[4\] of layer 0"),
+        ({"blueprint": '{"num_blocks": [4, 4], "attn": [[0]], "ffn": [[1, 0]]}'}, r"ffn blocks \[1, 0\] of layer 0"),
+        ({"blueprint": '{"num_blocks": [4, 4], "attn": [[]], "ffn": [[0]]}'}, r"attn blocks \[\] of layer 0"),
+        ({"blueprint": '{"num_blocks": [4, 4], "attn": [[0]], "ffn": ["0"]}'}, "ffn blocks '0' of layer 0"),
+    ],
+)
+def test_a_task_that_is_none_is_refused(
+    fields: dict[str, Any], reason: str, tiny_job: MakeJob, random_state: RandomState
+) -> None:
+    job = tiny_job()
+    state = random_run(job, random_state)
+    content = wire.task_to_records(job, job.to_json(), plan(job, state)[0], state.params, None)
+    told = json.loads(str(content.config_records["task"]["json"]))
+    content["task"] = ConfigRecord({"json": json.dumps(told | fields)})
+    with pytest.raises(ValueError, match=reason):
+        wire.task_from_records(job, content)
 
 
 def test_a_reply_with_half_of_its_moments(tiny_job: MakeJob, random_state: RandomState) -> None:

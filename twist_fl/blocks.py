@@ -111,6 +111,15 @@ class Layout:
         """Parameters of the subnet, or of the full model; a tied head is counted once (Appendix C)."""
         return sum(prod(self.shape(param, blueprint)) for param in self.params)
 
+    def check_blueprint(self, blueprint: Blueprint) -> None:
+        """Raises ValueError unless `blueprint` is of a model of these sizes."""
+        found = blueprint.num_blocks, len(blueprint.attn)
+        if found != (self.num_blocks, self.num_layers):
+            raise ValueError(
+                f"a blueprint of {found[1]} layers of {found[0]} blocks, where the model has {self.num_layers} of "
+                f"{self.num_blocks} (heads, FFN blocks)"
+            )
+
     def check_names(self, shapes: Mapping[str, tuple[int, ...]], blueprint: Blueprint | None = None) -> None:
         """Raises ValueError unless `shapes` has exactly the parameters of the subnet, in their shapes."""
         if unknown := sorted(set(shapes) - set(self.by_name)):

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from twist_fl.blocks import KINDS, Kind, Layout, Param
+from twist_fl.outside import Field, read_exactly, shown
 from twist_fl.policies import EVERY_BLOCK_EVERY_ROUND, POLICIES, Deal
 
 Setting = Literal["attn", "ffn", "both"]
@@ -32,6 +33,7 @@ Debt = frozenset[tuple[Kind, int, int]]
 """Blocks (kind, layer, id) whose holders all failed: they are dealt first in the next round."""
 
 _TRAIN, _TICKET, _SIZES = 0, 1, 2
+_BLOCKS = Field(int, 1)
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,20 @@ class Blueprint:
 
     @staticmethod
     def from_json(text: str) -> Blueprint:
-        fields = json.loads(text)
-        heads, ffn_blocks = fields["num_blocks"]
-        return Blueprint(
-            (heads, ffn_blocks),
-            tuple(tuple(held) for held in fields["attn"]),
-            tuple(tuple(held) for held in fields["ffn"]),
-        )
+        """Raises ValueError unless `text` is a blueprint: in every layer some of its blocks, each once, in order."""
+        fields = read_exactly(text, dict.fromkeys(("num_blocks", *KINDS), Field(list)))
+        num_blocks = fields["num_blocks"]
+        if len(num_blocks) != len(KINDS) or not all(_BLOCKS.holds(num) for num in num_blocks):
+            raise ValueError(f"num_blocks={shown(num_blocks)} is no pair of numbers of blocks")
+        if len(fields["attn"]) != len(fields["ffn"]):
+            raise ValueError(f"{len(fields['attn'])} layers with heads and {len(fields['ffn'])} with FFN blocks")
+        for kind, num in zip(KINDS, num_blocks, strict=True):
+            for layer, held in enumerate(fields[kind]):
+                ids = held if isinstance(held, list) and all(type(block) is int for block in held) else []
+                if not ids or ids != sorted(set(ids)) or ids[0] < 0 or ids[-1] >= num:
+                    raise ValueError(f"{kind} blocks {shown(held)} of layer {layer} are no ids from 0 to {num - 1}")
+        attn, ffn = (tuple(map(tuple, fields[kind])) for kind in KINDS)
+        return Blueprint((num_blocks[0], num_blocks[1]), attn, ffn)
 
     @cached_property
     def digest(self) -> str:

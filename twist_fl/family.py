@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from twist_fl.architectures import ARCHITECTURES, sizes_of
 from twist_fl.config import Config, ConfigError, ModelConfig
 from twist_fl.finding import listed, runs_in
 from twist_fl.hub import local_path, reachable
+from twist_fl.outside import Field, plain, read_fields, shown
 
 
 def model_config(config: Config) -> PreTrainedConfig:
@@ -46,8 +49,11 @@ def _pretrained(name: str) -> PreTrainedConfig:
             f"model.pretrained={name!r} holds no model (no config.json): give a run that has a checkpoint, one of its "
             "checkpoints, or another folder of a Hugging Face model"
         )
-    with reachable(f"model.pretrained={name!r}"):
-        loaded: Any = AutoConfig.from_pretrained(str(folder or name))
+    if folder:
+        loaded: Any = folder_config(f"model.pretrained={name!r}", folder)
+    else:
+        with reachable(f"model.pretrained={name!r}"):
+            loaded = AutoConfig.from_pretrained(name)
     if loaded.model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ConfigError(f"model.pretrained={name!r} is a {loaded.model_type!r} model; known are {known}")
@@ -57,6 +63,26 @@ def _pretrained(name: str) -> PreTrainedConfig:
         )
     assert isinstance(loaded, PreTrainedConfig)
     return loaded
+
+
+def folder_config(what: str, folder: Path) -> Any:
+    """A folder's config.json, of any model that transformers has classes for. Raises ConfigError."""
+    try:
+        fields = read_fields((folder / "config.json").read_bytes(), {"model_type": Field(str)})
+        if fields["model_type"] in ARCHITECTURES:
+            _check_sizes(fields)
+        return AutoConfig.from_pretrained(folder)
+    except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{what}: its config.json is not a model's: {plain(reason)}") from error
+
+
+def _check_sizes(fields: Mapping[str, Any]) -> None:
+    """Raises ValueError for a size that is none; one that is left out has the family's default."""
+    for key in ("vocab_size", *ARCHITECTURES[fields["model_type"]].keys.values()):
+        size = Field(int, 1, or_null=True)
+        if key in fields and not size.holds(fields[key]):
+            raise ValueError(f"{key}={shown(fields[key])} is no {size}")
 
 
 def _from_scratch(model: ModelConfig, vocab_size: int) -> PreTrainedConfig:

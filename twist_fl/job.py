@@ -16,6 +16,7 @@ from twist_fl.config import BlueprintConfig, Config, ConfigError, from_yaml, to_
 from twist_fl.data import Corpus, Shard, load_corpus, open_corpus
 from twist_fl.evaluate import ticket_sizes
 from twist_fl.family import config_from_dict, model_config
+from twist_fl.pretrained import check_pretrained, load_pretrained
 from twist_fl.subnet import ModelCache, State, get_state
 
 
@@ -102,10 +103,9 @@ class Job:
     def initial_state(self) -> State:
         """The pretrained parameters, or random ones from the run's seed."""
         if self.config.model.pretrained:
-            model = AutoModelForCausalLM.from_pretrained(self.config.model.pretrained, dtype=torch.float32)
-        else:
-            torch.manual_seed(self.config.seed)
-            model = AutoModelForCausalLM.from_config(self.model_config)  # type: ignore[no-untyped-call]
+            return load_pretrained(self.config.model.pretrained, self.layout)
+        torch.manual_seed(self.config.seed)
+        model = AutoModelForCausalLM.from_config(self.model_config)  # type: ignore[no-untyped-call]
         state = {name: tensor.clone() for name, tensor in get_state(model).items()}
         self.layout.check_names({name: tuple(tensor.shape) for name, tensor in state.items()})
         return state
@@ -124,11 +124,14 @@ class Job:
 def make_job(config: Config) -> Job:
     """Resolve `config`, reading model configuration and text.
 
-    Raises ConfigError before anything starts, and before any text is read if the sizes alone are impossible.
+    Raises ConfigError before anything starts, and before any text is read if the sizes alone are impossible, or if
+    pretrained weights do not fit them.
     """
     model = model_config(config)
     layout, _ = _divide(config, model)
     machine.check_memory(layout.num_params(), "the model")
+    if config.model.pretrained:
+        check_pretrained(config.model.pretrained, layout)
     corpus = load_corpus(config.data, config.train.workers)
     _fit_vocabulary(config, model, corpus)
     _fit_batches(config, corpus)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 
-from twist_fl.aggregate import Memory, ReplyError, StreamingMean, check_state, coverage_debt
+from twist_fl.aggregate import LARGEST, Memory, ReplyError, StreamingMean, check_state, coverage_debt
 from twist_fl.blueprint import Debt, Scores
 from twist_fl.importance import score_blocks
 from twist_fl.job import Job
@@ -19,7 +19,7 @@ from twist_fl.outer import OuterState, new_outer, outer_step
 from twist_fl.schedule import learning_rate
 from twist_fl.shelf import MomentShelf
 from twist_fl.subnet import State, mask_state, slice_state
-from twist_fl.train import MOMENTS, Moments, adam_step, zero_moments
+from twist_fl.train import MOMENTS, SQUARES, Moments, adam_step, zero_moments
 from twist_fl.worker import Reply, Task, Worker
 
 
@@ -120,11 +120,14 @@ class RoundMean:
         return StreamingMean(self.job.layout, own, memory)
 
     def add(self, task: Task, reply: Reply, lasts: bool = False) -> None:
-        """Count the reply in; a bad one is named in the report and dropped.
+        """Count the reply in; a bad one is named in the report and dropped, one more from the same worker is not read.
 
         With `lasts`, nobody changes the reply's tensors before `finish`, which then reads them where they lie.
         Raises ReplyError if that is the server's own: it has trained the server's parameters in place.
         """
+        if task.worker in self.report.answered:
+            self.report.notes[task.worker] = "answered more than once: the first counts"
+            return
         try:
             self._check(task, reply)
         except ReplyError as error:
@@ -132,8 +135,9 @@ class RoundMean:
                 raise ReplyError(
                     f"the server's own training failed, resume from the last checkpoint: {error}"
                 ) from error
-            self.report.dropped[task.worker] = str(error)
+            self.drop(task.worker, str(error))
             return
+        self.report.dropped.pop(task.worker, None)
         weight = reply.num_tokens if self.job.config.train.weighting == "tokens" else 1
         given = self.job.given(task.worker, task.blueprint)  # of a worker that masks, the other blocks do not count
         self._params.add(task.blueprint, reply.params, weight, given, lasts)
@@ -149,11 +153,14 @@ class RoundMean:
         if reply.note:
             self.report.notes[task.worker] = reply.note
 
+    def drop(self, worker: int, reason: str) -> None:
+        """Name a worker whose reply is not to count, unless one of its replies has counted."""
+        if worker not in self.report.answered:
+            self.report.dropped[worker] = reason
+
     def _check(self, task: Task, reply: Reply) -> None:
         layout, blueprint = self.job.layout, task.blueprint
         given = self.job.given(task.worker, blueprint)
-        if task.worker in self.report.answered:
-            raise ReplyError("answered twice")
         if reply.digest != blueprint.digest:
             raise ReplyError(f"reply is for blueprint {reply.digest[:12]}, sent was {blueprint.digest[:12]}")
         if reply.num_batches != task.num_batches:
@@ -167,8 +174,11 @@ class RoundMean:
         if (reply.moments is None) == self.job.moments_travel:
             raise ReplyError("optimiser moments are missing or were not asked for")
         if reply.moments is not None:
+            assert self.state.moments is not None
+            if reply.moments.step != (after := self.state.moments.step + task.num_batches):
+                raise ReplyError(f"moment_step is {reply.moments.step}, expected {after}")
             for name in MOMENTS:
-                check_state(layout, given, reply.moments.values[name])
+                check_state(layout, given, reply.moments.values[name], 0 if name == SQUARES else -LARGEST)
 
     def finish(self) -> RunState:
         """The next state. What nobody answered for keeps the server's value and is owed in the next round."""

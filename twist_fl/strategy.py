@@ -127,7 +127,7 @@ class TwistStrategy(Strategy):
         for message in replies:
             worker = int(message.metadata.group_id)
             if message.has_error():
-                mean.report.dropped[worker] = wire.error_of(message)
+                mean.drop(worker, wire.error_of(message))
                 self.nodes = []  # the next round looks again for who is there
                 continue
             self._count(message.content, up)
@@ -138,7 +138,7 @@ class TwistStrategy(Strategy):
                     # What lies in a segment stays there until the next task is written.
                     mean.add(tasks[worker], reply, lasts=segment is not None and self._kept is None)
             except ReplyError as error:
-                mean.report.dropped[worker] = str(error)
+                mean.drop(worker, str(error))
         with threads(usable_cores()):
             self.state, self._mean = mean.finish(), None
         report = mean.report

@@ -50,6 +50,8 @@ def _look_into(name: str, array: Array, shape: tuple[int, ...], dtype: str) -> t
         raise ReplyError(f"{name} is {array.dtype}/{array.stype}, expected {dtype}/{_STYPE}")
     if tuple(array.shape) != shape:
         raise ReplyError(f"{name} has shape {tuple(array.shape)}, expected {shape}")
+    if not all(type(size) is int and size > 0 for size in shape):
+        raise ReplyError(f"{name} has shape {shape}: every size must be at least 1")
     if len(array.data) != DTYPES[dtype].itemsize * prod(shape):
         raise ReplyError(f"{name} has {len(array.data)} bytes for shape {shape}")
     with warnings.catch_warnings():
@@ -188,7 +190,7 @@ def num_bytes(content: RecordDict) -> dict[str, int]:
 def _said(segment: ConfigRecord, name: str) -> int:
     """A size that the sender gives of its part of a segment; what is no number counts as nothing."""
     size = segment.get(name)
-    return size if isinstance(size, int) else 0
+    return size if type(size) is int and 0 <= size < 2**63 else 0
 
 
 def transport_of(content: RecordDict) -> str:

@@ -6,7 +6,7 @@ torch operation with threads of its own waits for its slowest thread, each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +15,7 @@ from itertools import product
 from math import prod
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from twist_fl.machine import usable_cores
@@ -73,3 +74,17 @@ def pieces(shape: tuple[int, ...], size: int = PIECE) -> tuple[tuple[slice, ...]
         steps.insert(0, max(1, min(length, size // prod(steps))))
     axes = zip(shape, steps, strict=True)
     return tuple(product(*([slice(i, min(i + step, length)) for i in range(0, length, step)] for length, step in axes)))
+
+
+def ranges(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[float, float]]:
+    """The least and the largest value of each tensor, both NaN if one of its values is; at the speed of memory."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in tensors}
+
+    def look(work: tuple[str, torch.Tensor]) -> None:
+        name, part = work
+        least, most = part.aminmax()
+        found[name].append((float(least), float(most)))
+
+    for_each(look, [(name, tensor[at]) for name, tensor in tensors.items() for at in pieces(tuple(tensor.shape))])
+    # NumPy's, other than Python's, give NaN wherever it stands.
+    return {name: (float(np.min(pairs)), float(np.max(pairs))) for name, pairs in found.items()}

@@ -17,6 +17,8 @@ from twist_fl.precision import forward_precision, product_precision
 from twist_fl.subnet import State, get_state
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SQUARES = "exp_avg_sq"
+"""The one that is never negative."""
 
 
 @dataclass

@@ -17,6 +17,7 @@ from twist_fl import transport
 from twist_fl.aggregate import ReplyError
 from twist_fl.blueprint import Blueprint
 from twist_fl.job import Job
+from twist_fl.outside import Field, plain, read_exactly
 from twist_fl.packing import Packing
 from twist_fl.subnet import State, slice_state, take_slice
 from twist_fl.tensors import KnownArrays, get_tensors, handle_of, put_tensors, take_whole
@@ -24,16 +25,26 @@ from twist_fl.train import Moments
 from twist_fl.transport import Segment, SegmentError
 from twist_fl.worker import Reply, Task
 
-_REPLY_TYPES = {
-    "digest": str,
-    "loss": float,
-    "num_tokens": int,
-    "num_batches": int,
-    "seconds": float,
-    "note": str,
-    "peak_bytes": int,
+_REPLY = {
+    "digest": Field(str),
+    "loss": Field(float),
+    "num_tokens": Field(int, 1),
+    "num_batches": Field(int, 1),
+    "seconds": Field(float, 0),
+    "note": Field(str),
+    "peak_bytes": Field(int, 0),
+    "moment_step": Field(int, 0, or_null=True),
 }
-_LEAST = {"num_tokens": 1, "num_batches": 1, "peak_bytes": 0}
+_TASK = {
+    "round": Field(int, 0),
+    "worker": Field(int, 0),
+    "blueprint": Field(str),
+    "cursor": Field(int, 0),
+    "num_batches": Field(int, 0),
+    "keep_from": Field(int, 0),
+    "moment_step": Field(int, 0, or_null=True),
+}
+_PARTITION = re.compile("[0-9]{1,18}")
 
 
 # Config records
@@ -43,15 +54,12 @@ def _to_record(fields: Mapping[str, Any]) -> ConfigRecord:
     return ConfigRecord({"json": json.dumps(fields)})
 
 
-def _from_record(content: RecordDict, key: str) -> dict[str, Any]:
-    fields = json.loads(str(content.config_records[key]["json"]))
-    if not isinstance(fields, dict):
-        raise TypeError(f"record {key!r} is no JSON object")
-    return fields
+def _text(content: RecordDict, key: str) -> str:
+    return str(content.config_records[key]["json"])
 
 
 def job_of(content: RecordDict) -> str:
-    return str(content.config_records["job"]["json"])
+    return _text(content, "job")
 
 
 # A node's place
@@ -83,7 +91,7 @@ def partition_of(content: RecordDict) -> int:
     """The place a node gave itself; what is not a number comes last."""
     record = content.config_records.get("node", ConfigRecord())
     partition = str(record.get("partition", ""))
-    return int(partition) if partition.isdecimal() else 2**64
+    return int(partition) if _PARTITION.fullmatch(partition) else 2**64
 
 
 def token_of(content: RecordDict) -> str:
@@ -129,10 +137,14 @@ def task_to_records(
 
 
 def task_from_records(job: Job, content: RecordDict) -> Parcel:
-    """Raises SegmentError, or ReplyError, if the tensors are not the ones that were sent."""
-    fields = _from_record(content, "task")
+    """Raises SegmentError, or ReplyError, if the tensors are not the ones that were sent, ValueError for no task."""
+    fields = read_exactly(_text(content, "task"), _TASK)
     step = fields.pop("moment_step")
-    task = Task(**fields | {"blueprint": Blueprint.from_json(fields["blueprint"])})
+    blueprint = Blueprint.from_json(fields["blueprint"])
+    job.layout.check_blueprint(blueprint)
+    task = Task(**fields | {"blueprint": blueprint})
+    if task.worker not in job.clients:
+        raise ValueError(f"worker={task.worker} is none of the run's clients, {job.clients[0]} to {job.clients[-1]}")
     handle = handle_of(content)
     segment = None if handle is None else transport.attach(handle, job.run_id)
     return Parcel(task, *get_tensors(content, Packing.of(job, task.blueprint), step, segment), segment)
@@ -172,11 +184,8 @@ def reply_from_records(
     Raises ReplyError if the records are not those of a reply.
     """
     try:
-        fields = _from_record(content, "reply")
-        for name, kind in _REPLY_TYPES.items():
-            if type(fields[name]) is not kind or (kind is int and fields[name] < _LEAST[name]):
-                least = f" of at least {_LEAST[name]}" if kind is int else ""
-                raise TypeError(f"{name}={fields[name]!r} is no {kind.__name__}{least}")
+        fields = read_exactly(_text(content, "reply"), _REPLY)
+        fields["note"] = plain(fields["note"])
         packing = Packing.of(job, blueprint)
         params, moments = get_tensors(content, packing, fields.pop("moment_step"), segment)
         params = {name: tensor.float() for name, tensor in params.items()}
@@ -186,7 +195,7 @@ def reply_from_records(
             params = {name: before[name] + change for name, change in params.items()}
         return Reply(params=params, moments=moments, **fields)
     except (KeyError, TypeError, ValueError) as error:
-        raise ReplyError(f"malformed reply: {error!r}") from error
+        raise ReplyError(f"malformed reply: {plain(f'{type(error).__name__}: {error}')}") from error
 
 
 # Errors
@@ -199,4 +208,4 @@ def error_of(message: Message) -> str:
     form = r"<class '(?:[^']*\W)?(\w+)\)?'>:<'(.*)'>"
     reason = re.sub(form, r"\1: \2", (message.error.reason or "").strip(), flags=re.DOTALL)
     lines = [line for line in reason.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else f"Flower error {message.error.code}"
+    return plain(lines[-1].strip()) if lines else f"Flower error {message.error.code}"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from twist_fl.pruning.calibrate import Inputs, Matrix, Say, Statistic, divided_m
 from twist_fl.pruning.fisher import keep_best
 from twist_fl.pruning.measure import measured
 from twist_fl.subnet import State, get_state, load_state
+from twist_fl.threads import ranges
 from twist_fl.tokenizer import copy_tokenizer
 
 PruneMatrix = Callable[[torch.Tensor, Inputs, Fraction, Say], torch.Tensor]
@@ -80,7 +82,7 @@ def prune(
     """Prune the full state `params`, which is not changed, by one of METHODS. What is unusual is said at once.
 
     `seed` draws the calibration windows, and the ticket: the first of `ticket_distribution`. Raises ConfigError for an
-    unknown method, an impossible size or more windows than there are.
+    unknown method, an impossible size, more windows than there are or weights that are not finite.
     """
     if method not in METHODS:
         raise ConfigError(f"no pruning method {method!r}: choose one of {', '.join(METHODS)}")
@@ -88,6 +90,9 @@ def prune(
         num_sub = ticket_sizes(job.layout, job.division, size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    for name, extremes in ranges(params).items():
+        if not all(map(isfinite, extremes)):
+            raise ConfigError(f"{name} has values that are not finite, of which nothing can be pruned: train it anew")
     of = blocks_per_layer(job.layout, job.division)
     state, blueprint, windows = dict(params), None, job.corpus.train[:0]
     notes: list[str] = []
