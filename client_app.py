@@ -4,7 +4,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from twist_fl import serve, ship, wire
+from twist_fl.actors import replace_dead_actors
 
+replace_dead_actors()
 app = ClientApp()
 
 

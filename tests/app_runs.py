@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 from local_grid import assert_same_run
 
-from twist_fl import launch
+from twist_fl import guard
 from twist_fl.checkpoint import RunFolder
 from twist_fl.rounds import run, start
 
@@ -43,7 +43,7 @@ def started(*words: object) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        launch.stop_tree(process)  # type: ignore[arg-type]
+        guard.stop_tree(process)  # type: ignore[arg-type]
         if process.stdout:
             process.stdout.close()
 

@@ -27,7 +27,9 @@ from twist_fl.checkpoint import RunFolder
 from twist_fl.checks import LaunchError
 from twist_fl.cli import app
 from twist_fl.config import ConfigError
-from twist_fl.launch import free_port, quiet_environment, stop_tree
+from twist_fl.environment import private_environment
+from twist_fl.guard import stop_tree
+from twist_fl.launch import free_port
 from twist_fl.loopback import Network, network, warm_node
 from twist_fl.rounds import run, start
 
@@ -246,7 +248,7 @@ DOCS = Path(__file__).parents[1] / "docs" / "nodes.md"
 
 def shell(home: Path, script: str, port: int) -> str:
     """Lines from the document, for the SuperLink on `port`."""
-    environment = quiet_environment(home)
+    environment = private_environment(home)
     script = script.replace("localhost:8000", f"localhost:{port}")
     done = subprocess.run(
         ["bash", "-ec", script],
@@ -266,7 +268,7 @@ def begin(stack: ExitStack, home: Path, *words: str) -> tuple[subprocess.Popen[b
     log = home / f"{words[0].replace('/', '_')[-20:]}-{time.monotonic_ns()}.log"
     with log.open("w") as output:
         process = subprocess.Popen(
-            words, cwd=home, env=quiet_environment(home), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            words, cwd=home, env=private_environment(home), stdin=subprocess.DEVNULL, stdout=output, stderr=output
         )
     stack.callback(stop_tree, process)
     return process, log

@@ -21,10 +21,11 @@ from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError
 from twist_fl.cost import moment_bytes, round_bytes, state_bytes
 from twist_fl.evaluate import perplexity, subnet_perplexity
+from twist_fl.exchange import exchange
 from twist_fl.job import Job
 from twist_fl.rounds import RoundMean, RunState, dispatch, plan, run, start
 from twist_fl.shelf import MomentShelf
-from twist_fl.strategy import NoWorkersError, TwistStrategy, exchange
+from twist_fl.strategy import DeadWorkerError, NoWorkersError, TwistStrategy
 from twist_fl.transport import SegmentError
 from twist_fl.worker import Task, Worker
 
@@ -448,6 +449,24 @@ def test_when_all_workers_fail_the_run_stops(make_strategy: Callable[..., TwistS
     saved = strategy.folder.load()
     assert saved is not None
     assert saved.round == 1
+
+
+def test_a_worker_whose_process_is_replaced_no_more_ends_the_run_after_the_round_is_saved(
+    make_strategy: Callable[..., TwistStrategy],
+) -> None:
+    """In Flower's pool it would fail every message it is given."""
+
+    def dead(task: Task, message: Message, answer: Answer) -> list[Message]:
+        reason = "<class 'ray.exceptions.ActorDiedError'>:<'The actor died.\n\tclass_name: Actor'>"
+        return [Message(Error(code=0, reason=reason), reply_to=message)]
+
+    strategy = make_strategy("checkpoint_every=9", "train.rounds=3")
+    with pytest.raises(DeadWorkerError, match=r"died 4 times .*flower\.cpus_per_worker.*--resume"):
+        strategy.run(LocalGrid(bend=bent(2, [1], dead)))
+    assert [event["answered"] for event in events(strategy, "round")] == [[0, 1, 2], [0, 2]]
+    saved = strategy.folder.load()
+    assert saved is not None
+    assert saved.round == 2
 
 
 # What the log says

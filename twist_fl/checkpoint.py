@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import PreTrainedConfig
 from twist_fl.blocks import Kind
 from twist_fl.config import ConfigError
 from twist_fl.events import EventLog
-from twist_fl.files import check_seal, new_folder, save_tensors, write_text
+from twist_fl.files import check_seal, new_folder, remove_unfinished, save_tensors, write_text
 from twist_fl.finding import no_run
 from twist_fl.hub import expanded
 from twist_fl.job import Job, job_from_json
@@ -56,12 +57,25 @@ class RunFolder:
     def lock(self, who: str) -> Iterator[None]:
         """Only one `who` (command or server) at a time works in this folder; the lock dies with its process."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / f".{who}.lock").open("w") as file:
+        with (self.path / f".{who}.lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise ConfigError(f"another {who} is at work in {self.path}: wait for it, or stop it") from error
+                file.seek(0)
+                holder = f" (process {pid})" if (pid := file.read().strip()) else ""
+                raise ConfigError(
+                    f"another {who}{holder} is at work in {self.path}: wait for it, or stop it"
+                ) from error
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
             yield
+
+    def tidy(self) -> None:
+        """Remove what a server that was killed had half written, if none is at work."""
+        with suppress(ConfigError), self.lock("server"):
+            for folder in (self.path, self.path / "checkpoints"):
+                remove_unfinished(folder)
 
     def create(self, job: Job) -> None:
         """Start a new run here. Raises ConfigError if the folder already holds one."""

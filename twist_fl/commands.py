@@ -15,7 +15,7 @@ from twist_fl.config import Config, load_config
 from twist_fl.files import read_json, write_text
 from twist_fl.finding import finished_runs
 from twist_fl.job import make_job
-from twist_fl.launch import flower_run
+from twist_fl.launch import flower_run, why_it_ended
 from twist_fl.look import load_final
 from twist_fl.machine import check_simulation
 from twist_fl.progress import RunProgress
@@ -151,7 +151,8 @@ def _run(console: Console, folder: RunFolder, config: Config) -> None:
         raise typer.Exit(INTERRUPTED) from None
     _require(events, "done", folder)
     results = read_json(folder.results_file)
-    console.print(f"{_perplexities(results)}; results in {folder.results_file}", soft_wrap=True)
+    lost = f"; {results['lost_replies']} replies of workers were lost" if results["lost_replies"] else ""
+    console.print(f"{_perplexities(results)}{lost}; results in {folder.results_file}", soft_wrap=True)
 
 
 def _perplexities(results: dict[str, Any]) -> str:
@@ -169,10 +170,7 @@ def _require(events: list[dict[str, Any]], last: str, folder: RunFolder) -> None
         raise LaunchError(f"the run failed: {failed[0]}. Flower's log: {folder.path / 'flower.log'}")
     if not any(event["event"] == last for event in events):
         log = folder.path / "flower.log"
-        lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-        errors = [line.strip() for line in lines if "Error: " in line]
-        reason = f": {errors[-1]}" if errors else ""
-        raise LaunchError(f"the run ended before its time{reason}. Flower's log: {log}")
+        raise LaunchError(f"the run ended before its time: {why_it_ended(log)}. Flower's log: {log}")
 
 
 def deploy(console: Console, path: Path, devices: list[str]) -> list[dict[str, Any]]:

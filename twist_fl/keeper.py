@@ -50,12 +50,12 @@ class Keeper:
         """After every `every` intervals, and at the end."""
         return state.round == self.job.num_rounds or state.round % (every * self.job.rounds_per_interval) == 0
 
-    def end_of_round(self, state: RunState, tasks: Sequence[Task]) -> None:
-        """Evaluate, then save, so that a run killed in between repeats both."""
+    def end_of_round(self, state: RunState, tasks: Sequence[Task], save: bool = False) -> None:
+        """Evaluate, then save, so that a run killed in between repeats both. `save`: even if it is not due."""
         every = self.job.config.eval.every
         if every and self.is_due(state, every):
             self._evaluate(state, [task.blueprint for task in tasks])
-        if self.is_due(state, self.job.config.checkpoint_every):
+        if save or self.is_due(state, self.job.config.checkpoint_every):
             self.folder.save(state, self.job.model_config, self.job.corpus.tokenizer_folder)
             self.saved_round = state.round
 

@@ -6,13 +6,10 @@ folder, takes one `flwr run` and is stopped with all its children when the run e
 
 from __future__ import annotations
 
-import os
+import re
 import shutil
-import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,13 +21,21 @@ import psutil
 from twist_fl.checkpoint import RunFolder
 from twist_fl.checks import LaunchError
 from twist_fl.config import Config, conf_dir
+from twist_fl.environment import private_environment
+from twist_fl.guard import clear_stale, ended, flower_home, ray_folder
 from twist_fl.machine import cpus_per_worker, usable_cores
-from twist_fl.results import commit
 
 _START_SECONDS = 60
-_STOP_SECONDS = 3
+_LOOK_SECONDS = 0.25
 CONNECTION = "twist-fl"
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_BEGIN = "twist_fl: a simulation begins\n"
+_DIED = "twist_fl: the simulation is over: "
+_PARTS = {
+    "flwr-simulation": "the simulation, with the server in it,",
+    "raylet": "Ray's raylet",
+    "gcs_server": "Ray's gcs_server",
+}
+"""Programs that a simulation runs until its end, and how messages call them."""
 
 
 def stage_app(target: Path) -> Path:
@@ -54,29 +59,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def quiet_environment(home: Path) -> dict[str, str]:
-    """Flower without its own installs, telemetry and update check, its state in `home`."""
-    scripts = str(Path(sys.executable).parent)
-    return {
-        **os.environ,
-        "PATH": scripts + os.pathsep + os.environ.get("PATH", ""),
-        "FLWR_HOME": str(home),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "NO_PROXY": "127.0.0.1,localhost," + os.environ.get("NO_PROXY", ""),
-        "no_proxy": "127.0.0.1,localhost," + os.environ.get("no_proxy", ""),
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_worker_niceness": "0",  # Ray's default, 15, starves the workers beside any other job
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        # Idle OpenMP threads sleep instead of spinning: server and workers share the cores.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TWIST_FL_COMMIT": commit() or "",
-    }
-
-
 def write_connection(home: Path, address: str) -> None:
     """Where `flwr` with FLWR_HOME=`home` finds the SuperLink CONNECTION."""
     (home / "config.toml").write_text(f'[superlink.{CONNECTION}]\naddress = "{address}"\ninsecure = true\n')
@@ -88,44 +70,12 @@ def write_settings(settings: Mapping[str, str], file: Path) -> Path:
     return file
 
 
-@contextmanager
-def superlink(home: Path, log: Path) -> Iterator[dict[str, str]]:
-    """A private simulation SuperLink; yields the environment in which `flwr` finds it as `twist-fl`."""
-    address = f"127.0.0.1:{free_port()}"
-    write_connection(home, address)
-    environment = quiet_environment(home)
-    host, port = address.split(":")
-    command = ["flower-superlink", "--insecure", "--simulation", "--host", host, "--port", port]
-    with _process(command, environment, log) as process:
-        wait_until_healthy(address, process, log)
-        yield environment
-
-
-@contextmanager
-def _process(command: list[str], environment: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process whose output goes to `log`; it and all below it are stopped at the end of the block."""
-    process = None
-    try:
-        with log.open("a") as output:
-            process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-            )
-        yield process
-    finally:
-        if process is not None:
-            with _undisturbed():
-                stop_tree(process)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """An impatient second Ctrl-C must not leave processes behind."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def start(command: list[str], environment: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """A process whose output goes to the end of `log`, and which no Ctrl-C at this terminal reaches."""
+    with log.open("a") as output:
+        return subprocess.Popen(
+            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
 
 
 def wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -139,69 +89,89 @@ def wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path
     raise LaunchError(f"Flower's SuperLink did not start within {_START_SECONDS} s: see {log}")
 
 
-def stop_tree(process: subprocess.Popen[bytes]) -> None:
-    """Stop `process` and every process below it: politely, then for good."""
-    try:
-        tree = psutil.Process(process.pid)
-        stop([*tree.children(recursive=True), tree])
-    except psutil.NoSuchProcess:
-        return
-    process.wait()
+class Simulation:
+    """A private SuperLink, the `flwr run` that was given to it, and what they start: once one ends, it is over."""
 
+    def __init__(self, superlink: subprocess.Popen[bytes], run: subprocess.Popen[bytes], log: Path) -> None:
+        self._log = log
+        self.parts = {"Flower's SuperLink": psutil.Process(superlink.pid), "flwr run": psutil.Process(run.pid)}
+        self._root = self.parts["Flower's SuperLink"]
 
-def stop(processes: list[psutil.Process]) -> None:
-    """Ask `processes` to end, and kill those that have not after a few seconds."""
-    for member in processes:
-        with suppress(psutil.NoSuchProcess):
-            member.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=_STOP_SECONDS)
-    for member in alive:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
+    def poll(self) -> int | None:
+        """None while all parts run; what has died is then in the log."""
+        self._look()
+        for what, process in self.parts.items():
+            if ended(process):
+                with self._log.open("a") as file:
+                    file.write(f"{_DIED}{what} (process {process.pid}) has ended\n")
+                return 0
+        return None
 
+    def wait(self, timeout: float) -> None:
+        """Raises LaunchError if all parts still run after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise LaunchError(f"the simulation did not end within {timeout:g} s: see {self._log}")
+            time.sleep(_LOOK_SECONDS)
 
-def processes_of(home: Path) -> list[psutil.Process]:
-    """Processes that were started with this FLWR_HOME, also those whose parent has died."""
-    found = []
-    for process in psutil.process_iter():
+    def _look(self) -> None:
+        """For parts that have started since the last look."""
+        if len(self.parts) == 2 + len(_PARTS):
+            return
         with suppress(psutil.Error):
-            if process.environ().get("FLWR_HOME") == str(home):
-                found.append(process)
-    return found
+            for process in self._root.children(recursive=True):
+                for program, what in _PARTS.items():
+                    with suppress(psutil.Error):
+                        if what not in self.parts and any(Path(w).name == program for w in process.cmdline()[:2]):
+                            self.parts[what] = process
 
 
 @contextmanager
 def flower_run(
     folder: RunFolder, config: Config, num_nodes: int, run_config: Mapping[str, str]
-) -> Iterator[subprocess.Popen[bytes]]:
-    """`flwr run` of our app in a private simulation of `num_nodes` nodes; yields the running process.
+) -> Iterator[Simulation]:
+    """`flwr run` of our app in a private simulation of `num_nodes` nodes.
 
-    Its output goes to flower.log in the run's folder. Leaving the block stops everything. Raises ConfigError if
-    another command is using the folder.
+    Its output goes to flower.log in the run's folder. Leaving the block stops everything. What an earlier command
+    that was killed has left in the folder goes first. Raises ConfigError if another command is using the folder.
     """
     log = folder.path / "flower.log"
     resources = (
         f"num-supernodes={num_nodes} client-resources-num-cpus={cpus_per_worker(config)} "
         f"client-resources-num-gpus={config.flower.gpus_per_worker} init-args-num-cpus={usable_cores()}"
     )
-    with folder.lock("command"), _flower_home(folder.path) as home, superlink(home, log) as environment:
-        settings = write_settings({"run-dir": str(folder.path), **run_config}, home / "settings.toml")
-        command = ["flwr", "run", str(stage_app(home / "app")), CONNECTION, "--stream"]
-        command += ["--run-config", str(settings), "--federation-config", resources]
-        with _process(command, environment, log) as process:
-            yield process
+    with folder.lock("command"):
+        clear_stale(folder.path)
+        folder.tidy()
+        with flower_home(folder.path) as home:
+            with log.open("a") as file:
+                file.write(_BEGIN)
+            address = f"127.0.0.1:{free_port()}"
+            write_connection(home, address)
+            environment = private_environment(home) | {"RAY_TMPDIR": str(ray_folder(home))}
+            host, port = address.split(":")
+            words = ["flower-superlink", "--insecure", "--simulation", "--host", host, "--port", port]
+            superlink = start(words, environment, log)
+            settings = write_settings({"run-dir": str(folder.path), **run_config}, home / "settings.toml")
+            command = ["flwr", "run", str(stage_app(home / "app")), CONNECTION, "--stream"]
+            command += ["--run-config", str(settings), "--federation-config", resources]
+            wait_until_healthy(address, superlink, log)
+            yield Simulation(superlink, start(command, environment, log), log)
+        folder.tidy()
 
 
-@contextmanager
-def _flower_home(folder: Path) -> Iterator[Path]:
-    """A FLWR_HOME of this run's own, gone afterwards with every process that was started in it."""
-    home = Path(tempfile.mkdtemp(prefix="flower-", dir=folder))
-    try:
-        yield home
-    finally:
-        with _undisturbed():
-            stop(processes_of(home))
-            shutil.rmtree(home, ignore_errors=True)
+def why_it_ended(log: Path) -> str:
+    """Why the last simulation in `log` ended before its time: the first error of the chain, or what died."""
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    text = re.sub(r"\x1b\[[\d;]*m", "", text.rpartition(_BEGIN)[2])
+    # What ends a simulation Flower reports last, as a chain of tracebacks; what clients raised stands before.
+    _, _, chain = text.rpartition("Simulation raised an exception")
+    died = re.search(rf"^{_DIED}(.*)$", text, re.MULTILINE)
+    errors = re.findall(r"^[\w.]*(?:Error|Exception|Exit|Interrupt)(?:\([\w.]*\))?: .*$", chain, re.MULTILINE)
+    if len(chain) < len(text) and errors:
+        return str(errors[0]).strip()
+    return died[1] if died else ""
 
 
 def _toml_string(value: str) -> str:

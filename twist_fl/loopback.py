@@ -9,6 +9,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from twist_fl import launch
+from twist_fl.environment import private_environment
+from twist_fl.guard import stop_tree
 
 NodeCommand = Callable[[str, str], list[str]]
 """From the SuperLink's address and the node's configuration to the command that starts a node."""
@@ -31,7 +33,7 @@ class Network:
 
     def __init__(self, home: Path, address: str) -> None:
         self.home, self.address = home, address
-        self.environment = launch.quiet_environment(home)
+        self.environment = private_environment(home)
         self.nodes: list[subprocess.Popen[bytes]] = []
 
     def node_log(self, node: int) -> Path:
@@ -66,7 +68,7 @@ def network(home: Path, num_nodes: int, node_command: NodeCommand) -> Iterator[N
             process = subprocess.Popen(
                 words, env=started.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
-            stack.callback(launch.stop_tree, process)
+            stack.callback(stop_tree, process)
             return process
 
         host, port = started.address.split(":")

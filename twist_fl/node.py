@@ -26,7 +26,8 @@ import psutil
 
 from twist_fl.checks import LaunchError
 from twist_fl.config import ConfigError
-from twist_fl.launch import free_port, stop_tree
+from twist_fl.guard import stop_tree
+from twist_fl.launch import free_port
 
 if TYPE_CHECKING:
     from twist_fl.executor import TaskSource

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -34,6 +33,13 @@ def _held_text(event: Mapping[str, Any]) -> str:
     spread = " to ".join(f"{size:,}" for size in dict.fromkeys([min(held), max(held)]))
     part = f"all {full:,}" if min(held) == full else f"{spread} of {full:,}"
     return f"each worker (of {len(held)}) trains {part} parameters"
+
+
+class Running(Protocol):
+    """What may end before the run does."""
+
+    def poll(self) -> int | None:
+        """None while it runs."""
 
 
 class RunProgress:
@@ -70,7 +76,7 @@ class RunProgress:
     ) -> None:
         self._bar.stop()
 
-    def follow(self, process: subprocess.Popen[bytes]) -> list[dict[str, Any]]:
+    def follow(self, process: Running) -> list[dict[str, Any]]:
         """Show events until the run says that it is done or has failed, or `process` ends; returns its events."""
         ours: list[dict[str, Any]] = []
         while True:

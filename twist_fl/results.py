@@ -37,6 +37,7 @@ def final_results(job: Job, state: RunState, folder: RunFolder, threads: int | N
         "config": portable_config(config),
         "corpus": job.corpus.digest,
         "rounds": state.round,
+        "lost_replies": sum(len(event["dropped"]) for event in folder.events("round")),
         "num_params": job.layout.num_params(),
         "test_tokens": int(windows.size),
         "full": evaluate.perplexity(full, windows, config.eval.batch_size),

@@ -27,10 +27,11 @@ from twist_fl.deploy import (
     ticket_memory_bytes,
 )
 from twist_fl.evaluate import blocks_per_layer, ticket_sizes
+from twist_fl.exchange import exchange
 from twist_fl.files import write_json
 from twist_fl.job import Job
 from twist_fl.limits import parse_devices
-from twist_fl.strategy import NoWorkersError, exchange
+from twist_fl.strategy import NoWorkersError
 from twist_fl.subnet import State
 
 MESSAGE_TYPE = "query.ticket"

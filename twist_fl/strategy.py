@@ -17,9 +17,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from twist_fl import tensors, transport, wire
+from twist_fl.actors import RESTARTS
 from twist_fl.aggregate import ReplyError
 from twist_fl.checkpoint import RunFolder
-from twist_fl.config import ConfigError, FlowerConfig
+from twist_fl.config import ConfigError
+from twist_fl.exchange import exchange
 from twist_fl.job import Job
 from twist_fl.keeper import Keeper
 from twist_fl.machine import usable_cores
@@ -37,6 +39,16 @@ TRANSPORTS = ("shm", "inline")
 
 class NoWorkersError(RuntimeError):
     """No worker can go on: the run stops, resumable from its last checkpoint."""
+
+
+class DeadWorkerError(NoWorkersError):
+    """A simulated worker's process died too often."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"a worker's process died {RESTARTS + 1} times ({reason}): see whether this machine's memory is enough, "
+            "or let fewer workers train at once (flower.cpus_per_worker), and go on with `twist-fl train --resume`"
+        )
 
 
 class TwistStrategy(Strategy):
@@ -61,6 +73,7 @@ class TwistStrategy(Strategy):
         self._via: dict[str, int] = {}
         self._keeper = Keeper(job, folder, self.state.round)
         self._worker: Worker | None = None
+        self._dead: str | None = None  # why a simulated worker's process died for good
 
     # -- Flower's hooks: the steps of a round
 
@@ -128,6 +141,8 @@ class TwistStrategy(Strategy):
             worker = int(message.metadata.group_id)
             if message.has_error():
                 mean.drop(worker, wire.error_of(message))
+                if wire.has_died(message):
+                    self._dead = wire.error_of(message)
                 self.nodes = []  # the next round looks again for who is there
                 continue
             self._count(message.content, up)
@@ -204,8 +219,10 @@ class TwistStrategy(Strategy):
         replies = exchange(grid, messages, flower, flower.round_timeout, self._pending)
         self.aggregate_train(round_, replies)
         torch.set_num_threads(usable_cores())  # the workers are idle
-        self._keeper.end_of_round(self.state, self._planned)
+        self._keeper.end_of_round(self.state, self._planned, save=self._dead is not None)
         torch.set_num_threads(1)
+        if self._dead:
+            raise DeadWorkerError(self._dead)
 
     def connect(self, grid: Grid) -> None:
         """Find the nodes and have each build its worker; node i serves the clients i, i + nodes, ...
@@ -245,6 +262,8 @@ class TwistStrategy(Strategy):
         self._neighbours = set()
         for reply in exchange(grid, asked, flower, flower.connect_timeout):
             node = reply.metadata.src_node_id
+            if wire.has_died(reply):
+                raise DeadWorkerError(wire.error_of(reply))
             if reply.has_error():
                 failed[node] = wire.error_of(reply)
                 continue
@@ -267,41 +286,3 @@ class TwistStrategy(Strategy):
 
     def node_of(self, worker: int) -> int:
         return self.nodes[self.job.clients.index(worker) % len(self.nodes)]
-
-
-def exchange(
-    grid: Grid,
-    messages: Iterable[Message],
-    flower: FlowerConfig,
-    timeout: float,
-    pending: dict[str, Message] | None = None,
-) -> Iterator[Message]:
-    """Push each message as it is made, then yield replies as they arrive, until all are in or time is up.
-
-    The caller works on a reply while others still train; `pending` shows it, by message id, what has been sent and is
-    not answered. `timeout` is in seconds.
-    Each reply is given as an answer to the message that was sent, whatever it says itself: the errors that Flower
-    reports (a message expired, a node gone) lack those fields, and a client's are not to be trusted.
-    """
-    pending = {} if pending is None else pending
-    for message in messages:
-        pushed = grid.push_messages([message])
-        pending |= dict.fromkeys(pushed, _envelope(message))
-    deadline = time.monotonic() + timeout
-    while pending and time.monotonic() < deadline:
-        found = [
-            (reply, pending.pop(reply.metadata.reply_to_message_id, None)) for reply in grid.pull_messages(pending)
-        ]
-        for reply, sent in found:
-            if sent is not None:
-                yield Message(reply.error if reply.has_error() else reply.content, reply_to=sent)
-        if pending:
-            time.sleep(flower.poll_interval)
-
-
-def _envelope(message: Message) -> Message:
-    """The message without its content: what is sent must not stay in memory until it is answered."""
-    about = message.metadata
-    return Message(
-        RecordDict(), dst_node_id=about.dst_node_id, message_type=about.message_type, group_id=about.group_id
-    )

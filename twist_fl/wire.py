@@ -201,6 +201,11 @@ def reply_from_records(
 # Errors
 
 
+def has_died(message: Message) -> bool:
+    """Whether a simulated worker's process has died and Ray replaces it no more: any other message to it fails, too."""
+    return message.has_error() and "ray.exceptions.ActorDiedError" in (message.error.reason or "")
+
+
 def error_of(message: Message) -> str:
     """Why a reply carries no content, in one line."""
     # Flower's own form: <class 'ValueError'>:<'text'>, where text may end with a whole traceback (and the class in
