@@ -37,7 +37,7 @@ _KEPT = 2
 class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = expanded(path).resolve()
-        self._log = EventLog(self.events_file)
+        self.event_log = EventLog(self.events_file)
 
     @property
     def job_file(self) -> Path:
@@ -83,11 +83,11 @@ class RunFolder:
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to the run's log, with its time."""
-        self._log.write(event, **fields)
+        self.event_log.write(event, **fields)
 
     def rewind(self, round_: int, event: str, **fields: Any) -> None:
         """Forget what the log says after `round_`, and append one line: `EventLog.rewind`."""
-        self._log.rewind(round_, event, **fields)
+        self.event_log.rewind(round_, event, **fields)
 
     @contextmanager
     def failures_logged(self) -> Iterator[None]:
@@ -100,7 +100,7 @@ class RunFolder:
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
         """Events in order; lines cut off by a crash are left out."""
-        return self._log.events(event)
+        return self.event_log.events(event)
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
