@@ -7,11 +7,10 @@ model.pretrained.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from twist_fl.files import check_seal, new_folder, save_tensors, write_text
 from twist_fl.finding import no_run
 from twist_fl.hub import expanded
 from twist_fl.job import Job, job_from_json
+from twist_fl.locks import locked
 from twist_fl.rounds import RunState
 from twist_fl.subnet import State
 from twist_fl.tokenizer import copy_tokenizer
@@ -55,9 +55,9 @@ class RunFolder:
     def lock(self, who: str) -> Iterator[None]:
         """Only one `who` (command or server) at a time works in this folder; the lock dies with its process."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / f".{who}.lock").open("w") as file:
+        with ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(locked(self.path / f".{who}.lock"))
             except BlockingIOError as error:
                 raise ConfigError(f"another {who} is at work in {self.path}: wait for it, or stop it") from error
             yield
