@@ -8,13 +8,11 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from local_grid import LocalGrid
-from rich.console import Console
 from typer.testing import CliRunner
 
 from twist_fl import cli, commands, look, serve, ship
@@ -26,10 +24,11 @@ from twist_fl.edge import EdgeReport
 from twist_fl.evaluate import ticket_distribution
 from twist_fl.job import Job
 from twist_fl.limits import parse_devices
-from twist_fl.progress import RunProgress, human_bytes
 from twist_fl.rounds import start
+from twist_fl.story import held_text
 from twist_fl.strategy import NoWorkersError
 from twist_fl.subnet import ModelCache
+from twist_fl.texts import human_bytes
 
 MakeJob = Callable[..., Job]
 Run = Callable[..., tuple[int, str, str]]
@@ -337,12 +336,10 @@ def test_signals_that_end_a_command_let_it_clean_up(nohup: bool, run: Run, monke
     ("held", "part"),
     [([9999, 9999], "all 9,999"), ([500], "500 of 9,999"), ([9999, 300, 500], "300 to 9,999 of 9,999")],
 )
-def test_a_run_begins_by_saying_what_workers_hold(held: list[int], part: str, tmp_path: Path) -> None:
+def test_a_run_begins_by_saying_what_workers_hold(held: list[int], part: str) -> None:
     """So that a setting that the algorithm has no use for is seen."""
-    said = StringIO()
-    event = {"event": "start", "algorithm": "any", "round": 0, "num_rounds": 3, "num_params": 9999}
-    RunProgress(Console(file=said), RunFolder(tmp_path), 0)._on_start(event | {"subnet_params": held})
-    assert said.getvalue() == f"any: 3 rounds; each worker (of {len(held)}) trains {part} parameters\n"
+    start = {"num_params": 9999, "subnet_params": held}
+    assert held_text(start) == f"each worker (of {len(held)}) trains {part} parameters"
 
 
 def cells(line: str) -> list[str]:

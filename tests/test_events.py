@@ -108,17 +108,38 @@ def test_what_is_no_event_is_passed_over(log: EventLog, line: bytes) -> None:
 
 
 VALUES_OF = {int: 3, float: 2.5, str: "x", list[int]: [3], list[str]: ["x"], dict[str, str]: {"0": "x"},
-             dict[str, int]: {"x": 3}}  # fmt: skip
+             dict[str, int]: {"x": 3}, list[dict[str, float]]: [{"mean": 2.5}]}  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "field"), [(kind, field) for kind, fields in FIELDS.items() for field in fields])
 def test_an_event_without_one_of_its_fields_or_with_another_type_is_none(log: EventLog, kind: str, field: str) -> None:
-    whole = {name: VALUES_OF[type_] for name, type_ in FIELDS[kind].items()}
+    name, type_ = field.removesuffix("?"), FIELDS[kind][field]
+    whole = {key.removesuffix("?"): VALUES_OF[each] for key, each in FIELDS[kind].items()}
+    less = {key: value for key, value in whole.items() if key != name}
     log.write(kind, **whole)
-    log.write(kind, **{name: value for name, value in whole.items() if name != field})
-    for wrong in (None, {"x": None}, [None], {"x": "y"} if FIELDS[kind][field] == dict[str, int] else [["x"]]):
-        log.write(kind, **whole | {field: wrong})
-    assert timeless(log.events()) == [{"event": kind, **whole}]
+    log.write(kind, **less)
+    for wrong in (None, {"x": None}, [None], {"x": "y"} if type_ == dict[str, int] else [["x"]]):
+        log.write(kind, **whole | {name: wrong})
+    assert timeless(log.events()) == [{"event": kind, **each} for each in ([whole, less] if name != field else [whole])]
+
+
+@pytest.mark.parametrize("time", ["yesterday", 5, None, "2026-11-25T23:28:35"])
+def test_a_time_that_is_none_makes_no_event(log: EventLog, time: object) -> None:
+    log.file.write_text(json.dumps({"event": "note", "time": time}) + "\n")
+    assert log.events() == []
+
+
+def test_a_listener_hears_every_event_when_it_is_written(log: EventLog) -> None:
+    heard: list[dict[str, Any]] = []
+
+    def listener(event: dict[str, Any]) -> None:
+        assert log.events()[-1] == event
+        heard.append(event)
+
+    log.listeners.append(listener)
+    log.write("note", text="a")
+    log.rewind(3, "note")
+    assert timeless(heard) == [{"event": "note", "text": "a"}, {"event": "note", "round": 3}]
 
 
 def test_a_reader_follows_the_log_through_half_lines_and_a_rewinding(

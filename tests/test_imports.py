@@ -90,7 +90,7 @@ def test_config_blocks_blueprint_and_cost_do_not_load_torch_or_flower() -> None:
 
 
 def test_a_run_is_looked_at_without_torch_or_flower() -> None:
-    run_fresh("import sys, twist_fl.events\nassert not {'torch', 'flwr', 'transformers'} & sys.modules.keys()")
+    run_fresh("import sys, twist_fl.status\nassert not {'torch', 'flwr', 'transformers'} & sys.modules.keys()")
 
 
 def test_the_core_runs_where_flower_is_not_installed() -> None:

@@ -7,12 +7,10 @@ model.pretrained.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from twist_fl.files import check_seal, new_folder, remove_unfinished, save_tenso
 from twist_fl.finding import no_run
 from twist_fl.hub import expanded
 from twist_fl.job import Job, job_from_json
+from twist_fl.locks import holder, locked
 from twist_fl.outer import OuterState
 from twist_fl.rounds import RunState
 from twist_fl.subnet import State
@@ -39,7 +38,7 @@ _KEPT = 2
 class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = expanded(path).resolve()
-        self._log = EventLog(self.events_file)
+        self.event_log = EventLog(self.events_file)
 
     @property
     def job_file(self) -> Path:
@@ -57,18 +56,14 @@ class RunFolder:
     def lock(self, who: str) -> Iterator[None]:
         """Only one `who` (command or server) at a time works in this folder; the lock dies with its process."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / f".{who}.lock").open("a+") as file:
+        file = self.path / f".{who}.lock"
+        with ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(locked(file))
             except BlockingIOError as error:
-                file.seek(0)
-                holder = f" (process {pid})" if (pid := file.read().strip()) else ""
                 raise ConfigError(
-                    f"another {who}{holder} is at work in {self.path}: wait for it, or stop it"
+                    f"another {who}{holder(file)} is at work in {self.path}: wait for it, or stop it"
                 ) from error
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
             yield
 
     def tidy(self) -> None:
@@ -98,11 +93,11 @@ class RunFolder:
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to the run's log, with its time."""
-        self._log.write(event, **fields)
+        self.event_log.write(event, **fields)
 
     def rewind(self, round_: int, event: str, **fields: Any) -> None:
         """Forget what the log says after `round_`, and append one line: `EventLog.rewind`."""
-        self._log.rewind(round_, event, **fields)
+        self.event_log.rewind(round_, event, **fields)
 
     @contextmanager
     def failures_logged(self) -> Iterator[None]:
@@ -115,7 +110,7 @@ class RunFolder:
 
     def events(self, event: str | None = None) -> list[dict[str, Any]]:
         """Events in order; lines cut off by a crash are left out."""
-        return self._log.events(event)
+        return self.event_log.events(event)
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""

@@ -76,6 +76,17 @@ def demo(
 
 
 @app.command()
+def status(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or a folder with runs in it.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the runs end.")] = False,
+) -> None:
+    """Show where runs stand, while they train and afterwards: round, loss, bytes, lost replies, time left."""
+    from twist_fl import status as looks
+
+    looks.show_status(console, runs, follow)
+
+
+@app.command()
 def tickets(
     run: RunDir,
     sizes: Sizes = None,

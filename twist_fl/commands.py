@@ -20,6 +20,7 @@ from twist_fl.look import load_final
 from twist_fl.machine import check_simulation
 from twist_fl.progress import RunProgress
 from twist_fl.results import refuse_other_settings
+from twist_fl.story import results_text
 
 INTERRUPTED = 130
 DEVICES = "deployed devices, as they measured it"
@@ -152,16 +153,7 @@ def _run(console: Console, folder: RunFolder, config: Config) -> None:
     _require(events, "done", folder)
     results = read_json(folder.results_file)
     lost = f"; {results['lost_replies']} replies of workers were lost" if results["lost_replies"] else ""
-    console.print(f"{_perplexities(results)}{lost}; results in {folder.results_file}", soft_wrap=True)
-
-
-def _perplexities(results: dict[str, Any]) -> str:
-    from twist_fl.compare import perplexity_text, size_label
-
-    tickets = [f"{size_label(ticket)} {perplexity_text(ticket['mean'])}" for ticket in results["tickets"]]
-    return f"perplexity: full model {perplexity_text(results['full'])}" + (
-        f"; random tickets, mean: {', '.join(tickets)}" if tickets else ""
-    )
+    console.print(f"{results_text(results)}{lost}; results in {folder.results_file}", soft_wrap=True)
 
 
 def _require(events: list[dict[str, Any]], last: str, folder: RunFolder) -> None:

@@ -9,7 +9,10 @@ from typing import Any
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError
 from twist_fl.files import read_json
-from twist_fl.progress import human_bytes
+from twist_fl.texts import duration_text as duration_text  # noqa: PLC0414 (whoever compares runs writes these, too)
+from twist_fl.texts import human_bytes
+from twist_fl.texts import perplexity_text as perplexity_text  # noqa: PLC0414
+from twist_fl.texts import size_label as size_label  # noqa: PLC0414
 
 _ALGORITHMS = {"twist": "TwIST", "fedavg": "FedAvg", "ddp": "DDP"}
 MISSING = "-"
@@ -156,10 +159,6 @@ def _wire_bytes(run: FinishedRun, kind: str) -> int:
     return sum(int(each[way].get(kind, 0)) for each in run.rounds for way in ("bytes_down", "bytes_up"))
 
 
-def size_label(ticket: Mapping[str, Any]) -> str:
-    return f"{ticket['size']}/{ticket['of']}"
-
-
 def kappa(size: str) -> float:
     """Blocks held / blocks in the layer, of '4/12'."""
     held, _, of = size.partition("/")
@@ -206,20 +205,7 @@ def limits_text(device: Mapping[str, Any]) -> str:
     return ", ".join(form.format(device[key]) for key, form in forms.items() if device.get(key) is not None) or MISSING
 
 
-def perplexity_text(value: float) -> str:
-    """Two decimals, and none from 1000 on."""
-    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
-
-
 def spread_text(mean: float, std: float) -> str:
     """As `perplexity_text`, both numbers with the mean's decimals."""
     decimals = 2 if mean < 1000 else 0
     return f"{mean:,.{decimals}f} ± {std:,.{decimals}f}"
-
-
-def duration_text(seconds: float) -> str:
-    """12.3 s, 4 min 5 s or 3 h 7 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -20,7 +20,7 @@ from twist_fl.deploy import legal_sizes
 from twist_fl.evaluate import blocks_per_layer, ticket_sizes
 from twist_fl.family import model_config
 from twist_fl.job import make_division
-from twist_fl.progress import human_bytes
+from twist_fl.texts import human_bytes
 
 
 def show_cost(console: Console, preset: str, overrides: list[str], steps: int | None) -> None:

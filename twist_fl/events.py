@@ -7,7 +7,7 @@ it, while the run goes on and afterwards; nothing here needs torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,29 +20,36 @@ Event = dict[str, Any]
 _SIZES = dict[str, int]
 FIELDS: Mapping[str, Mapping[str, Any]] = {
     "start": {"round": int, "algorithm": str, "num_rounds": int, "num_params": int, "subnet_params": list[int]},
-    "nodes": {"nodes": int, "failed": list[str]},
-    "round": {"round": int, "loss": float, "seconds": float, "dropped": dict[str, str],
-              "bytes_down": _SIZES, "bytes_up": _SIZES},
-    "eval": {"round": int, "full": float},
+    "waiting": {"nodes": int, "wanted": int},
+    "asked": {"nodes": int, "wanted": int},
+    "nodes": {"nodes": int, "failed": list[str], "shared_memory?": int},
+    "round": {"round": int, "loss": float, "seconds": float, "dropped": dict[str, str], "notes?": dict[str, str],
+              "bytes_down": _SIZES, "bytes_up": _SIZES, "bytes_via?": _SIZES},
+    "eval": {"round": int, "full": float, "subnets?": float},
     "ticket": {"size": int},
+    "results": {"full": float, "tickets": list[dict[str, float]]},
     "failed": {"error": str},
     "device": {"name": str},
 }  # fmt: skip
-"""What an event of a kind has at least: a line without it is none. A float may be written as an integer."""
-_LAST = ("ticket", "done", "failed")
+"""What an event of a kind has, or with a question mark may have, if a line is to be one. A float may be an integer."""
+_LAST = ("ticket", "results", "done", "failed")
 
 
 class EventLog:
     def __init__(self, file: Path) -> None:
         self.file = file
+        self.listeners: list[Callable[[Event], None]] = []
+        """Each is called with every event, once it has been written."""
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one line. A line that a crash cut off before is ended first."""
+        new = _stamped(event, fields)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a+b") as file:
             if file.seek(0, os.SEEK_END) and file.seek(-1, os.SEEK_END) is not None and file.read(1) != b"\n":
                 file.write(b"\n")
-            file.write(_line(_stamped(event, fields)))
+            file.write(_line(new))
+        self._tell(new)
 
     def events(self, event: str | None = None) -> list[Event]:
         """Events in order; lines cut off by a crash are left out."""
@@ -55,8 +62,13 @@ class EventLog:
         Both at once: whoever follows the log knows that what stands before the new line is known already.
         """
         kept = [entry for entry in self.events() if entry.get("round", 0) <= round_ and entry["event"] not in _LAST]
-        text = b"".join(_line(entry) for entry in (*kept, _stamped(event, {"round": round_, **fields})))
-        write_text(text.decode(), self.file)
+        new = _stamped(event, {"round": round_, **fields})
+        write_text(b"".join(_line(entry) for entry in (*kept, new)).decode(), self.file)
+        self._tell(new)
+
+    def _tell(self, event: Event) -> None:
+        for listener in self.listeners:
+            listener(event)
 
 
 def _stamped(event: str, fields: Mapping[str, Any]) -> Event:
@@ -97,11 +109,16 @@ def _parse(line: bytes) -> Event | None:
     """The event of a line; None for what is none: cut off by a crash, or written by somebody else."""
     with suppress(ValueError, RecursionError):  # no UTF-8, no JSON, a number of 5,000 digits; nested too deep
         entry = from_json(line)
-        if isinstance(entry, dict) and isinstance(kind := entry.get("event"), str):
-            wanted = {"round": int} if "round" in entry else {}
-            wanted |= FIELDS.get(kind, {})
-            return entry if all(_is(entry.get(key), type_) for key, type_ in wanted.items()) else None
+        if isinstance(entry, dict) and _is(entry.get("event"), str):
+            wanted = {"round?": int, "time?": str, **FIELDS.get(entry["event"], {})}
+            timed = "time" not in entry or datetime.fromisoformat(str(entry["time"])).tzinfo
+            return entry if timed and all(_has(entry, *field) for field in wanted.items()) else None
     return None
+
+
+def _has(entry: Event, field: str, wanted: Any) -> bool:
+    name = field.removesuffix("?")
+    return (name != field and name not in entry) or _is(entry.get(name), wanted)
 
 
 def _is(value: Any, wanted: Any) -> bool:

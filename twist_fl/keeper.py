@@ -58,6 +58,7 @@ class Keeper:
         if save or self.is_due(state, self.job.config.checkpoint_every):
             self.folder.save(state, self.job.model_config, self.job.corpus.tokenizer_folder)
             self.saved_round = state.round
+            self.folder.log("saved", round=state.round)
 
     def _evaluate(self, state: RunState, blueprints: Sequence[Blueprint]) -> None:
         """Perplexity of the full model and of the round's subnets."""

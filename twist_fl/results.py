@@ -60,6 +60,8 @@ def final_results(job: Job, state: RunState, folder: RunFolder, threads: int | N
             {"size": size, "of": evaluate.blocks_per_layer(job.layout, job.division)} | tickets.summary()
         )
     write_json(results, folder.results_file)
+    rows = [{key: ticket[key] for key in ("size", "of", "mean", "std")} for ticket in results["tickets"]]
+    folder.log("results", round=state.round, full=results["full"], tickets=rows)
     return results
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,9 +12,11 @@ from flwr.serverapp import Grid
 
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError, load_config
+from twist_fl.events import Event
 from twist_fl.job import Job, job_from_json, make_job
 from twist_fl.results import final_results
 from twist_fl.shelf import MomentShelf, moment_folder
+from twist_fl.story import Follower, lines, warnings
 from twist_fl.strategy import TwistStrategy
 from twist_fl.worker import Worker
 
@@ -45,12 +48,28 @@ def open_run(run_dir: str, preset: str, overrides: str) -> tuple[RunFolder, Job]
 
 def train_run(grid: Grid, folder: RunFolder, job: Job) -> None:
     """Train to the end and write results.json; what goes wrong is in the run's log as well as in Flower's."""
-    print(f"twist_fl: run folder {folder.path}", flush=True)
+    print(f"run folder {folder.path}", flush=True)
+    folder.event_log.listeners.append(speaker(folder.events_file))
     with folder.lock("server"), folder.failures_logged():
         state = TwistStrategy(job, folder).run(grid)
         final_results(job, state, folder)
     shutil.rmtree(moment_folder(job.run_id), ignore_errors=True)
     folder.log("done", round=state.round)
+    print(f"finished; results in {folder.results_file}", flush=True)
+
+
+def speaker(log: Path) -> Callable[[Event], None]:
+    """A listener that prints what is new in `log`: on standard output, which `flwr run --stream` shows."""
+    follower = Follower(log)
+    for _ in follower.look():
+        pass  # what is there already is not news
+
+    def say(_: Event) -> None:
+        for event in follower.look():
+            for text in (*warnings(event), *lines(event, follower.story)):
+                print(text, flush=True)
+
+    return say
 
 
 @lru_cache(maxsize=2)

@@ -230,15 +230,9 @@ class TwistStrategy(Strategy):
         A node's partition id, where it has one, decides its place. Raises NoWorkersError, naming the reasons.
         """
         flower, workers = self.job.config.flower, len(self.job.clients)
-        deadline = time.monotonic() + flower.wait_for_nodes
-        found = sorted(grid.get_node_ids())
-        if len(found) < workers:
-            print(
-                f"twist_fl: {len(found)} of {workers} nodes are here, waiting {flower.wait_for_nodes:g} s", flush=True
-            )
-        while len(found) < workers and time.monotonic() < deadline:
-            time.sleep(flower.poll_interval)
-            found = sorted(grid.get_node_ids())
+        found = self._wait(grid, workers)
+        if found:
+            self.folder.log("asked", round=self.state.round, nodes=len(found[:workers]), wanted=workers)
         ready, failed = self._ask(grid, found[:workers])
         self.nodes = [node for _, node in sorted(ready)]
         self.folder.log(
@@ -251,6 +245,19 @@ class TwistStrategy(Strategy):
         if not self.nodes:
             reasons = "; ".join(sorted(set(failed.values()))) or f"none connected within {flower.wait_for_nodes:g} s"
             raise NoWorkersError(f"no node is ready for the run: {reasons}")
+
+    def _wait(self, grid: Grid, wanted: int) -> list[int]:
+        """The nodes that are there, when there are enough or flower.wait_for_nodes is over."""
+        flower, told = self.job.config.flower, -1
+        deadline = time.monotonic() + flower.wait_for_nodes
+        while True:
+            found = sorted(grid.get_node_ids())
+            if len(found) >= wanted or time.monotonic() >= deadline:
+                return found
+            if len(found) != told:
+                told = len(found)
+                self.folder.log("waiting", round=self.state.round, nodes=told, wanted=wanted)
+            time.sleep(flower.poll_interval)
 
     def _ask(self, grid: Grid, nodes: list[int]) -> tuple[list[tuple[int, int]], dict[int, str]]:
         """Which nodes are ready, with their partitions, and why the others are not. Notes who shares this machine."""

@@ -20,7 +20,7 @@ from twist_fl.experiments.lab import Lab, Task, measure
 from twist_fl.job import Job
 from twist_fl.look import load_final
 from twist_fl.plots import LOG_FROM, NO_LINE, figure_of, log_ticks, looks_of
-from twist_fl.progress import human_bytes
+from twist_fl.texts import human_bytes
 
 MIXED = "blueprint.num_sub=[12,6,4,3]"
 DRAWN = (6, 3)
