@@ -70,7 +70,7 @@ def assert_one_file_for_a_phone(page: Page) -> None:
     assert page.source.isascii() and page.source.startswith("<!DOCTYPE html>")
     assert page.values("html", "lang") == ["en"] and page.tags.count("title") == page.tags.count("h1") == 1
     assert "width=device-width, initial-scale=1" in page.values("meta", "content")
-    assert page.tags.count("table") == page.values("div", "class").count("scroll")
+    assert page.tags.count("table") == page.tags.count("caption") == page.values("div", "class").count("scroll")
     assert set(page.inside("table")) <= {"div"}
     assert re.search(r"\.scroll \{[^}]*overflow-x: auto", page.source)
     assert set(page.inside("svg")) == {"figure"} and page.values("svg", "role") == ["img"] * page.tags.count("svg")

@@ -28,6 +28,7 @@ from twist_fl.rounds import start
 from twist_fl.story import held_text
 from twist_fl.strategy import NoWorkersError
 from twist_fl.subnet import ModelCache
+from twist_fl.tables import device_cells
 from twist_fl.texts import human_bytes
 
 MakeJob = Callable[..., Job]
@@ -670,7 +671,7 @@ def test_a_device_that_is_too_slow_gets_a_smaller_ticket(
         assert len(kept["blueprint"]["attn"][1]) == row["size"]
         sent = row["bytes_received"] - len(row["tried"]) * row["weight_bytes"]
         assert sent >= 0 if len(row["tried"]) > 1 else 0 <= sent < 8_192
-    assert commands.device_cells(rows)[1][:3] == ["laptop", "99 MB, 5 ms", "4/4"]
+    assert device_cells(rows)[1][:3] == ["laptop", "99 MB, 5 ms", "4/4"]
     assert [event["size"] for event in folder.events("device")] == [4, 2, 1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from math import exp, log
 from pathlib import Path
@@ -13,10 +14,12 @@ import pytest
 import torch
 from legible import assert_legible
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from transformers import GPT2Config
 
 from twist_fl.blocks import make_layout
 from twist_fl.blueprint import Division, Setting, draw_round
+from twist_fl.cells import MAX_COLUMNS
 from twist_fl.config import ConfigError
 from twist_fl.experiments import fig2, fig5, fig6, shared, table1
 from twist_fl.experiments.catalog import PAPER
@@ -183,8 +186,10 @@ def test_tables_are_whole(name: str, collected: dict[str, dict[str, Any]]) -> No
     for text, cells in found.items():
         assert len({len(line) for line in cells}) == 1 and len(cells) > 1
         assert all(isinstance(cell, str) and cell for line in cells for cell in line)
-        assert name == "fig2" or "scale micro" in text or text.startswith("The paper's")
-        assert len(set(cells[0])) == len(cells[0])
+        ours = not text.startswith("The same in the paper") and "computed" not in text
+        assert name == "fig2" or not ours or "scale micro" in text
+        assert not re.search("perplexity|loss", text) or "lower is better" in text
+        assert len(set(cells[0])) == len(cells[0]) <= MAX_COLUMNS
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -260,12 +265,21 @@ def test_table_1_takes_each_cell_from_its_run(collected: dict[str, dict[str, Any
 
 def test_table_1_shows_the_papers_numbers_beside_ours(collected: dict[str, dict[str, Any]]) -> None:
     found = EXPERIMENTS["table1"].tables(collected["table1"])
-    cells = found["Test perplexity, setting both, by blocks kept per layer (scale micro)"]
-    lines = {line[0]: line[1:] for line in cells}
-    assert lines["method"][:2] == ["8/12 ours", "6/12 ours"] and lines["method"][-1] == "3/12 paper"
-    assert lines["SparseGPT"] == ["47.00", "67.00", "95.00", "112.00", "16.60", "19.11", "31.64", "58.16"]
-    assert lines["Magnitude"][4:] == ["-"] * 4
-    assert lines["SE (DDP)"][7] == "2,587" and "±" in lines["SE (DDP)"][0]
+    what = "setting both, by blocks kept per layer"
+    tables = found[f"Test perplexity (lower is better), {what} (scale micro)"], found[f"The same in the paper, {what}"]
+    ours, paper = ({line[0]: line[1:] for line in cells} for cells in tables)
+    assert ours["method"] == paper["method"] == ["8/12", "6/12", "4/12", "3/12"]
+    assert ours["SparseGPT"] == ["47.00", "67.00", "95.00", "112.00"]
+    assert paper["SparseGPT"] == ["16.60", "19.11", "31.64", "58.16"]
+    assert paper["Magnitude"] == ["-"] * 4
+    assert paper["SE (DDP)"][3] == "2,587" and "±" in ours["SE (DDP)"][0]
+
+
+def test_table_1_has_one_scale_for_ours_and_one_for_the_papers(collected: dict[str, dict[str, Any]]) -> None:
+    axes = table1.draw(collected["table1"]).axes
+    assert len(axes) == 6
+    for panels in (axes[::2], axes[1::2]):
+        assert len({(panel.get_ylim(), panel.get_yscale()) for panel in panels}) == 1
 
 
 def test_tickets_cost_nothing_after_training(collected: dict[str, dict[str, Any]]) -> None:
@@ -299,8 +313,8 @@ def test_table_2_clocks_are_relative_to_ddp(collected: dict[str, dict[str, Any]]
     assert rows["both", "4/12"]["paper"]["wall_clock"] == pytest.approx((3 * 3600 + 279) / (4 * 3600 + 35 * 60 + 42))
     assert rows["DDP", "12/12"]["wall_clock"] == rows["DDP", "12/12"]["paper"]["wall_clock"] == 1.0
     assert collected["table2"]["ddp_ms"] == 40.0
-    (text,) = EXPERIMENTS["table2"].tables(collected["table2"])
-    assert "wall clock at scale micro" in text
+    _, text = EXPERIMENTS["table2"].tables(collected["table2"])
+    assert text == "Wall clock, of DDP's, measured at scale micro"
 
 
 # -- figures
@@ -374,9 +388,10 @@ def test_heatmap_has_the_cells_that_the_paper_prints(collected: dict[str, dict[s
 
 
 def test_latency_ratios(collected: dict[str, dict[str, Any]]) -> None:
-    lines = only_table("fig6", collected["fig6"])
-    assert lines["both 4/12"][1:3] == ["30.00", "0.750"] and lines["both 4/12"][4:6] == ["263", "0.683"]
-    assert lines["DDP 12/12"][1:] == ["40.00", "1.000", "1.000", "385", "1.000", "1.000"]
+    tables = EXPERIMENTS["fig6"].tables(collected["fig6"]).values()
+    ours, paper = ({line[0]: line[1:] for line in cells} for cells in tables)
+    assert (ours["both 4/12"][:2], paper["both 4/12"][:2]) == (["30.00", "0.750"], ["263", "0.683"])
+    assert (ours["DDP 12/12"], paper["DDP 12/12"]) == (["40.00", "1.000", "1.000"], ["385", "1.000", "1.000"])
 
 
 def flops_share(layers: int, divided: int, width: int, vocab: int, window: int, attn: float, ffn: float) -> float:
@@ -397,9 +412,12 @@ def test_flops_stand_beside_the_times(collected: dict[str, dict[str, Any]]) -> N
         assert data["flops"][name] == pytest.approx(flops_share(3, 1, 24, 300, 16, attn, ffn))
         assert only_table("fig6", data)[name][3] == f"{data['flops'][name]:.3f}"
     left, right = fig6.draw(data).axes
+    assert left.get_ylim() == right.get_ylim()
     for axes, ms, flops in ((left, data["ms"], data["flops"]), (right, data["paper"], data["paper_flops"])):
         (marks,) = axes.lines
-        assert np.asarray(marks.get_ydata()).tolist() == [ms[FULL] * flops[name] for name in fig6.SHAPES]
+        assert np.asarray(marks.get_ydata()).tolist() == [flops[name] for name in fig6.SHAPES]
+        bars = [bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)]
+        assert bars == [ms[name] / ms[FULL] for name in fig6.SHAPES]
 
 
 # -- for real

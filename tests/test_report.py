@@ -23,10 +23,20 @@ from matplotlib.image import imread
 from omegaconf import OmegaConf
 
 from twist_fl import plots
+from twist_fl.cells import MAX_COLUMNS, fit, markdown, narrow, turned
 from twist_fl.checkpoint import RunFolder
-from twist_fl.compare import duration_text, read_runs
+from twist_fl.compare import comparison_table, duration_text, read_runs
+from twist_fl.conclusions import conclusions
 from twist_fl.config import ConfigError, load_config
-from twist_fl.report import comparison_table, figures, table_cells, write_report
+from twist_fl.report import figures, write_report
+from twist_fl.tables import (
+    device_tables,
+    memory_cells,
+    perplexity_cells,
+    run_tables,
+    sent_cells,
+)
+from twist_fl.words import ALGORITHMS, WORDS
 
 SIZES = (8, 6, 4, 3)
 MakeRun = Callable[..., RunFolder]
@@ -105,22 +115,117 @@ def test_report_holds_every_number_of_the_table(make_run: MakeRun, tmp_path: Pat
     runs = pair(make_run)
     write_report(runs, tmp_path / "report.html", [DEVICE])
     words = Page((tmp_path / "report.html").read_text()).words
-    for line in table_cells(comparison_table(runs)):
-        for cell in line:
+    for cells in (run_tables(comparison_table(runs)) | device_tables([DEVICE])).values():
+        for cell in [cell for line in cells for cell in line]:
             assert cell in words
-    for cell in ("phone <1>", "4/12", "731,776", "2,931,234", "49.87", "31.50", "A <fast> processor", "16,384"):
+    for cell in ("phone <1>", "4/12", "731,776", "2.93", "49.87", "31.5", "A <fast> processor", "16,384"):
         assert cell in words
 
 
-def test_summary_states_what_the_data_say(make_run: MakeRun, tmp_path: Path) -> None:
-    run = make_run("a")
+def change(run: RunFolder, full: float, of_4: float | None = None) -> None:
+    """The results' full perplexity, and the mean of tickets of 4/12: without one, all tickets go."""
     results = json.loads(run.results_file.read_text())
-    ticket = next(each for each in results["tickets"] if each["size"] == 4)
-    ticket["mean"] = 2 * results["full"]
+    results["full"] = full
+    if of_4 is None:
+        results["tickets"] = []
+    for ticket in results["tickets"]:
+        if ticket["size"] == 4:
+            ticket["mean"] = of_4
     run.results_file.write_text(json.dumps(results))
-    write_report([run], tmp_path / "report.html")
-    words = Page((tmp_path / "report.html").read_text()).words
-    assert "4/12 blocks, without fine-tuning, have 82.50 on average, 2 times that" in words
+
+
+def test_the_conclusion_is_made_of_the_numbers(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("a"), make_run("b", "algorithm=fedavg")]
+    change(runs[0], 40.0, 50.0)
+    change(runs[1], 20.0, 60.0)
+    assert conclusions(read_runs(runs)) == [
+        "The best full model is that of FedAvg: perplexity 20.00 (TwIST: 40.00, 2 times as much).",
+        "The best random tickets with 4/12 of the blocks, not trained further, are those of TwIST: 50.00 on average, "
+        "1.25 times its full model (FedAvg: 60.00, 3 times).",
+    ]
+    write_report(runs, tmp_path / "report.html")
+    top = Page((tmp_path / "report.html").read_text()).words.partition("What the words mean")[0]
+    assert all(sentence in top for sentence in conclusions(read_runs(runs))) and "lower is better" in top
+
+
+def test_the_conclusion_of_one_run_of_none_that_drew_and_of_many(make_run: MakeRun) -> None:
+    run = make_run("a")
+    change(run, 40.0, 50.0)
+    assert conclusions(read_runs([run]))[1] == (
+        "Random tickets with 4/12 of the blocks, not trained further, have 50.00 on average, 1.25 times its full model."
+    )
+    change(run, 40.0)
+    assert conclusions(read_runs([run])) == ["The full model has perplexity 40.00.", "No tickets were drawn."]
+    many = [make_run(f"run{i}", f"name=r{i}") for i in range(6)]
+    for i, each in enumerate(many):
+        change(each, 10.0 + i, 20.0 + i)
+    assert conclusions(read_runs(many))[0].endswith("perplexity 10.00 (the other 5 from 11.00 to 15.00).")
+
+
+def test_the_conclusion_of_a_run_that_diverged_has_no_ratio(make_run: MakeRun) -> None:
+    runs = [make_run("a"), make_run("b", "algorithm=fedavg")]
+    change(runs[0], math.inf, math.inf)
+    change(runs[1], 20.0, 60.0)
+    full, tickets = conclusions(read_runs(runs))
+    assert full.endswith("perplexity 20.00 (TwIST: inf).")
+    assert tickets.endswith("60.00 on average, 3 times its full model (TwIST: inf).")
+
+
+def test_the_words_are_explained_and_lower_is_better_wherever_there_is_perplexity(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    runs = pair(make_run)
+    write_report(runs, tmp_path / "report.html", [DEVICE])
+    page = Page((tmp_path / "report.html").read_text())
+    for word, meaning in (WORDS | dict(ALGORITHMS[name] for name in ("twist", "fedavg"))).items():
+        assert f"{word}{meaning}" in page.words
+    assert ALGORITHMS["ddp"][1] not in page.words
+    said = re.findall(r"<(caption|figcaption)>(.*?)</\1>", page.source, re.DOTALL)
+    about = [text for _, text in said if "erplexity" in text]
+    assert len(about) >= 6 and all("lower is better" in text for text in about)
+    for draw in plots.drawings(read_runs(runs)).values():
+        labels = [axes.get_ylabel() for axes in draw(read_runs(runs)).axes if "perplexity" in axes.get_ylabel()]
+        assert labels and all(label.endswith("(lower is better)") for label in labels)
+
+
+def test_lost_replies_are_told_in_words(make_run: MakeRun, tmp_path: Path) -> None:
+    """As the results count them; as the log does where they do not."""
+    runs = [make_run("a", rounds=3), make_run("b", "algorithm=fedavg")]
+    runs[0].log(**runs[0].events("round")[0] | {"round": 4, "dropped": {"1": "late"}})
+    counted = json.loads(runs[1].results_file.read_text()) | {"lost_replies": 2}
+    runs[1].results_file.write_text(json.dumps(counted))
+    assert [row[-1] for row in sent_cells(comparison_table(runs))] == ["replies lost", "1", "2"]
+    write_report(runs, tmp_path / "report.html")
+    top = Page((tmp_path / "report.html").read_text()).words.partition("What the words mean")[0]
+    assert "TwIST: 1 reply of workers did not count" in top and "FedAvg: 2 replies of workers did not count" in top
+    write_report([make_run("c")], tmp_path / "report.html")
+    assert "did not count;" not in Page((tmp_path / "report.html").read_text()).words
+
+
+CELLS = st.tuples(st.integers(1, 30), st.integers(1, 30)).map(
+    lambda shape: [[f"{line}.{column}" for column in range(shape[1])] for line in range(shape[0])]
+)
+
+
+@given(CELLS)
+def test_a_table_of_any_size_fits_and_keeps_every_cell_beside_its_name(cells: list[list[str]]) -> None:
+    found = [pair for part in fit(cells) for line in part for pair in [(line[0], cell) for cell in line]]
+    sideways = [pair for part in fit(cells) for line in turned(part) for pair in [(line[0], cell) for cell in line]]
+    assert all(len(line) <= MAX_COLUMNS for part in fit(cells) for line in part)
+    assert {(line[0], cell) for line in cells for cell in line} <= set(found) | set(sideways)
+    assert {cell for _, cell in found} == {cell for line in cells for cell in line}
+    assert all(line.count("|") <= MAX_COLUMNS + 1 for line in markdown(cells).splitlines())
+    assert turned(turned(cells)) == cells and narrow(cells) in (cells, turned(cells))
+    assert len(narrow(cells)[0]) <= len(narrow(cells))
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+def test_no_table_of_a_report_has_more_than_six_columns(make_run: MakeRun, tmp_path: Path, count: int) -> None:
+    runs = [make_run(f"run{i}", f"seed={i}") for i in range(count)]
+    write_report(runs, tmp_path / "report.html", [DEVICE])
+    tables = re.findall(r"<table.*?</thead>", (tmp_path / "report.html").read_text(), re.DOTALL)
+    assert len(tables) >= 6
+    assert all(table.count("<th ") <= MAX_COLUMNS and "<caption>" in table for table in tables)
 
 
 def test_comparison_table_sums_what_was_logged(make_run: MakeRun) -> None:
@@ -132,7 +237,9 @@ def test_comparison_table_sums_what_was_logged(make_run: MakeRun) -> None:
     first = json.loads(runs[0].results_file.read_text())["tickets"][0]
     assert twist.tickets["8/12"] == (first["mean"], first["std"])
     assert (twist.weight_bytes, twist.moment_bytes, twist.seconds) == (120_000_000, 30_000_000, 150.0)
-    assert table_cells([twist])[1][-7:] == ["120.0 MB", "-", "30.0 MB", "6.0 kB", "-", "-", "2 min 30 s"]
+    assert sent_cells([twist])[1] == ["TwIST", "120.0 MB", "-", "30.0 MB", "6.0 kB", "0"]
+    assert memory_cells([twist])[1] == ["TwIST", "-", "-", "2 min 30 s"]
+    assert perplexity_cells([twist])[0] == ["blocks kept", "all (full model)", "8/12", "6/12", "4/12", "3/12"]
 
 
 def test_the_largest_peak_of_all_rounds_stands_beside_the_predicted(make_run: MakeRun) -> None:
@@ -140,9 +247,7 @@ def test_the_largest_peak_of_all_rounds_stands_beside_the_predicted(make_run: Ma
     round_ = folder.events("round")[0]
     for peak in (70_000_000, 95_000_000, 80_000_000):
         folder.log(**round_ | {"peak_bytes": peak, "predicted_peak_bytes": 72_500_000})
-    header, cells = table_cells(comparison_table([folder]))
-    row = dict(zip(header, cells, strict=True))
-    assert (row["worker's peak memory"], row["predicted peak"]) == ("95.0 MB", "72.5 MB")
+    assert memory_cells(comparison_table([folder]))[1][1:3] == ["95.0 MB", "72.5 MB"]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +305,7 @@ def test_differences_are_listed_and_the_folder_is_not(make_run: MakeRun, tmp_pat
     runs = [make_run("a", "dir=/secret/a"), make_run("b", "dir=/secret/b", "train.lr=0.25", "seed=7")]
     write_report(runs, tmp_path / "report.html")
     words = Page((tmp_path / "report.html").read_text()).words
-    differences = words.partition("differs in")[2].partition("All settings")[0]
+    differences = words.partition("runs differ")[2].partition("All settings")[0]
     assert "train.lr" in differences
     assert "0.25" in differences
     assert "train.epochs" not in differences
@@ -210,7 +315,7 @@ def test_differences_are_listed_and_the_folder_is_not(make_run: MakeRun, tmp_pat
 
 def test_figures_are_png_files_that_show_something(make_run: MakeRun, tmp_path: Path) -> None:
     written = figures(pair(make_run), tmp_path / "figures")
-    assert [path.name for path in written] == ["training.png", "perplexity_vs_kappa.png", "tickets.png"]
+    assert [path.name for path in written] == ["perplexity_vs_kappa.png", "tickets.png", "training.png"]
     for path in written:
         pixels = imread(path)
         assert pixels.shape[1] == plots.WIDTH * plots.DPI
@@ -264,7 +369,6 @@ def test_perplexity_while_training_says_how_much_of_the_test_split(make_run: Mak
     runs = [make_run("a", "eval.watch_windows=16"), make_run("b", "eval.watch_windows=48")]
     write_report(runs, tmp_path / "report.html")
     assert "on the test split's first 16 to 48 windows" in Page((tmp_path / "report.html").read_text()).words
-    assert plots.draw_training(read_runs(runs)).axes[1].get_ylabel().endswith("(16 to 48 test windows)")
 
 
 def test_runs_without_flower_say_that_nothing_was_sent(make_run: MakeRun, tmp_path: Path) -> None:
@@ -272,7 +376,7 @@ def test_runs_without_flower_say_that_nothing_was_sent(make_run: MakeRun, tmp_pa
     moved = {"seconds": 2.0, "loss": 4.0, "dropped": {}, "predicted_bytes": 500_000}
     event = {"event": "round", "round": 1, "bytes_down": {}, "bytes_up": {}, **moved}
     run.events_file.write_text(json.dumps(event) + "\n")
-    assert table_cells(comparison_table([run]))[1][-7:-3] == ["-", "500.0 kB", "-", "-"]
+    assert sent_cells(comparison_table([run]))[1][1:] == ["-", "500.0 kB", "-", "-", "0"]
     write_report([run], tmp_path / "report.html")
     assert "Nothing was sent" in Page((tmp_path / "report.html").read_text()).words
 
@@ -293,9 +397,9 @@ def test_provenance_is_one_column(make_run: MakeRun, tmp_path: Path) -> None:
 
 def test_a_run_without_tickets_has_no_figure_of_them(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("a", draws=0)
-    assert [path.stem for path in figures([run], tmp_path / "figures")] == ["training", "perplexity_vs_kappa"]
+    assert [path.stem for path in figures([run], tmp_path / "figures")] == ["perplexity_vs_kappa", "training"]
     write_report([run], tmp_path / "report.html")
-    assert "no tickets were drawn" in Page((tmp_path / "report.html").read_text()).words
+    assert "No tickets were drawn" in Page((tmp_path / "report.html").read_text()).words
 
 
 def test_rounds_that_failed_and_single_draws_are_drawn(make_run: MakeRun, tmp_path: Path) -> None:
@@ -303,7 +407,7 @@ def test_rounds_that_failed_and_single_draws_are_drawn(make_run: MakeRun, tmp_pa
     run.log("round", round=4, loss=math.nan, dropped={"0": "late"}, seconds=1.0, bytes_down={}, bytes_up={})
     write_report([run], tmp_path / "report.html")
     words = Page((tmp_path / "report.html").read_text()).words
-    assert "Replies that did not count: 1." in words
+    assert "TwIST: 1 reply of workers did not count" in words
     assert not re.search(r"\bnan\b", words)
 
 
@@ -333,6 +437,18 @@ def test_tickets_run_from_small_to_the_full_model(make_run: MakeRun) -> None:
 def test_a_wide_range_is_logarithmic(make_run: MakeRun) -> None:
     figure = plots.draw_perplexity_vs_kappa(read_runs(pair(make_run)))
     assert figure.axes[0].get_yscale() == "log"
+
+
+@pytest.mark.parametrize("decay", [0.5, 3.0])
+def test_panels_of_tickets_have_one_scale(make_run: MakeRun, decay: float) -> None:
+    """Also logarithmic, where the range needs it."""
+    runs = read_runs([make_run("a"), make_run("b", "algorithm=fedavg", decay=decay)])
+    panels = plots.draw_tickets(runs).axes
+    assert len(panels) == 4
+    assert len({(axes.get_ylim(), axes.get_yscale()) for axes in panels}) == 1
+    assert panels[0].get_yscale() == ("log" if decay == 3.0 else "linear")
+    drawn = [value for run in runs for ticket in run.tickets for value in ticket["perplexities"]]
+    assert panels[0].get_ylim()[0] <= min(drawn) <= max(drawn) <= panels[0].get_ylim()[1]
 
 
 @given(st.floats(0.01, 1e5), st.floats(3, 1e5))

@@ -7,8 +7,8 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.table import Column, Table
 
+from twist_fl.cells import markdown, terminal_table
 from twist_fl.checkpoint import RunFolder
 from twist_fl.checks import LaunchError
 from twist_fl.config import Config, load_config
@@ -23,7 +23,6 @@ from twist_fl.results import refuse_other_settings
 from twist_fl.story import results_text
 
 INTERRUPTED = 130
-DEVICES = "deployed devices, as they measured it"
 
 
 def train(console: Console, preset: str, overrides: list[str], strict: bool = True) -> RunFolder:
@@ -52,7 +51,8 @@ def demo(console: Console, directory: Path, overrides: list[str]) -> None:
     console.print(
         "TwIST against FedAvg: the same model, text, batches and optimiser. Ctrl-C is safe: run it again to go on."
     )
-    from twist_fl.compare import comparison_table, table_cells
+    from twist_fl.compare import comparison_table
+    from twist_fl.tables import device_tables, run_tables
 
     runs = []
     for algorithm in ("twist", "fedavg"):
@@ -64,9 +64,8 @@ def demo(console: Console, directory: Path, overrides: list[str]) -> None:
         refuse_other_settings(RunFolder(path), load_config("demo", wanted))
         runs.append(resume(console, path))
     rows = _deployed(runs[0]) or deploy(console, runs[0].path, [])
-    lines = table_cells(comparison_table(runs))
-    console.print(terminal_table("test perplexity, tickets without fine-tuning: mean ± std", lines))
-    console.print(terminal_table(DEVICES, device_cells(rows)))
+    for caption, cells in (run_tables(comparison_table(runs)) | device_tables(rows)).items():
+        console.print(terminal_table(caption, cells))
     report(console, [run.path for run in runs], directory / "report.html")
 
 
@@ -87,9 +86,10 @@ def report(console: Console, paths: list[Path], out: Path) -> None:
 
 
 def publish(console: Console, paths: list[Path], target: Path) -> None:
-    """The runs' results and logs, the table in Markdown and the figures: all that a document quotes, in one folder."""
-    from twist_fl.compare import comparison_table, table_cells
+    """The runs' results and logs, tables in Markdown and the figures: all that a document quotes, in one folder."""
+    from twist_fl.compare import comparison_table
     from twist_fl.report import figures
+    from twist_fl.tables import device_tables, run_tables
 
     runs = [RunFolder(path) for path in finished_runs(paths)]
     for run in runs:
@@ -97,29 +97,12 @@ def publish(console: Console, paths: list[Path], target: Path) -> None:
         for name in ("results.json", "events.jsonl", "deployed.json"):
             if (run.path / name).is_file():
                 write_text((run.path / name).read_text(), copy.path / name)
-    tables = [markdown(table_cells(comparison_table(runs)))]
     deployed = next((rows for run in runs if (rows := _deployed(run))), [])
-    if deployed:
-        tables.append(markdown(device_cells(deployed)))
-    write_text("\n".join(tables), target / "table.md")
+    tables = run_tables(comparison_table(runs)) | (device_tables(deployed) if deployed else {})
+    parts = (f"**{caption}**\n\n{markdown(cells)}" for caption, cells in tables.items())
+    write_text("\n".join(parts), target / "table.md")
     figures(runs, target)
     console.print(f"results, table.md and figures: {target.resolve()}")
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """A header and lines of text as a Markdown table, numbers to the right."""
-    header, *rest = lines
-    rule = ["---", *["---:"] * (len(header) - 1)]
-    return "".join("| " + " | ".join(line) + " |\n" for line in (header, rule, *rest))
-
-
-def terminal_table(title: str, lines: list[list[str]]) -> Table:
-    """A header and lines of text turned on their side, which fits a narrow terminal: a column per run or device."""
-    first, *rest = zip(*lines, strict=True)
-    table = Table(*first[:1], *(Column(name, justify="right") for name in first[1:]), title=title)
-    for row in rest:
-        table.add_row(*row)
-    return table
 
 
 def resume(console: Console, path: Path) -> RunFolder:
@@ -180,30 +163,12 @@ def deploy(console: Console, path: Path, devices: list[str]) -> list[dict[str, A
         events = RunProgress(console, folder, 0).follow(run)
     rows = [event for event in events if event["event"] == "device"]
     if rows:
-        console.print(terminal_table(DEVICES, device_cells(rows)))
+        from twist_fl.tables import device_tables
+
+        for caption, cells in device_tables(rows).items():
+            console.print(terminal_table(caption, cells))
         console.print(
             f"dense models, for AutoModelForCausalLM.from_pretrained, in {folder.path / 'deployed'}", soft_wrap=True
         )
     _require(events, "deployed", folder)
     return rows
-
-
-def device_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """What the devices measured, as text: a header, then a line per device."""
-    from twist_fl.compare import limits_text
-
-    header = ["device", "limits", "ticket", "parameters", "received MB", "perplexity", "ms/token", "peak MB"]
-    lines = [
-        [
-            row["name"],
-            limits_text(row),
-            f"{row['size']}/{row['of']}",
-            f"{row['num_params']:,}",
-            f"{row['bytes_received'] / 1e6:.2f}",
-            f"{row['perplexity']:.2f}",
-            f"{row['ms_per_token']:.2f}",
-            f"{row['peak_mb']:.1f}",
-        ]
-        for row in rows
-    ]
-    return [header, *lines]

@@ -1,8 +1,8 @@
-"""Finished runs side by side: what `plots.py` draws and `report.py` and the command line tabulate."""
+"""Finished runs side by side: what `plots.py` draws and `tables.py` tabulates."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,11 +10,10 @@ from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError
 from twist_fl.files import read_json
 from twist_fl.texts import duration_text as duration_text  # noqa: PLC0414 (whoever compares runs writes these, too)
-from twist_fl.texts import human_bytes
 from twist_fl.texts import perplexity_text as perplexity_text  # noqa: PLC0414
 from twist_fl.texts import size_label as size_label  # noqa: PLC0414
+from twist_fl.words import ALGORITHMS
 
-_ALGORITHMS = {"twist": "TwIST", "fedavg": "FedAvg", "ddp": "DDP"}
 MISSING = "-"
 
 
@@ -43,6 +42,12 @@ class FinishedRun:
     @property
     def predicted_bytes(self) -> int:
         return sum(each.get("predicted_bytes", self.predicted_round_bytes) for each in self.rounds)
+
+    @property
+    def lost_replies(self) -> int:
+        """Replies of workers that did not count, in all rounds."""
+        logged = sum(len(each["dropped"]) for each in self.rounds)
+        return int(self.results.get("lost_replies", logged))
 
     @property
     def full(self) -> float:
@@ -94,7 +99,7 @@ def _rounds_per_interval(config: Mapping[str, Any]) -> int:
 
 def _labels(configs: Sequence[Mapping[str, Any]], folder_names: Sequence[str]) -> list[str]:
     """The algorithm, and of optimiser state, name, folder or number the first that tells runs apart."""
-    labels = [_ALGORITHMS.get(config["algorithm"], config["algorithm"]) for config in configs]
+    labels = [ALGORITHMS[config["algorithm"]][0] for config in configs]
     states = [config["train"]["optimizer_state"] for config in configs]
     if len(set(states)) > 1:
         pairs = zip(labels, states, strict=True)
@@ -127,6 +132,8 @@ class Row:
     moment_bytes: int
     other_bytes: int
     """Blueprints, configuration and metrics."""
+    lost_replies: int
+    """Replies of workers that did not count."""
     peak_bytes: int
     """Most memory a worker held while training; 0 in logs that do not say."""
     predicted_peak_bytes: int
@@ -149,6 +156,7 @@ def row_of(run: FinishedRun) -> Row:
         predicted_weight_bytes=run.predicted_bytes,
         moment_bytes=_wire_bytes(run, "moments"),
         other_bytes=_wire_bytes(run, "other"),
+        lost_replies=run.lost_replies,
         peak_bytes=max((each.get("peak_bytes", 0) for each in run.rounds), default=0),
         predicted_peak_bytes=max((each.get("predicted_peak_bytes", 0) for each in run.rounds), default=0),
         seconds=sum(each["seconds"] for each in run.rounds),
@@ -168,41 +176,6 @@ def kappa(size: str) -> float:
 def sizes_of(rows: Iterable[Row]) -> list[str]:
     """Every ticket size of any run, largest first."""
     return sorted({size for row in rows for size in row.tickets}, key=kappa, reverse=True)
-
-
-def table_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """The comparison as text: a header, then a line per run."""
-    sizes = sizes_of(rows)
-    header = [
-        "run",
-        "full model",
-        *sizes,
-        "weights sent",
-        "predicted",
-        "moments sent",
-        "other sent",
-        "worker's peak memory",
-        "predicted peak",
-        "wall clock of rounds",
-    ]
-    return [header, *([*_cells(row, sizes)] for row in rows)]
-
-
-def _cells(row: Row, sizes: Sequence[str]) -> Iterator[str]:
-    yield row.label
-    yield perplexity_text(row.full)
-    for size in sizes:
-        yield spread_text(*row.tickets[size]) if size in row.tickets else MISSING
-    sent = (row.weight_bytes, row.predicted_weight_bytes, row.moment_bytes, row.other_bytes)
-    for num in (*sent, row.peak_bytes, row.predicted_peak_bytes):
-        yield human_bytes(num) if num else MISSING
-    yield duration_text(row.seconds)
-
-
-def limits_text(device: Mapping[str, Any]) -> str:
-    """What a device's ticket had to meet: '3.5 MB, 20 ms, κ 0.25'."""
-    forms = {"memory_mb": "{:g} MB", "latency_ms": "{:g} ms", "kappa": "κ {:.3g}"}
-    return ", ".join(form.format(device[key]) for key, form in forms.items() if device.get(key) is not None) or MISSING
 
 
 def spread_text(mean: float, std: float) -> str:

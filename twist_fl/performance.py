@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from twist_fl.commands import markdown
+from twist_fl.cells import markdown
 
 Found = Mapping[str, Mapping[str, Any]]
 """What each benchmark found, by its name."""
@@ -89,18 +89,23 @@ def _round(found: Row) -> str:
     ]
     for case in found["cases"]:
         size = f"`both` {case['keep']}/{case['of']}, S = {found['settings']['workers']}"
+        rows = [{"phase": name} | phase for name, phase in case["phases"].items()]
         phases = table(
-            ({"phase": name} | phase for name, phase in case["phases"].items()),
+            rows,
             ("phase", lambda r: str(r["phase"])),
             ("where", lambda r: places[r["at"]]),
             ("copies", lambda r: str(r["copies"])),
             ("MB", lambda r: number(r["bytes"] / 1e6)),
             ("TFLOP", lambda r: number(r["flops"] / 1e12)),
+        )
+        times = table(
+            rows,
+            ("phase", lambda r: str(r["phase"])),
             ("floor s", lambda r: number(r["floor_seconds"])),
             ("measured s", lambda r: number(r["seconds"])),
             ("measured / floor", lambda r: number(r["seconds"] / r["floor_seconds"]) if r["floor_seconds"] else "-"),
         )
-        parts.append(f"{size}: {case['subnet_params']:,} parameters a worker\n\n{phases}")
+        parts.append(f"{size}: {case['subnet_params']:,} parameters a worker\n\n{phases}\n{times}")
     return "\n".join(parts)
 
 
@@ -112,16 +117,23 @@ def _ddp(found: Row) -> str:
         f"{settings['workers']} processes of one thread.\n\n"
     )
     papers = ("paper_speed_up", "paper_step_speed_up")
-    return about + table(
-        [found["ddp"] | one | dict.fromkeys(papers, 1), *found["rows"]],
-        ("", lambda r: f"`{r['setting']}` {r['keep']}/{r['of']}" if "keep" in r else "DDP"),
+    rows = [found["ddp"] | one | dict.fromkeys(papers, 1), *found["rows"]]
+    names: Column = ("", lambda r: f"`{r['setting']}` {r['keep']}/{r['of']}" if "keep" in r else "DDP")
+    speeds = table(
+        rows,
+        names,
         ("ms/batch", lambda r: number(1e3 * r["seconds"])),
         *_speed_up(("paper", lambda r: " / ".join(f"{r[key]:.2f}" for key in papers if key in r))),
+    )
+    memory = table(
+        rows,
+        names,
         ("peak MB", lambda r: number(r["peak_mb"])),
         ("of DDP", lambda r: f"{r['memory']:.2f}"),
         ("paper", lambda r: f"{r['paper_memory']:.2f}"),
         ("MB a round", lambda r: number(r["mb_per_interval"])),
     )
+    return f"{about}{speeds}\n{memory}"
 
 
 def _ddp_flower(found: Row) -> str:
@@ -158,19 +170,25 @@ def _growth_server(found: Row) -> str:
 
 
 def _growth_sizes(found: Row) -> str:
-    return table(
+    name: Column = ("GPT-2", lambda r: str(r["size"]))
+    models = table(
         found["sizes"],
-        ("GPT-2", lambda r: str(r["size"])),
+        name,
         ("M parameters", lambda r: number(r["num_params"] / 1e6)),
-        ("subnet", lambda r: f"{r['keep']}/{r['of']}"),
-        ("M", lambda r: number(r["subnet_params"] / 1e6)),
+        ("blocks kept", lambda r: f"{r['keep']}/{r['of']}"),
+        ("M of the subnet", lambda r: number(r["subnet_params"] / 1e6)),
         ("MB each way", lambda r: number(r["mb_each_way"])),
         ("TFLOP/step", lambda r: number(r["tflop_step"])),
+    )
+    costs = table(
+        found["sizes"],
+        name,
         ("training GiB", lambda r: number(r["training_gib"])),
         ("server s a round", lambda r: number(r["server_seconds"])),
         ("server GB", lambda r: number(r["server_gb"])),
         ("layers measured", lambda r: f"{r['layers_measured']} of {r['layers']}"),
     )
+    return f"{models}\n{costs}"
 
 
 def _wire(found: Row) -> str:
@@ -201,8 +219,7 @@ def _step(found: Row) -> str:
 def _server(found: Row) -> str:
     return table(
         found["rows"],
-        ("work", lambda r: str(r["work"])),
-        ("threads", lambda r: str(r["threads"])),
+        ("work (threads)", lambda r: f"{r['work']} ({r['threads']})"),
         ("MB", lambda r: number(r["mb"])),
         ("before, s", lambda r: number(r["rival"]) if r["rival"] else "-"),
         ("limit s", lambda r: number(r["limit"])),

@@ -19,6 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from twist_fl.compare import FinishedRun, kappa, size_label
+from twist_fl.words import LOWER
 
 # Okabe and Ito's palette without yellow, told apart with any common colour blindness; markers for those without colour.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#808080")
@@ -27,6 +28,8 @@ LINES = ("-", "--", ":", "-.")
 WIDTH = 4.5
 """Inches; text of 10 points is then 11 pixels high on a phone of 390."""
 DPI = 200
+PERPLEXITY = f"test perplexity\n({LOWER})"
+"""The name of an axis of perplexities."""
 LOG_FROM = 3.0
 """A perplexity axis is logarithmic if its values span more than this factor."""
 _STYLE = {
@@ -49,8 +52,8 @@ NO_LINE = {"linestyle": "none"}
 
 def drawings(runs: Sequence[FinishedRun]) -> dict[str, Draw]:
     """The figures that these runs have data for, by name."""
-    found: dict[str, Draw] = {"training": draw_training, "perplexity_vs_kappa": draw_perplexity_vs_kappa}
-    return found | ({"tickets": draw_tickets} if ticket_sizes(runs) else {})
+    tickets: dict[str, Draw] = {"tickets": draw_tickets} if ticket_sizes(runs) else {}
+    return {"perplexity_vs_kappa": draw_perplexity_vs_kappa, **tickets, "training": draw_training}
 
 
 def save_png(draw: Callable[[], Figure], path: Path) -> None:
@@ -121,7 +124,7 @@ def draw_training(runs: Sequence[FinishedRun]) -> Figure:
         every = max(1, len(evaluations) // 12)
         perplexity.plot(*_columns(evaluations), **look, markersize=4, linewidth=1.4, markevery=every)
     loss.set_ylabel("training loss\n(nats per token)")
-    perplexity.set_ylabel(f"full model's perplexity\n({watched(runs)} test windows)")
+    perplexity.set_ylabel(f"full model's perplexity\n({LOWER})")
     perplexity.set_xlabel(_rounds_label(runs))
     perplexity.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     scale_perplexity(perplexity, [value for run in runs for value in run.full_by_interval.values()])
@@ -154,8 +157,8 @@ def draw_perplexity_vs_kappa(runs: Sequence[FinishedRun]) -> Figure:
         axes.errorbar(places, means, yerr=stds, fmt="none", color=look["color"], capsize=3, elinewidth=2)
         axes.vlines(places, least, most, color=look["color"], linewidth=0.8)
         values += least + most
-    axes.set_xlabel("κ: blocks held / blocks in the layer")
-    axes.set_ylabel("test perplexity")
+    axes.set_xlabel("blocks kept of a divided layer (their share is κ)")
+    axes.set_ylabel(PERPLEXITY)
     _size_ticks(axes, ["1/1", *ticket_sizes(runs)], runs)
     scale_perplexity(axes, values)
     return figure
@@ -175,21 +178,22 @@ def _size_ticks(axes: Axes, sizes: Sequence[str], runs: Sequence[FinishedRun]) -
 
 
 def draw_tickets(runs: Sequence[FinishedRun]) -> Figure:
-    """Perplexity of every drawn ticket: a panel per size, a box and a strip of dots per run."""
+    """Perplexity of every drawn ticket, all on one scale: a panel per size, a box and a strip of dots per run."""
     sizes = ticket_sizes(runs)[::-1]
     rows = -(-len(sizes) // 2)
     figure = figure_of(0.2 + 2.0 * rows, _run_looks(runs))
-    panels = figure.subplots(rows, 2, squeeze=False).flatten()
-    for axes, size in zip(panels, sizes, strict=False):
-        _draw_size(axes, size, runs)
+    panels = figure.subplots(rows, 2, squeeze=False, sharey=True).flatten()
+    every = [value for axes, size in zip(panels, sizes, strict=False) for value in _draw_size(axes, size, runs)]
     for axes in panels[len(sizes) :]:
         axes.set_visible(False)
     for axes in panels[: len(sizes) : 2]:
-        axes.set_ylabel("test perplexity")
+        axes.set_ylabel(PERPLEXITY)
+    scale_perplexity(panels[0], every)
     return figure
 
 
-def _draw_size(axes: Axes, size: str, runs: Sequence[FinishedRun]) -> None:
+def _draw_size(axes: Axes, size: str, runs: Sequence[FinishedRun]) -> list[float]:
+    """What was drawn into the panel."""
     every: list[float] = []
     for i, (run, look) in enumerate(zip(runs, _run_looks(runs).values(), strict=True)):
         drawn = [ticket["perplexities"] for ticket in run.tickets if size_label(ticket) == size]
@@ -199,7 +203,7 @@ def _draw_size(axes: Axes, size: str, runs: Sequence[FinishedRun]) -> None:
     axes.set_title(f"{size} blocks", fontsize=10)
     axes.set_xticks([])
     axes.set_xlim(-0.6, len(runs) - 0.4)
-    scale_perplexity(axes, every)
+    return every
 
 
 def box(axes: Axes, values: Sequence[float], place: float, width: float, look: Mapping[str, Any]) -> None:

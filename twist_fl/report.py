@@ -11,42 +11,18 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from twist_fl import plots
+from twist_fl.cells import Cells
 from twist_fl.checkpoint import RunFolder
-from twist_fl.compare import (
-    MISSING,
-    FinishedRun,
-    Row,
-    comparison_table,
-    duration_text,
-    kappa,
-    limits_text,
-    perplexity_text,
-    read_runs,
-    row_of,
-    size_label,
-    sizes_of,
-    table_cells,
-)
+from twist_fl.compare import MISSING, FinishedRun, Row, read_runs, row_of
+from twist_fl.conclusions import conclusions
 from twist_fl.files import write_text
-from twist_fl.webpage import details, figure, note, page, table
-
-__all__ = ["Row", "comparison_table", "duration_text", "figures", "table_cells", "write_report"]
-
-_DEVICE_COLUMNS = {
-    "name": "device",
-    "limits": "limits",
-    "size": "blocks",
-    "num_params": "parameters",
-    "weight_mb": "weights, MB",
-    "bytes_received": "bytes received",
-    "perplexity": "perplexity",
-    "ms_per_token": "ms per token",
-    "peak_mb": "peak memory, MB",
-}
+from twist_fl.tables import DEVICE_BYTES, DEVICES, MEMORY, PERPLEXITY, SENT, device_tables, run_tables, ticket_cells
+from twist_fl.webpage import details, figure, note, page, paragraph, table, terms
+from twist_fl.words import ALGORITHMS, LOWER, WORDS
 
 
 def figures(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
-    """Write training.png, perplexity_vs_kappa.png and, where tickets were drawn, tickets.png."""
+    """Write perplexity_vs_kappa.png, training.png and, where tickets were drawn, tickets.png."""
     finished = read_runs(runs)
     folder.mkdir(parents=True, exist_ok=True)
     written = []
@@ -62,19 +38,21 @@ def write_report(
     deployed: Sequence[Mapping[str, Any]] = (),
     title: str = "TwIST on Flower: run report",
 ) -> None:
-    """Write `out`: summary, table, figures, deployed devices, configuration and provenance of finished `runs`.
+    """Write `out`: what to conclude, what the words mean, tables, figures, devices, configuration and provenance.
 
     `deployed` has a mapping per edge device, as in deployed.json; what is missing shows as a dash.
     Raises ConfigError for a run that has not finished.
     """
     finished = read_runs(runs)
-    rows = [row_of(run) for run in finished]
+    tables = run_tables(rows := [row_of(run) for run in finished])
     body = [
         f"<h1>{escape(title)}</h1>",
         *_summary(finished),
-        *_comparison(finished, rows),
+        *_words(finished),
+        *_perplexities(finished, tables),
         *_figures(finished),
         *_devices(deployed),
+        *_costs(rows, tables),
         *_configuration(finished),
         *_provenance(finished),
     ]
@@ -82,52 +60,58 @@ def write_report(
 
 
 def _summary(runs: Sequence[FinishedRun]) -> Iterator[str]:
-    yield "<ul>"
+    """What the numbers say, and what would make them say less."""
+    yield paragraph(f"Perplexity: {LOWER}. {' '.join(conclusions(runs))}")
     for run in runs:
-        yield f"<li><b>{escape(run.label)}</b>: {escape(_in_words(run))}</li>"
-    yield "</ul>"
+        if run.lost_replies:
+            yield paragraph(
+                f"{run.label}: {run.lost_replies:,} {'reply' if run.lost_replies == 1 else 'replies'} of workers did "
+                "not count; those rounds are the mean of the others."
+            )
+    seeds = _each([str(run.config["seed"]) for run in runs])
+    yield note(f"A run is one training with one seed ({seeds}): small differences may be chance.")
 
 
-def _in_words(run: FinishedRun) -> str:
-    """The full model's perplexity, and how many times that of it a ticket of about a third of the blocks has."""
-    full = f"the full model has perplexity {perplexity_text(run.full)}"
-    if not run.tickets:
-        return f"{full}; no tickets were drawn."
-    ticket = min(run.tickets, key=lambda each: abs(kappa(size_label(each)) - 1 / 3))
-    return (
-        f"{full}; random tickets of {size_label(ticket)} blocks, without fine-tuning, have "
-        f"{perplexity_text(ticket['mean'])} on average, {ticket['mean'] / run.full:.3g} times that."
-    )
+def _words(runs: Sequence[FinishedRun]) -> Iterator[str]:
+    yield "<h2>What the words mean</h2>"
+    present = dict.fromkeys(run.config["algorithm"] for run in runs)
+    yield terms(WORDS | dict(ALGORITHMS[algorithm] for algorithm in present))
 
 
-def _comparison(runs: Sequence[FinishedRun], rows: Sequence[Row]) -> Iterator[str]:
-    yield "<h2>Comparison</h2>"
-    yield table(table_cells(rows))
+def _perplexities(runs: Sequence[FinishedRun], tables: Mapping[str, Cells]) -> Iterator[str]:
+    yield "<h2>Perplexity</h2>"
+    yield table(tables[PERPLEXITY], PERPLEXITY)
     tokens = _each([f"{run.results['test_tokens']:,}" for run in runs], "tokens")
     yield note(
-        f"Perplexity on the test split ({tokens}). Under k/n: mean ± standard deviation over random tickets "
-        f"({_each([_draws(run) for run in runs], 'per size')}) of k of the n blocks in every divided layer. "
-        "Bytes are both directions of all rounds and workers. Peak memory is the most that a worker held while it "
-        "trained, above what it held before it had a model: on a GPU what torch allocated, else resident memory, with "
-        "what libraries and messages take. Predicted for it is the cost model's: weights, gradients and two moments, "
-        "16 bytes a parameter, and 0.06 GiB; no activations. Wall clock is without evaluation."
+        f"Measured on the test split ({tokens}), which no run has trained on. k/n: random tickets "
+        f"({_each([_draws(run) for run in runs], 'per size')}) of k of the n blocks in every divided layer."
+    )
+    every = [
+        table(ticket_cells(run.tickets), f"{run.label}: perplexity ({LOWER}) of {_draws(run)} random tickets per size")
+        for run in runs
+        if run.tickets
+    ]
+    if every:
+        yield details("Every ticket size", "\n".join(every))
+
+
+def _costs(rows: Sequence[Row], tables: Mapping[str, Cells]) -> Iterator[str]:
+    yield "<h2>Bytes, memory, time</h2>"
+    yield table(tables[SENT], SENT)
+    yield note(
+        "Predicted is what the paper's Appendix C counts. Moments are the two running averages that Adam, the "
+        "optimiser, keeps for each weight: twice the weights' bytes where they travel. All else: which blocks a worker "
+        "holds, its configuration, its metrics. Replies lost did not count."
     )
     if not any(row.weight_bytes for row in rows):
         yield note("Nothing was sent: the runs trained in one process. Predicted is what they would have sent.")
-    lost = [sum(len(each["dropped"]) for each in run.rounds) for run in runs]
-    if any(lost):
-        yield note(f"Replies that did not count: {_each([str(number) for number in lost])}.")
-    if sizes_of(rows):
-        yield details("Every ticket size", table(list(_ticket_rows(runs))))
-
-
-def _ticket_rows(runs: Sequence[FinishedRun]) -> Iterator[list[str]]:
-    yield ["run", "blocks", "κ", "parameters", "draws", "mean", "std", "min", "max"]
-    for run in runs:
-        for ticket in run.tickets:
-            size, spread = size_label(ticket), [perplexity_text(ticket[key]) for key in ("mean", "std", "min", "max")]
-            counts = [f"{ticket['num_params']:,}", str(len(ticket["perplexities"]))]
-            yield [run.label, size, f"{kappa(size):.3f}", *counts, *spread]
+    yield table(tables[MEMORY], MEMORY)
+    yield note(
+        "Peak memory is the most that a worker held while it trained, above what it held before it had a model: on a "
+        "GPU what torch allocated, else resident memory, with what libraries and messages take. Predicted for it is "
+        "what the paper counts: weights, gradients and two moments, 16 bytes a parameter, and 0.06 GiB, without "
+        "activations. The wall clock is without evaluation."
+    )
 
 
 def _figures(runs: Sequence[FinishedRun]) -> Iterator[str]:
@@ -135,13 +119,14 @@ def _figures(runs: Sequence[FinishedRun]) -> Iterator[str]:
     draws = f"{_each([_draws(run) for run in runs], 'draws per size')}. {seeds}"
     captions = {
         "training": f"Training loss of every round (thin) and its mean over {plots.smoothing_rounds(runs)} "
-        f"intervals (bold); perplexity of the full model on the test split's first {plots.watched(runs)} windows. "
-        f"{seeds}",
-        "perplexity_vs_kappa": "Perplexity of random tickets without fine-tuning against their size; rightmost, the "
-        f"full model. Bars: one standard deviation; thin lines: lowest to highest draw. {draws}",
-        "tickets": "Perplexity of every random ticket: a dot per draw; boxes from the first to the third quartile with "
-        "the median, whiskers to the extremes. Runs stand in the legend's order; each panel has its own scale. "
-        f"{draws}",
+        f"intervals (bold); below, perplexity of the full model on the test split's first {plots.watched(runs)} "
+        f"windows. Of both, {LOWER}. {seeds}",
+        "perplexity_vs_kappa": f"Perplexity ({LOWER}) of random tickets without fine-tuning, by the blocks they hold; "
+        "rightmost, the full model. A flat line: small models are as good as the whole. Bars: one standard "
+        f"deviation; thin lines: lowest to highest draw. {draws}",
+        "tickets": f"Perplexity ({LOWER}) of every random ticket: a dot per draw; boxes from the first to the third "
+        "quartile with the median, whiskers to the extremes. All panels have one scale, runs stand in the legend's "
+        f"order. {draws}",
     }
     titles = {
         "training": "Training",
@@ -162,27 +147,15 @@ def _draws(run: FinishedRun) -> str:
 def _devices(deployed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if not deployed:
         return
-    yield "<h2>Edge devices</h2>"
-    lines = [[_device_text(device, key) for key in _DEVICE_COLUMNS] for device in deployed]
-    yield table([list(_DEVICE_COLUMNS.values()), *lines])
+    yield "<h2>Models on devices</h2>"
+    tables = device_tables(deployed)
+    yield table(tables[DEVICES], DEVICES)
     yield note(
-        "Each device got the largest ticket that meets its limits, as a dense model: MB are of weights and the KV "
-        "cache of one full context, ms are the device's own a token, κ is the share of a layer's blocks. Perplexity, "
-        "latency and peak memory are measured on the device's side; bytes are of every ticket it was sent to find one."
+        "Each device got the largest ticket that meets its limits, as a model of its own: MB are of weights and the KV "
+        "cache of one full context, ms are the device's own a token, κ is the share of a divided layer's blocks."
     )
-
-
-def _device_text(device: Mapping[str, Any], key: str) -> str:
-    if key == "limits":
-        return limits_text(device)
-    value = device.get(key)
-    if value is None:
-        return MISSING
-    if key == "size":
-        return size_label(device) if "of" in device else str(value)
-    if key == "perplexity":
-        return perplexity_text(value)
-    return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    yield table(tables[DEVICE_BYTES], DEVICE_BYTES)
+    yield note("Peak memory is measured on the device's side; received are all tickets it was sent to find one.")
 
 
 def _configuration(runs: Sequence[FinishedRun]) -> Iterator[str]:
@@ -192,7 +165,9 @@ def _configuration(runs: Sequence[FinishedRun]) -> Iterator[str]:
     differing = [key for key in keys if len({str(each.get(key)) for each in flat}) > 1]
     if differing:
         lines = [[key, *(str(each.get(key, MISSING)) for each in flat)] for key in differing]
-        yield table([["differs in", *(run.label for run in runs)], *lines], words=True)
+        yield table(
+            [["setting", *(run.label for run in runs)], *lines], "Settings in which the runs differ", words=True
+        )
     elif len(runs) > 1:
         yield note("The runs have the same configuration.")
     for run in runs:
@@ -211,7 +186,9 @@ def _provenance(runs: Sequence[FinishedRun]) -> Iterator[str]:
     yield "<h2>Provenance</h2>"
     facts = [_facts(run) for run in runs]
     yield table(
-        [["", "of the runs"], *([name, _each([each[name] for each in facts])] for name in facts[0])], words=True
+        [["", "of the runs"], *([name, _each([each[name] for each in facts])] for name in facts[0])],
+        "Where the numbers come from",
+        words=True,
     )
     if any(each["commit"].endswith("+") for each in facts):
         yield note("A plus after the commit: the tree had uncommitted changes.")

@@ -10,17 +10,20 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from twist_fl.blueprint import draw_ticket
+from twist_fl.cells import Cells
 from twist_fl.checkpoint import RunFolder
 from twist_fl.compare import MISSING, perplexity_text, size_label
 from twist_fl.cost import state_bytes
 from twist_fl.evaluate import blocks_per_layer, perplexity, ticket_sizes
 from twist_fl.experiments import runs
-from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
+from twist_fl.experiments.shared import of_perplexity
 from twist_fl.job import Job
 from twist_fl.look import load_final
 from twist_fl.plots import LOG_FROM, NO_LINE, figure_of, log_ticks, looks_of
 from twist_fl.texts import human_bytes
+from twist_fl.words import LOWER
 
 MIXED = "blueprint.num_sub=[12,6,4,3]"
 DRAWN = (6, 3)
@@ -118,14 +121,21 @@ def collect(lab: Lab) -> Data:
 
 def tables(data: Data) -> dict[str, Cells]:
     sizes = [size_label(ticket) for ticket in data["rows"][0]["tickets"]]
-    header = ["TwIST, both 6/12, with", "full model", *sizes, "weights per interval", "moments per interval"]
-    return {"Perplexity by what is changed": [header, *map(_cells, data["rows"])]}
+    what, rows = "TwIST, both 6/12, with", data["rows"]
+    return {
+        of_perplexity("by what is changed"): [
+            [what, "full model", *sizes],
+            *([row["label"], perplexity_text(row["full"]), *map(_ticket, row["tickets"])] for row in rows),
+        ],
+        "What is sent per interval, by what is changed": [
+            [what, "weights", "moments"],
+            *([row["label"], *_sent(row["interval_bytes"])] for row in rows),
+        ],
+    }
 
 
-def _cells(row: Data) -> list[str]:
-    moved = row["interval_bytes"]
-    sent = [human_bytes(round(moved[key])) if moved[key] else MISSING for key in ("weights", "moments")]
-    return [row["label"], perplexity_text(row["full"]), *map(_ticket, row["tickets"]), *sent]
+def _sent(moved: Data) -> list[str]:
+    return [human_bytes(round(moved[key])) if moved[key] else MISSING for key in ("weights", "moments")]
 
 
 def _ticket(ticket: Data) -> str:
@@ -156,13 +166,14 @@ def draw(data: Data) -> Figure:
         ticks = log_ticks(*axes.get_xlim())
         axes.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("test perplexity")
+    axes.set_xlabel(f"test perplexity ({LOWER})")
     return figure
 
 
 def reading(data: Data) -> str:
     base = data["rows"][0]
     return (
+        f"Perplexity: {LOWER}. "
         f"A line is one training run; tickets are means over {base['draws']} random ones. Dashed: the base's values. "
         f"Seed {base['seed']}."
     )

@@ -8,11 +8,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from twist_fl.cells import Cells
 from twist_fl.experiments.lab import Lab, Task
 
 Data = dict[str, Any]
-Cells = list[list[str]]
-"""A table: a header, then lines, all text."""
 
 
 @dataclass(frozen=True)

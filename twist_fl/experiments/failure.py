@@ -12,14 +12,17 @@ from matplotlib.figure import Figure
 
 from twist_fl.blocks import KINDS, Layout
 from twist_fl.blueprint import Blueprint, Division, Scale, full_blueprint
+from twist_fl.cells import Cells, turned
 from twist_fl.checkpoint import RunFolder
 from twist_fl.compare import perplexity_text
 from twist_fl.evaluate import Tickets, blocks_per_layer, perplexity
 from twist_fl.experiments import runs
-from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
+from twist_fl.experiments.shared import of_perplexity
 from twist_fl.look import load_final
-from twist_fl.plots import figure_of, looks_of, scale_perplexity
+from twist_fl.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
+from twist_fl.words import LOWER
 
 LOST = [0, 1, 2, 3, 4, 6, 8, 9]
 """Nodes lost, of as many as a layer has blocks."""
@@ -99,17 +102,17 @@ def collect(lab: Lab) -> Data:
 
 def tables(data: Data) -> dict[str, Cells]:
     """Mean and worst case."""
+    what = of_perplexity("mean (worst) over choices of the lost nodes")
     return {
-        "Perplexity, mean (worst) over choices of the lost nodes; the nodes know how many are left": _cells(
-            data, "scaled"
-        ),
+        f"{what}; the nodes know how many are left": _cells(data, "scaled"),
         "The same without the scale factor": _cells(data, "unscaled"),
     }
 
 
 def _cells(data: Data, scale: str) -> Cells:
+    """A line per number of lost nodes, a column per run."""
     header = ["nodes lost", *(str(row["lost"]) for row in data["runs"][0][scale])]
-    return [header, *([run["label"], *map(_cell, run[scale])] for run in data["runs"])]
+    return turned([header, *([run["label"], *map(_cell, run[scale])] for run in data["runs"])])
 
 
 def _cell(row: Data) -> str:
@@ -131,7 +134,7 @@ def draw(data: Data) -> Figure:
             panel.fill_between(lost, least, most, color=look["color"], alpha=0.13, linewidth=0)
         panel.set_xticks([row["lost"] for row in data["runs"][0]["scaled"]])
         panel.set_xlabel(f"nodes lost, of {data['runs'][0]['nodes']}")
-    axes[0].set_ylabel("test perplexity")
+    axes[0].set_ylabel(PERPLEXITY)
     scale_perplexity(axes[0], every)
     return figure
 
@@ -143,6 +146,7 @@ def reading(data: Data) -> str:
     first = data["runs"][0]
     most = max(len(row["perplexities"]) for row in first["scaled"])
     return (
+        f"Perplexity: {LOWER}. "
         f"Lines: the mean over up to {most} choices of lost nodes; bands: from the best to the worst choice. Seed "
         f"{first['seed']}."
     )

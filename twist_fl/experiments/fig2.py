@@ -10,8 +10,9 @@ from transformers import GPT2Config
 
 from twist_fl.blocks import make_layout
 from twist_fl.blueprint import Division, draw_ticket
+from twist_fl.cells import Cells
 from twist_fl.cost import training_gib
-from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab
 from twist_fl.plots import figure_of, looks_of
 
@@ -49,18 +50,14 @@ def tables(data: Data) -> dict[str, Cells]:
         "model",
         "parameters",
         "full, GiB",
-        *(f"half, {way}, {unit}" for way in ("ends whole", "all divided") for unit in ("GiB", "share")),
+        *(f"half, {way}, GiB (share)" for way in ("ends whole", "all divided")),
     ]
     lines = [
         [
             name,
             f"{model['params']:,}",
             f"{model['full_gib']:.2f}",
-            *(
-                text
-                for way in UNDIVIDED
-                for text in (f"{model['half_gib'][way]:.2f}", f"{100 * model['share'][way]:.1f} %")
-            ),
+            *(f"{model['half_gib'][way]:.2f} ({100 * model['share'][way]:.1f} %)" for way in UNDIVIDED),
         ]
         for name, model in data["models"].items()
     ]

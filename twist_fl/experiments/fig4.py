@@ -9,7 +9,8 @@ from statistics import fmean, median, stdev
 from matplotlib.figure import Figure
 
 from twist_fl.blueprint import Setting
-from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.cells import Cells
+from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
 from twist_fl.experiments.runs import DDP, twist
 from twist_fl.experiments.shared import (
@@ -25,6 +26,7 @@ from twist_fl.experiments.shared import (
     tickets,
 )
 from twist_fl.plots import NO_LINE, box, figure_of, looks_of
+from twist_fl.words import LOWER
 
 SIZES = (4, 6, 8, 10)
 TRAINED = 6
@@ -56,16 +58,19 @@ def collect(setting: Setting, lab: Lab) -> Data:
 
 def tables(data: Data) -> dict[str, Cells]:
     lines = [
-        [size, name, *(f"{value:.3f}" for value in _summary(data["losses"][name][size]))]
-        for size in map(label, SIZES)
-        for name in LOOKS
+        [size, name, *_texts(*_summary(data["losses"][name][size]))] for size in map(label, SIZES) for name in LOOKS
     ]
-    text = f"Test loss of random tickets in nats per token, setting {data['setting']}"
-    header = ["blocks", "run", "median", "mean", "standard deviation", "lowest", "highest"]
+    text = f"Test loss ({LOWER}) of random tickets in nats per token, setting {data['setting']}"
+    header = ["blocks kept", "run", "median", "mean ± std", "lowest", "highest"]
     return {caption(text, data): [header, *lines]}
 
 
-def _summary(losses: list[float]) -> tuple[float, ...]:
+def _texts(middle: float, mean: float, spread: float, least: float, most: float) -> list[str]:
+    return [f"{middle:.3f}", f"{mean:.3f} ± {spread:.3f}", f"{least:.3f}", f"{most:.3f}"]
+
+
+def _summary(losses: list[float]) -> tuple[float, float, float, float, float]:
+    """Median, mean, standard deviation, lowest, highest."""
     spread = stdev(losses) if len(losses) > 1 else 0.0
     return median(losses), fmean(losses), spread, min(losses), max(losses)
 
@@ -93,13 +98,14 @@ def draw(data: Data) -> Figure:
     axes.set_xlim(-0.5, len(SIZES) - 0.5)
     axes.grid(visible=False, axis="x")
     axes.set_xlabel(f"blocks in a layer of the ticket ({data['setting']})")
-    axes.set_ylabel("test loss (nats per token)")
+    axes.set_ylabel(f"test loss (nats per token,\n{LOWER})")
     return figure
 
 
 def reading(data: Data) -> str:
     return (
-        "A dot is a ticket; boxes reach from the first to the third quartile, with the median, whiskers to the "
+        f"Test loss ({LOWER}). "
+        f"A dot is a ticket; boxes reach from the first to the third quartile, with the median, whiskers to the "
         f"extremes. {draws(data)}"
     )
 

@@ -13,12 +13,24 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from twist_fl.blueprint import Setting
+from twist_fl.cells import Cells
 from twist_fl.compare import MISSING, perplexity_text
-from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
 from twist_fl.experiments.runs import twist
-from twist_fl.experiments.shared import PAPER, SE_6, about, caption, draws, label, seeds, ticket_rows, tickets
-from twist_fl.plots import LOG_FROM, figure_of, log_ticks
+from twist_fl.experiments.shared import (
+    PAPER,
+    SE_6,
+    about,
+    caption,
+    draws,
+    label,
+    of_perplexity,
+    seeds,
+    ticket_rows,
+    tickets,
+)
+from twist_fl.plots import LOG_FROM, PERPLEXITY, figure_of, log_ticks
 
 SIZES = (4, 6, 8, 10)
 LABELS = tuple(map(label, SIZES))
@@ -55,10 +67,10 @@ def _paper_cells(setting: Setting) -> dict[str, dict[str, float]]:
 
 
 def tables(data: Data) -> dict[str, Cells]:
-    what = f"test perplexity of tickets, setting {data['setting']}, by size in training and in evaluation"
+    what = f"mean of tickets, setting {data['setting']}, by size in training and in evaluation"
     return {
-        caption(f"Mean {what}", data): _cells(data["mean"]),
-        f"The paper's {what}, where it is printed": _cells(data["paper"]),
+        caption(of_perplexity(what), data): _cells(data["mean"]),
+        f"The same in the paper, setting {data['setting']}, where it is printed": _cells(data["paper"]),
     }
 
 
@@ -120,13 +132,13 @@ def draw(data: Data) -> Figure:
     ticks = [tick for tick in ticks if low <= tick <= high]
     bar = figure.colorbar(image, ax=axes, ticks=ticks)
     bar.set_ticks(ticks, labels=[f"{tick:,.10g}" for tick in ticks])
-    bar.set_label("mean test perplexity")
+    bar.set_label(f"mean {PERPLEXITY}")
     bar.ax.minorticks_off()
     return figure
 
 
 def reading(data: Data) -> str:
-    return f"Yellow is best. A cell is the mean over {draws(data)}"
+    return f"Yellow is best: perplexity is lowest there. A cell is the mean over {draws(data)}"
 
 
 def _readable(color: Any) -> str:

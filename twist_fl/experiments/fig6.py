@@ -9,8 +9,9 @@ from transformers import GPT2Config
 
 from twist_fl.blocks import make_layout
 from twist_fl.blueprint import Division, Setting, draw_ticket
+from twist_fl.cells import Cells
 from twist_fl.cost import step_flops
-from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
 from twist_fl.experiments.latency import FULL, MEASURE, shape_name, subnet
 from twist_fl.experiments.runs import DDP
@@ -62,21 +63,15 @@ def _paper_flops() -> dict[str, float]:
 
 
 def tables(data: Data) -> dict[str, Cells]:
-    ours, paper = data["ms"], data["paper"]
-    header = ["shape", "ms per batch", "of DDP's", "FLOPs of DDP's", "paper's ms", "paper's of DDP's", "paper's FLOPs"]
-    lines = [
-        [
-            name,
-            f"{ours[name]:.2f}",
-            f"{ours[name] / ours[FULL]:.3f}",
-            f"{data['flops'][name]:.3f}",
-            f"{paper[name]:.0f}",
-            f"{paper[name] / paper[FULL]:.3f}",
-            f"{data['paper_flops'][name]:.3f}",
-        ]
-        for name in SHAPES
-    ]
-    return {caption("Time of a training step", data): [header, *lines]}
+    return {
+        caption("Time of a training step", data): _cells(data["ms"], data["flops"], 2),
+        "The same in the paper, GPT-2 124M on a P100": _cells(data["paper"], data["paper_flops"], 0),
+    }
+
+
+def _cells(ms: dict[str, float], flops: dict[str, float], decimals: int) -> Cells:
+    lines = [[name, f"{ms[name]:.{decimals}f}", f"{ms[name] / ms[FULL]:.3f}", f"{flops[name]:.3f}"] for name in SHAPES]
+    return [["shape", "ms per batch", "of DDP's time", "of DDP's FLOPs"], *lines]
 
 
 def notes(data: Data) -> list[str]:
@@ -95,20 +90,20 @@ def notes(data: Data) -> list[str]:
 
 
 def draw(data: Data) -> Figure:
-    """A bar per shape with its time, and where it would end if time went as FLOPs do."""
-    figure = figure_of(3.2, {"DDP's time x share of its FLOPs": FLOPS})
+    """A bar per shape with its time, of DDP's so that both machines share a scale; and its share of DDP's FLOPs."""
+    figure = figure_of(3.2, {"FLOPs, of DDP's": FLOPS})
     names = list(SHAPES)
     sides = (("ours", data["ms"], data["flops"]), ("paper", data["paper"], data["paper_flops"]))
-    for axes, (whose, ms, flops) in zip(figure.subplots(1, 2), sides, strict=True):
-        bars = axes.bar(range(len(names)), [ms[name] for name in names], color=COLORS[0], width=0.85)
+    for axes, (whose, ms, flops) in zip(figure.subplots(1, 2, sharey=True), sides, strict=True):
+        bars = axes.bar(range(len(names)), [ms[name] / ms[FULL] for name in names], color=COLORS[0], width=0.85)
         decimals = 0 if max(ms.values()) >= 100 else 1  # three digits fill a bar on a phone
         labels = [f"{ms[name]:.{decimals}f}" for name in names]
         axes.bar_label(bars, labels, label_type="center", color="white")
-        axes.plot(range(len(names)), [ms[FULL] * flops[name] for name in names], **FLOPS, markersize=6)
+        axes.plot(range(len(names)), [flops[name] for name in names], **FLOPS, markersize=6)
         axes.set_title(whose, fontsize=10)
         axes.set_xticks(range(len(names)), [name.replace(" ", "\n") for name in names])
         axes.set_xlabel("blocks in a divided layer")
-        axes.set_ylabel("training step (ms per batch)" if whose == "ours" else "")
+        axes.set_ylabel("time of a training step / DDP's" if whose == "ours" else "")
         axes.grid(visible=False, axis="x")
         axes.set_axisbelow(True)
     return figure
@@ -116,7 +111,10 @@ def draw(data: Data) -> Figure:
 
 def reading(data: Data) -> str:
     found = data["measured"]
-    return f"Bars: the median of {found['turns']} turns. Seed {data['about']['seed']}. Right: the paper's, on a P100."
+    return (
+        f"Bars: the median of {found['turns']} turns, relative to DDP's; in them, milliseconds per batch. Seed "
+        f"{data['about']['seed']}. Right: the paper's, on a P100."
+    )
 
 
 FIG6 = Experiment("fig6", "Figure 6: time of a training step", tasks, collect, tables, {"fig6": draw}, reading, notes)

@@ -10,14 +10,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from twist_fl.cells import Cells
 from twist_fl.compare import perplexity_text, size_label, spread_text
 from twist_fl.experiments import runs
-from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure, train
 from twist_fl.experiments.recipe import COMMON, SHUFFLED
-from twist_fl.experiments.shared import about, caption
+from twist_fl.experiments.shared import about, caption, of_perplexity
 from twist_fl.experiments.table1 import CALIBRATION_WINDOWS
-from twist_fl.plots import figure_of, looks_of, scale_perplexity
+from twist_fl.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
+from twist_fl.words import LOWER
 
 LR = "train.lr=3e-4"
 BOTH = "blueprint.setting=both"
@@ -62,7 +64,7 @@ def tables(data: Data) -> dict[str, Cells]:
     header = ["fine-tuned by", "full model", *map(size_label, rows[BEFORE]["tickets"])]
     lines = [[name, perplexity_text(row["full"]), *map(_text, row["tickets"])] for name, row in rows.items()]
     return {
-        caption("Test perplexity after fine-tuning, setting both (tickets: mean ± deviation)", data): [header, *lines]
+        caption(of_perplexity("after fine-tuning, setting both; of tickets mean ± deviation"), data): [header, *lines]
     }
 
 
@@ -85,13 +87,14 @@ def draw(data: Data) -> Figure:
         axes.plot(kept, values, **looks[name], linewidth=1.4, markersize=5)
     axes.set_xticks(kept)
     axes.set_xlabel(f"blocks kept of {kept[0]}")
-    axes.set_ylabel("test perplexity")
+    axes.set_ylabel(PERPLEXITY)
     scale_perplexity(axes, [value for values in lines.values() for value in values])
     return figure
 
 
 def reading(data: Data) -> str:
     return (
+        f"Perplexity: {LOWER}. "
         f"Points are means over {data['about']['tickets']} random tickets, pruned models are one a size. "
         f"Seed {data['about']['seed']}."
     )

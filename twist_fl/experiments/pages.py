@@ -11,7 +11,8 @@ from twist_fl.experiments.catalog import EXPERIMENTS
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.files import read_json, write_text
 from twist_fl.performance import short_commit
-from twist_fl.webpage import figure, note, page, table
+from twist_fl.webpage import figure, note, page, table, terms
+from twist_fl.words import ALGORITHMS, WORDS
 
 TITLE = "TwIST on Flower: the paper's experiments"
 
@@ -19,7 +20,8 @@ TITLE = "TwIST on Flower: the paper's experiments"
 def write_page(folder: Path) -> Path:
     """Of every experiment whose NAME.json is in `folder`, in the catalogue's order."""
     found = {name: read_json(file) for name in EXPERIMENTS if (file := folder / f"{name}.json").is_file()}
-    body = [f"<h1>{TITLE}</h1>", *_contents([EXPERIMENTS[name] for name in found])]
+    meanings = WORDS | dict(ALGORITHMS.values())
+    body = [f"<h1>{TITLE}</h1>", *_contents([EXPERIMENTS[name] for name in found]), terms(meanings)]
     for name, data in found.items():
         body += _section(EXPERIMENTS[name], data)
     out = folder / "report.html"
@@ -37,7 +39,7 @@ def _section(experiment: Experiment, data: Data) -> Iterator[str]:
     for name, draw in experiment.figures.items():
         yield figure(partial(draw, data), name, experiment.title, experiment.reading(data))
     for caption, cells in experiment.tables(data).items():
-        yield f"<h3>{escape(caption)}</h3>{table(cells)}"
+        yield table(cells, caption)
     for sentence in experiment.notes(data):
         yield note(sentence)
     about = data["provenance"]

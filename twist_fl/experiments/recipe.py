@@ -7,13 +7,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from twist_fl.cells import Cells
 from twist_fl.compare import perplexity_text, size_label, spread_text
 from twist_fl.experiments import runs
 from twist_fl.experiments.ablation import MIXED, ORDERED
-from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure, train
+from twist_fl.experiments.shared import of_perplexity
 from twist_fl.experiments.table1 import CALIBRATION_WINDOWS
-from twist_fl.plots import figure_of, looks_of, scale_perplexity
+from twist_fl.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
+from twist_fl.words import LOWER
 
 NUM_SEEDS = 3
 SHUFFLED = (MIXED, "blueprint.assign=shuffled")
@@ -105,7 +108,7 @@ def sizes_of(data: Data) -> list[dict[str, Any]]:
 def tables(data: Data) -> dict[str, Cells]:
     header = ["blocks of a worker", "full model", *map(size_label, sizes_of(data))]
     lines = [[label, *(spread_text(*value) for value in over_seeds(rows))] for label, rows in data["recipes"].items()]
-    return {f"Test perplexity, mean ± deviation over {NUM_SEEDS} seeds": [header, *lines]}
+    return {of_perplexity(f"mean ± deviation over {NUM_SEEDS} seeds"): [header, *lines]}
 
 
 def draw(data: Data) -> Figure:
@@ -120,7 +123,7 @@ def draw(data: Data) -> Figure:
         axes.errorbar(kept, means, yerr=deviations, **looks[label], capsize=2, linewidth=1.4, markersize=5)
     axes.set_xticks(kept)
     axes.set_xlabel(f"blocks kept of {kept[0]}")
-    axes.set_ylabel("test perplexity")
+    axes.set_ylabel(PERPLEXITY)
     scale_perplexity(axes, [mean for rows in data["recipes"].values() for mean, _ in over_seeds(rows)])
     return figure
 
@@ -128,6 +131,7 @@ def draw(data: Data) -> Figure:
 def reading(data: Data) -> str:
     seeds = [row["seed"] for row in next(iter(data["recipes"].values()))]
     return (
+        f"Perplexity: {LOWER}. "
         f"Means over training runs with seed {', '.join(map(str, seeds))}, bars are their deviation; each run's "
         f"tickets are a mean over {data['draws']} random ones, nested ones and SparseGPT's models are one a size."
     )

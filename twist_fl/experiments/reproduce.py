@@ -11,12 +11,13 @@ from typing import Any
 from rich.console import Console
 
 from twist_fl import plots
+from twist_fl.cells import Cells, markdown, terminal_table
 from twist_fl.checks import ConfigError
-from twist_fl.commands import markdown, terminal_table, train
 from twist_fl.commands import resume as resume_run
+from twist_fl.commands import train
 from twist_fl.config import Config
 from twist_fl.experiments.catalog import EXPERIMENTS
-from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import SCALES, TRAIN, Lab, Task
 from twist_fl.experiments.pages import write_page
 from twist_fl.experiments.runner import Pool, check
@@ -117,8 +118,7 @@ def _show(console: Console, lab: Lab, experiment: Experiment, target: Path) -> N
     for name, draw in experiment.figures.items():
         plots.save_png(partial(draw, data), target / f"{name}.png")
     for caption, cells in experiment.tables(data).items():
-        turned = [list(column) for column in zip(*cells, strict=True)]
-        console.print(terminal_table(caption, cells if len(cells) <= 4 else turned))
+        console.print(terminal_table(caption, cells))
     for note in experiment.notes(data):
         console.print(note, highlight=False)
 

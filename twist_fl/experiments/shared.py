@@ -11,6 +11,7 @@ from twist_fl.blueprint import Setting
 from twist_fl.compare import size_label
 from twist_fl.config import ConfigError
 from twist_fl.experiments.lab import Lab, Task, measure
+from twist_fl.words import LOWER
 
 PAPER: Mapping[str, Any] = json.loads(files("twist_fl.experiments").joinpath("paper.json").read_text())
 """Numbers printed in arXiv 2511.03983."""
@@ -40,6 +41,11 @@ def caption(text: str, data: Mapping[str, Any]) -> str:
     """`text`, with the scale's name if the numbers are not of the paper's."""
     scale = data["about"]["scale"]
     return text if scale == "paper" else f"{text} (scale {scale})"
+
+
+def of_perplexity(text: str) -> str:
+    """A caption of `text` about perplexities."""
+    return f"Test perplexity ({LOWER}), {text}"
 
 
 def seeds(data: Mapping[str, Any]) -> str:

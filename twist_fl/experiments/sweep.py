@@ -7,11 +7,14 @@ from textwrap import fill
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from twist_fl.cells import Cells
 from twist_fl.compare import perplexity_text, size_label
 from twist_fl.experiments import runs
-from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
-from twist_fl.plots import figure_of, looks_of, scale_perplexity
+from twist_fl.experiments.shared import of_perplexity
+from twist_fl.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
+from twist_fl.words import LOWER
 
 INTERVALS = (5, 15, 50)
 """Batches between two draws; of the tiny scale's 1,500 batches all are divisors, 45 is not."""
@@ -78,11 +81,11 @@ def tables(data: Data) -> dict[str, Cells]:
     found = {}
     for name, rows in data["swept"].items():
         sizes = [size_label(ticket) for ticket in rows[0]["tickets"]]
-        header = [NAMES[name], "rounds", "full model", *sizes]
+        header = [NAMES[name], "full model", *sizes]
         cells = [
-            [str(row["value"]), f"{row['rounds']:,}", perplexity_text(row["full"]), *_tickets(row)] for row in rows
+            [f"{row['value']} ({row['rounds']:,} rounds)", perplexity_text(row["full"]), *_tickets(row)] for row in rows
         ]
-        found[f"Perplexity by {NAMES[name]}"] = [header, *cells]
+        found[of_perplexity(f"by {NAMES[name]}")] = [header, *cells]
     return found
 
 
@@ -114,14 +117,17 @@ def draw(data: Data) -> Figure:
             panel.xaxis.set_minor_locator(NullLocator())
         panel.set_xticks([row["value"] for row in rows], [str(row["value"]) for row in rows])
         panel.set_xlabel(fill(NAMES[name], 16))
-    axes[0].set_ylabel("test perplexity")
+    axes[0].set_ylabel(PERPLEXITY)
     scale_perplexity(axes[0], every)
     return figure
 
 
 def reading(data: Data) -> str:
     first = data["swept"]["interval"][0]
-    return f"A point is one training run; tickets are means over {first['draws']} random ones. Seed {first['seed']}."
+    return (
+        f"Perplexity: {LOWER}. A point is one training run; tickets are means over {first['draws']} random ones. Seed "
+        f"{first['seed']}."
+    )
 
 
 def notes(data: Data) -> list[str]:

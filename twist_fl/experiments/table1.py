@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from math import isfinite
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from twist_fl.blueprint import Setting
+from twist_fl.cells import Cells
 from twist_fl.compare import MISSING, perplexity_text, spread_text
-from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
 from twist_fl.experiments.runs import DDP, twist
 from twist_fl.experiments.shared import (
@@ -22,12 +22,14 @@ from twist_fl.experiments.shared import (
     caption,
     draws,
     label,
+    of_perplexity,
     printed,
     seeds,
     ticket_rows,
     tickets,
 )
-from twist_fl.plots import figure_of, looks_of, scale_perplexity
+from twist_fl.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
+from twist_fl.words import LOWER
 
 SIZES = (8, 6, 4, 3)
 LABELS = tuple(map(label, SIZES))
@@ -112,12 +114,13 @@ def _setting(lab: Lab, setting: Setting) -> dict[str, Any]:
 
 def tables(data: Data) -> dict[str, Cells]:
     drawn, last = data["about"]["tickets"], list(data["settings"])[-1]
-    perplexities = {
-        caption(f"Test perplexity, setting {setting}, by blocks kept per layer", data): _perplexities(data, setting)
-        for setting in data["settings"]
-    }
+    perplexities: dict[str, Cells] = {}
+    for setting in data["settings"]:
+        what = f"setting {setting}, by blocks kept per layer"
+        perplexities[caption(of_perplexity(what), data)] = _table(data, setting, _ours)
+        perplexities[f"The same in the paper, {what}"] = _table(data, setting, _paper)
     return perplexities | {
-        caption(f"Lowest and highest perplexity of {drawn} random tickets", data): [
+        caption(of_perplexity(f"lowest and highest of {drawn} random tickets"), data): [
             ["setting", "method", *LABELS],
             *(
                 [setting, method, *(_range_text(data["settings"][setting]["rows"][method][size]) for size in LABELS)]
@@ -125,7 +128,7 @@ def tables(data: Data) -> dict[str, Cells]:
                 for method in EXTRACTED
             ),
         ],
-        caption("Test perplexity of the full models, by the size that their workers held", data): [
+        caption(of_perplexity("of the full models, by the size that their workers held"), data): [
             ["setting", "DDP", *LABELS],
             *(
                 [setting, *map(perplexity_text, data["settings"][setting]["full"].values())]
@@ -136,9 +139,8 @@ def tables(data: Data) -> dict[str, Cells]:
     }
 
 
-def _perplexities(data: Data, setting: str) -> Cells:
-    header = ["method", *(f"{size} {whose}" for whose in ("ours", "paper") for size in LABELS)]
-    return [header, *([method, *_ours(data, setting, method), *_paper(data, setting, method)] for method in METHODS)]
+def _table(data: Data, setting: str, row: Callable[[Data, str, str], list[str]]) -> Cells:
+    return [["method", *LABELS], *([method, *row(data, setting, method)] for method in METHODS)]
 
 
 def _ours(data: Data, setting: str, method: str) -> list[str]:
@@ -198,25 +200,32 @@ def notes(data: Data) -> list[str]:
 def draw(data: Data) -> Figure:
     """Against kappa: a row per setting, ours left and the paper's right; thin lines reach to tickets' extremes."""
     figure = figure_of(2.4 * len(data["settings"]), {printed(method): look for method, look in LOOKS.items()})
-    panels = figure.subplots(len(data["settings"]), 2, sharex=True, squeeze=False)
+    panels = figure.subplots(len(data["settings"]), 2, sharex=True, sharey="col", squeeze=False)
+    every: dict[str, list[float]] = {"ours": [], "paper": []}
     for (left, right), setting in zip(panels, data["settings"], strict=True):
         ours: dict[str, dict[str, Any]] = data["settings"][setting]["rows"]
         for method in EXTRACTED:
             least, most = ([ours[method][size][key] for size in LABELS] for key in ("min", "max"))
             left.vlines(SIZES, least, most, color=LOOKS[method]["color"], linewidth=0.8)
-        _panel(left, f"{setting}, ours", {method: [row[s]["mean"] for s in LABELS] for method, row in ours.items()})
-        _panel(right, f"{setting}, paper", data["paper"][setting])
-        left.set_ylabel("test perplexity")
+            every["ours"] += [*least, *most]
+        means = {method: [row[size]["mean"] for size in LABELS] for method, row in ours.items()}
+        for axes, whose, lines in ((left, "ours", means), (right, "paper", data["paper"][setting])):
+            _panel(axes, f"{setting}, {whose}", lines)
+            every[whose] += [value for values in lines.values() for value in values]
+        left.set_ylabel(PERPLEXITY)
     for axes in panels[-1]:
         axes.set_xlabel(f"blocks kept of {BLOCKS}")
         axes.set_xticks(SIZES)
+    for axes, values in zip(panels[0], every.values(), strict=True):
+        scale_perplexity(axes, values)
     return figure
 
 
 def reading(data: Data) -> str:
     return (
-        "Test perplexity against the blocks kept in each divided layer; each panel has its own scale. Right, the "
-        f"paper's numbers; left, ours: points of SE are means, thin lines reach to the extremes, of {draws(data)}"
+        f"Test perplexity ({LOWER}) against the blocks kept in each divided layer. Left, ours, on one "
+        "scale; right, the paper's, on another, since model and text differ. In ours, points of SE are means, thin "
+        f"lines reach to the extremes, of {draws(data)}"
     )
 
 
@@ -224,7 +233,6 @@ def _panel(axes: Axes, heading: str, lines: Mapping[str, Sequence[float]]) -> No
     axes.set_title(heading, fontsize=10)
     for method, values in lines.items():
         axes.plot(SIZES, values, **LOOKS[method], linewidth=1.4, markersize=4.5)
-    scale_perplexity(axes, [value for values in lines.values() for value in values if isfinite(value)])
 
 
 TABLE1 = Experiment(

@@ -8,8 +8,9 @@ from transformers import GPT2Config
 
 from twist_fl.blocks import make_layout
 from twist_fl.blueprint import Division, Setting
+from twist_fl.cells import Cells
 from twist_fl.cost import PAPER_EXCHANGES, run_cost
-from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
 from twist_fl.experiments.latency import FULL, MEASURE, SIZES, shape_name
 from twist_fl.experiments.runs import DDP
@@ -55,21 +56,29 @@ def _seconds(clock: str) -> int:
 
 def tables(data: Data) -> dict[str, Cells]:
     scale = data["about"]["scale"]
-    kinds = (("memory", 2), ("terabytes", 2), ("wall_clock", 3))
-    header = [
-        *("setting", "κ", "memory GiB", "paper GB", "communication TB", "paper TB"),
-        *("wall clock / DDP's", "paper's"),
-    ]
-    lines = [
+    size = ["setting", "blocks kept"]
+    return {
+        "Memory and communication of a worker of GPT-2 124M, computed": [
+            [*size, "memory GiB", "paper GB", "communication TB", "paper TB"],
+            *_lines(data, {"memory": 2, "terabytes": 2}),
+        ],
+        f"Wall clock, of DDP's, measured at scale {scale}": [
+            [*size, "ours", "paper's"],
+            *_lines(data, {"wall_clock": 3}),
+        ],
+    }
+
+
+def _lines(data: Data, decimals: dict[str, int]) -> Cells:
+    """Our number and the paper's of each key."""
+    return [
         [
             row["setting"],
             row["size"],
-            *(f"{values[key]:.{decimals}f}" for key, decimals in kinds for values in (row, row["paper"])),
+            *(f"{values[key]:.{digits}f}" for key, digits in decimals.items() for values in (row, row["paper"])),
         ]
         for row in data["rows"]
     ]
-    text = f"Memory and communication of a worker of GPT-2 124M, computed; wall clock at scale {scale}, measured"
-    return {text: [header, *lines]}
 
 
 def notes(data: Data) -> list[str]:

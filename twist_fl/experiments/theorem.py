@@ -14,11 +14,12 @@ from torch import nn
 
 from twist_fl.blocks import KINDS, Kind
 from twist_fl.blueprint import draw_ticket, full_blueprint
+from twist_fl.cells import Cells
 from twist_fl.checkpoint import RunFolder
 from twist_fl.data import Windows
 from twist_fl.evaluate import blocks_per_layer, ticket_sizes
 from twist_fl.experiments import runs
-from twist_fl.experiments.experiment import Cells, Data, Experiment
+from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
 from twist_fl.job import Job
 from twist_fl.look import load_final
@@ -125,22 +126,24 @@ def _of_kind(model: Data, kind: str) -> list[Data]:
 
 
 def tables(data: Data) -> dict[str, Cells]:
-    """The norms, and the factors that would restore them."""
-    sizes = [(row["size"], row["of"]) for row in _of_kind(data["models"][0], "attn")]
-    header = ["kind", "model", *(f"{size}/{of}" for size, of in sizes)]
-    ratio, factor = [header], [header]
+    """The norms, and the factors that would restore them, of each kind."""
+    found = {}
     for kind in KINDS:
-        ratio.append([kind, "√κ (theorem)", *(f"{sqrt(size / of):.3f}" for size, of in sizes)])
-        factor.append([kind, "sqrt: √(1/κ)", *(f"{sqrt(of / size):.2f}" for size, of in sizes)])
-        factor.append([kind, "linear: 1/κ", *(f"{of / size:.2f}" for size, of in sizes)])
-        for model in data["models"]:
-            rows = _of_kind(model, kind)
-            ratio.append([kind, model["label"], *(f"{row['mean']:.3f} ± {row['std']:.3f}" for row in rows)])
-            factor.append([kind, model["label"], *(f"{1 / row['mean']:.2f}" for row in rows)])
-    return {
-        "Norm of a layer's sum over the blocks held, over that of all blocks": ratio,
-        "The factor that would restore the norm": factor,
-    }
+        sizes = [(row["size"], row["of"]) for row in _of_kind(data["models"][0], kind)]
+        header = ["model", *(f"{size}/{of}" for size, of in sizes)]
+        models = {model["label"]: _of_kind(model, kind) for model in data["models"]}
+        found[f"Norm of a layer's sum over the blocks held, over that of all blocks: {kind}"] = [
+            header,
+            ["√κ (theorem)", *(f"{sqrt(size / of):.3f}" for size, of in sizes)],
+            *([name, *(f"{row['mean']:.3f} ± {row['std']:.3f}" for row in rows)] for name, rows in models.items()),
+        ]
+        found[f"The factor that would restore the norm: {kind}"] = [
+            header,
+            ["sqrt: √(1/κ)", *(f"{sqrt(of / size):.2f}" for size, of in sizes)],
+            ["linear: 1/κ", *(f"{of / size:.2f}" for size, of in sizes)],
+            *([name, *(f"{1 / row['mean']:.2f}" for row in rows)] for name, rows in models.items()),
+        ]
+    return found
 
 
 def draw(data: Data) -> Figure:
