@@ -19,8 +19,12 @@ COMMANDS = [
 ]
 MINE = [words for words in COMMANDS if {"name=mine", "runs/mine"} & set(words) and "runs/mine-fedavg" not in words]
 """Those on one's own text: in the README's order each finds what those before have left."""
-SMALLER = {"phone=2.0MB,20ms": "phone=1.0MB,2000ms", "watch=1.3MB": "watch=0.9MB"}
-"""Devices for the tiny model."""
+SMALLER = {
+    "phone=2.0MB,20ms": "phone=1.0MB,2000ms",
+    "watch=1.3MB": "watch=0.9MB",
+    **{"train.rounds=200": "train.rounds=3", "data.path=NEW": "data.path=my_texts"},
+}
+"""For the tiny model and its text."""
 TINY = [
     *("model.n_layer=3", "model.n_embd=24", "model.n_positions=16", "data.window=16", "data.vocab_size=300"),
     *("blueprint.undivided_first=1", "blueprint.num_sub=6", "train.workers=2", "train.rounds=2", "train.interval=2"),
