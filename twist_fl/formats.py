@@ -10,7 +10,6 @@ import codecs
 import glob
 import gzip
 import io
-import mimetypes
 import shutil
 import tempfile
 import zlib
@@ -35,8 +34,11 @@ _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Builders of `datasets` by a file's ending. A cell that holds NA is text."""
 _PLAIN = (".txt", ".text", ".md", ".rst", ".tokens", ".raw")
-_TEXT_TYPES = ("text/", "message/", "application/json", "application/xml", "application/javascript", "application/x-")
-_NO_TEXT_TYPES = ("application/x-tar", "application/x-pdf", "application/x-hdf", "application/x-shockwave-flash")
+_NO_TEXT = (
+    *(b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"ID3", b"OggS", b"%PDF", b"PK\x03\x04", b"\x1f\x8b", b"BZh"),
+    *(b"\xfd7zXZ", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd"),
+)
+"""First bytes of pictures, sounds, PDF and archives. All other files that are no text have a zero byte early on."""
 _CHUNK = 1 << 20
 _ROWS = 256
 
@@ -50,6 +52,8 @@ class Part:
     texts: Callable[[], Iterator[str]]
     running: bool = False
     """The texts are one after the other of one document, and not a document each."""
+    num_bytes: int | None = None
+    """Of all texts, where that is known before they are read."""
 
 
 def kind(file: Path) -> str:
@@ -59,17 +63,16 @@ def kind(file: Path) -> str:
         return "rows"
     if ending in _PLAIN:
         return "text"
-    guess = mimetypes.guess_type(f"x{ending}")[0]
-    if guess and (guess.startswith(_NO_TEXT_TYPES) or not guess.startswith(_TEXT_TYPES)):
-        return "other"
     with _open(file) as stream, _readable(file, "text"):
-        return "other" if b"\0" in stream.read(8192) else "text"
+        head = stream.read(8192)
+    return "other" if b"\0" in head or head.startswith(_NO_TEXT) else "text"
 
 
 def file_part(file: Path, name: str, column: str | None) -> Part:
     if kind(file) == "rows":
         return Part(name, partial(_rows_of_file, file, column))
-    return Part(name, partial(_chunks, file), running=True)
+    size = None if file.suffix.lower() == ".gz" else file.stat().st_size
+    return Part(name, partial(_chunks, file), running=True, num_bytes=size)
 
 
 def dataset_part(dataset: Any, name: str, column: str | None, where: str) -> Part:

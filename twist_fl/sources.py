@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,12 +31,19 @@ _SHOWN = 5
 def find_text(config: DataConfig, meter: Meter) -> Text:
     """Reads all of it once. Raises ConfigError if it is not there, cannot be read, or is no text."""
     parts = _parts(config, meter)
-    train, test = _divide(parts, config)
+    train, test = _divide(parts, config, meter)
     if test:
-        return _filled(survey(partial(_of_splits, train, test, config.source == "wikitext"), meter), config)
+        read = partial(_of_splits, train, test, config.source == "wikitext")
+        return _filled(survey(read, meter, _num_bytes([*train, *test])), config)
     if config.source == "wikitext":
-        parts = [Part(part.name, part.texts, running=True) for part in parts]
-    return _filled(held_out(partial(_documents, parts), config.test_fraction, meter), config)
+        parts = [replace(part, running=True) for part in parts]
+    documents = partial(_documents, parts)
+    return _filled(held_out(documents, config.test_fraction, meter, _num_bytes(parts)), config)
+
+
+def _num_bytes(parts: Sequence[Part]) -> int | None:
+    known = [part.num_bytes for part in parts if part.num_bytes is not None]
+    return sum(known) if len(known) == len(parts) else None
 
 
 def _filled(text: Text, config: DataConfig) -> Text:
@@ -165,10 +173,11 @@ def _by_card(path: Path, config: DataConfig) -> list[tuple[str, Path]]:
     """A copy of a repository of the hub."""
     from datasets import load_dataset_builder
 
+    name = config.name or (_WIKITEXT[1] if config.source == "wikitext" else None)
     try:
-        found: Any = load_dataset_builder(str(path), config.name).config.data_files
+        found: Any = load_dataset_builder(str(path), name).config.data_files
     except ValueError as error:  # it lists the configurations there are
-        raise ConfigError(f"data.path={config.path!r}, data.name={config.name}: {_one_line(error)}") from error
+        raise ConfigError(f"data.path={config.path!r}, data.name={name}: {_one_line(error)}") from error
     return [(str(split), Path(file)) for split, files in found.items() for file in files]
 
 
@@ -212,12 +221,14 @@ def _refuse_several(files: Sequence[tuple[str, Path]], config: DataConfig) -> No
         )
 
 
-def _divide(parts: Sequence[Part], config: DataConfig) -> tuple[list[Part], list[Part]]:
+def _divide(parts: Sequence[Part], config: DataConfig, meter: Meter) -> tuple[list[Part], list[Part]]:
     """Training and test parts; none where all is to be divided by data.test_fraction."""
     sides = [_side(part.name, config) for part in parts]
     train, test, rest = ([part for part, of in zip(parts, sides, strict=True) if of == side] for side in _SIDES)
     if config.test_glob == DataConfig.test_glob and train and not test:
         test = [part for part in rest if _VALIDATION.search(part.name)]
+        if test:
+            meter.say(f"data.path={config.path!r} has no test split: {test[0].name} stands in for it")
     chosen = (config.train_glob, config.test_glob) != (DataConfig.train_glob, DataConfig.test_glob)
     if len(parts) > 1 and chosen and not (train and test):
         what = "files" if any("." in part.name for part in parts) else f"splits ({', '.join(p.name for p in parts)})"

@@ -18,6 +18,7 @@ _LEAST = 2000
 """Characters of a document of running text."""
 _FINER = (LONGEST, 8192, 1024)
 """Longest documents of text that gives too few of them for two splits."""
+_LONGEST_LINE = 1 << 20
 _BLANK = re.compile(r"\n[^\S\n]*\n")
 """The end of a paragraph; a blank line may hold spaces."""
 
@@ -50,10 +51,10 @@ class Text:
             raise ConfigError("the text was changed while it was read: start again when nothing writes to it")
 
 
-def survey(read: Callable[[], Iterator[Piece]], meter: Meter) -> Text:
-    """Reads all of it once."""
+def survey(read: Callable[[], Iterator[Piece]], meter: Meter, total: int | None = None) -> Text:
+    """Reads all of it once, `total` bytes if that is known."""
     digest, num_bytes = hashlib.sha256(), {True: 0, False: 0}
-    with meter.task("reading text") as advance:
+    with meter.task("reading text", total) as advance:
         for piece in read():
             size = _hash(piece, digest)
             num_bytes[piece.train] += size
@@ -69,7 +70,9 @@ def _hash(piece: Piece, digest: hashlib._Hash) -> int:
     return len(content)
 
 
-def held_out(documents: Callable[[int | None], Iterator[str]], fraction: float, meter: Meter) -> Text:
+def held_out(
+    documents: Callable[[int | None], Iterator[str]], fraction: float, meter: Meter, total: int | None = None
+) -> Text:
     """A share of `documents(longest)` is test text: those whose own hash says so, whatever others come or go.
 
     Text of so few documents that one split would be empty is divided into shorter ones; at least one of two is then
@@ -77,7 +80,7 @@ def held_out(documents: Callable[[int | None], Iterator[str]], fraction: float, 
     """
     bound = int(fraction * 2**64)
     for longest in (None, *_FINER):
-        text = survey(lambda: _by_rank(documents(longest), bound), meter)  # noqa: B023 (returned in this turn)
+        text = survey(lambda: _by_rank(documents(longest), bound), meter, total)  # noqa: B023 (read in this turn)
         if text.both or not text.num_bytes:
             return text
     ranks = [_rank(document) for document in documents(_FINER[-1])]
@@ -169,10 +172,13 @@ def _unless_blank(document: str) -> Iterator[str]:
 
 
 def lines(chunks: Iterable[str]) -> Iterator[str]:
-    """Each with its newline, without those that are blank."""
+    """Each with its newline, without those that are blank; one of more than a million characters in several."""
     rest = ""
     for chunk in chunks:
         *whole, rest = (rest + chunk).split("\n")
         yield from (line + "\n" for line in whole if line.strip())
+        if len(rest) > _LONGEST_LINE:
+            yield rest
+            rest = ""
     if rest.strip():
         yield rest
