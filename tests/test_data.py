@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,12 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twist_fl import data
+from twist_fl import data, encode, text
 from twist_fl.config import ConfigError, DataConfig
-from twist_fl.data import Corpus, Shard, load_corpus, open_corpus
+from twist_fl.data import Corpus, Shard, find_corpus, load_corpus, open_corpus
+from twist_fl.files import SEAL, DamagedError, read_json
 from twist_fl.job import Job, job_from_json, make_job
 from twist_fl.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 
@@ -150,7 +153,7 @@ def test_a_document_keeps_its_split_when_others_come(tmp_path: Path, own_cache: 
 
 def test_a_cache_hit_does_not_tokenise_again(folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load_corpus(config_of(folder))
-    monkeypatch.setattr(data, "_encode", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(encode, "_encode", lambda *_: pytest.fail("tokenised again"))
     monkeypatch.setattr(data, "train_tokenizer", lambda *_: pytest.fail("trained a tokenizer again"))
     again = load_corpus(config_of(folder, window=4))  # the window is a view of the same tokens
     assert again.digest == first.digest
@@ -169,25 +172,6 @@ def test_what_changes_the_tokens_changes_the_digest(change: str, folder: Path, o
         train_tokenizer(["abc"], 260).save_pretrained(tmp_path / "tokenizer")
         config = replace(config, tokenizer=str(tmp_path / "tokenizer"))
     assert load_corpus(config).digest != before
-
-
-def test_another_process_that_finishes_first_does_no_harm(
-    folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While we tokenise, somebody else makes the same corpus: the rename then meets a full folder."""
-    encode, others = data._encode, list[Corpus]()
-
-    def encode_after_the_other(*arguments: Any) -> Any:
-        monkeypatch.setattr(data, "_encode", encode)
-        if not others:
-            others.append(load_corpus(config_of(folder)))
-        return encode(*arguments)
-
-    monkeypatch.setattr(data, "_encode", encode_after_the_other)
-    ours = load_corpus(config_of(folder))
-    assert ours.digest == others[0].digest
-    assert ours.train.tolist() == others[0].train.tolist()
-    assert [path.name for path in own_cache.iterdir()] == [ours.digest]
 
 
 RACER = """
@@ -219,14 +203,145 @@ def test_two_processes_can_make_one_corpus_at_once(folder: Path, own_cache: Path
     assert [path.name for path in own_cache.iterdir()] == [outputs[0].split()[0]]
 
 
-def test_a_failed_tokenisation_leaves_nothing(folder: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise RuntimeError("killed")
+class Stop(Exception):
+    pass
 
-    monkeypatch.setattr(data, "_encode", fail)
-    with pytest.raises(RuntimeError, match="killed"):
-        load_corpus(config_of(folder))
-    assert list(own_cache.iterdir()) == []
+
+def stop_after(num_batches: int, patch: pytest.MonkeyPatch, work: Callable[[], object]) -> list[str]:
+    """`work` ends with Stop after tokenising so many batches; returns those it did."""
+    done, whole = list[str](), encode._encode
+
+    def some(tokenizer: Any, batch: list[Any]) -> Any:
+        if num_batches == len(done):
+            raise Stop
+        done.append("".join(piece.text for piece in batch))
+        return whole(tokenizer, batch)
+
+    patch.setattr(encode, "_encode", some)
+    work()
+    return done
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "LONGEST", 50)
+    monkeypatch.setattr(encode, "_BATCH_CHARS", 10)
+    monkeypatch.setattr(encode, "_STRIDE", 100)
+
+
+@pytest.mark.parametrize("num_batches", [0, 1, 5, 9])
+@pytest.mark.usefixtures("small_batches")
+def test_what_is_interrupted_goes_on_and_ends_the_same(
+    num_batches: int, folder: Path, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        total = len(stop_after(1000, patch, lambda: load_corpus(config_of(folder))))
+    expected = load_corpus(config_of(folder))
+    wanted = {file.name: file.read_bytes() for file in expected.folder.iterdir() if file.is_file()}
+    monkeypatch.setenv("TWIST_FL_CACHE", str(tmp_path / "other"))
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        stop_after(num_batches, patch, lambda: load_corpus(config_of(folder)))
+    assert not (tmp_path / "other" / "tokens").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "train_tokenizer", lambda *_: pytest.fail("trained a tokenizer again"))
+        again = stop_after(1000, patch, lambda: load_corpus(config_of(folder)))
+    corpus = load_corpus(config_of(folder))
+    assert {file.name: file.read_bytes() for file in corpus.folder.iterdir() if file.is_file()} == wanted
+    a_stride = 100 // 10
+    assert total - num_batches <= len(again) <= total - num_batches + a_stride
+    assert list((tmp_path / "other" / "unfinished").iterdir()) == []
+
+
+SLOW = """
+import sys, time
+from twist_fl import encode, text
+from twist_fl.config import DataConfig
+from twist_fl.data import load_corpus
+whole = encode._encode
+text.LONGEST, encode._BATCH_CHARS, encode._STRIDE = 50, 10, 100
+def slow(*arguments):
+    print("batch", flush=True)
+    time.sleep(0.05)
+    return whole(*arguments)
+encode._encode = slow
+load_corpus(DataConfig(source="files", path=sys.argv[1], vocab_size=300, window=8))
+"""
+
+
+@pytest.mark.usefixtures("small_batches")
+def test_what_was_killed_goes_on_and_leaves_nothing(
+    folder: Path, own_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = load_corpus(config_of(folder))
+    monkeypatch.setenv("TWIST_FL_CACHE", str(tmp_path / "other"))
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    for _ in range(6):
+        assert process.stdout.readline() == "batch\n"
+    process.kill()
+    process.communicate()
+    unfinished = tmp_path / "other" / "unfinished" / expected.digest
+    assert read_json(unfinished / "journal.json")["pieces"] > 0
+    begun = tmp_path / "other" / "tokens" / f".{expected.digest}.12345"  # it may as well have been killed here
+    begun.mkdir(parents=True)
+    corpus = load_corpus(config_of(folder))
+    for split in ("train", "test"):
+        assert tokens(corpus, split) == tokens(expected, split)
+    assert [path.name for path in begun.parent.iterdir()] == [corpus.digest]
+    assert list(unfinished.parent.iterdir()) == []
+
+
+def test_an_unfinished_corpus_that_is_old_is_removed(folder: Path, own_cache: Path) -> None:
+    old, new = (own_cache.parent / "unfinished" / name for name in ("old", "new"))
+    for path in (old, new):
+        path.mkdir(parents=True)
+        (path / "train.npy").touch()
+    os.utime(old, (0, 0))
+    load_corpus(config_of(folder))
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+FILES = ["train.npy", "test.npy", "meta.json", "tokenizer/tokenizer.json", "tokenizer/tokenizer_config.json", SEAL]
+
+
+@given(st.sampled_from(FILES), st.floats(0, 1, exclude_max=True), st.integers(1, 255))
+@settings(max_examples=30)
+def test_a_byte_of_a_cached_corpus_that_changed_is_noticed(name: str, where: float, flip: int) -> None:
+    corpus = load_corpus(DataConfig(source="files", path=str(damaged_text()), vocab_size=300, window=8))
+    file = corpus.folder / name
+    content = bytearray(file.read_bytes())
+    content[int(where * len(content))] ^= flip
+    file.write_bytes(content)
+    with pytest.raises(DamagedError, match="remove the folder"):
+        open_corpus(corpus.digest, 8)
+    assert load_corpus(DataConfig(source="files", path=str(damaged_text()), vocab_size=300, window=8))
+
+
+def damaged_text() -> Path:
+    """Of this session, in its cache."""
+    file = data.cache_dir() / "text-for-damage.txt"
+    file.write_text("".join(f"Line {number}: {SENTENCE}\n\n" for number in range(300)))
+    return file
+
+
+def test_a_damaged_corpus_is_made_anew_where_its_text_is(
+    folder: Path, own_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(folder)
+    corpus = load_corpus(config)
+    whole = (corpus.folder / "train.npy").read_bytes()
+    for make in (load_corpus, lambda config: find_corpus(corpus.digest, config, 1)):
+        (corpus.folder / "train.npy").write_bytes(whole[:-1] + b"x")
+        assert make(config).digest == corpus.digest
+        assert "train.npy is not what was written" in (said := capsys.readouterr().err)
+        assert "it is made anew" in said
+        assert (corpus.folder / "train.npy").read_bytes() == whole
+    (corpus.folder / "train.npy").unlink()
+    shutil.rmtree(folder)
+    with pytest.raises(
+        DamagedError, match=r"train\.npy is not what was written .*; it cannot be made anew here: data\.pa"
+    ):
+        find_corpus(corpus.digest, config, 1)
 
 
 # Errors
@@ -286,10 +401,98 @@ def test_a_tokenizer_from_a_folder(alone: bool, folder: Path, own_cache: Path, t
 
 
 def test_a_tokenizer_folder_that_is_none(folder: Path, own_cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nowhere' does not exist"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=.* does not exist"):
         load_corpus(config_of(folder, tokenizer=str(tmp_path / "nowhere")))
     with pytest.raises(ConfigError, match=r"has no tokenizer\.json"):
         load_corpus(config_of(folder, tokenizer=str(folder)))
+
+
+def with_fields(folder: Path, **fields: Any) -> Path:
+    """A copy whose tokenizer.json says more."""
+    target = folder.with_name("says-more")
+    shutil.copytree(folder, target)
+    said = json.loads((target / "tokenizer.json").read_text())
+    said["model"] |= {"dropout": fields.pop("dropout", None)}
+    (target / "tokenizer.json").write_text(json.dumps(said | fields))
+    return target
+
+
+TRUNCATION = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 1}
+PADDING = {
+    **{"strategy": {"Fixed": 32}, "direction": "Right", "pad_to_multiple_of": 8},
+    **{"pad_id": 0, "pad_type_id": 0, "pad_token": "[PAD]"},
+}
+
+
+@pytest.mark.parametrize("say", [{"truncation": TRUNCATION}, {"padding": PADDING}, {"dropout": 0.5}])
+def test_a_tokenizer_file_never_truncates_pads_or_drops(
+    say: dict[str, Any], folder: Path, own_cache: Path, tmp_path: Path
+) -> None:
+    train_tokenizer([SENTENCE], 270).save_pretrained(tmp_path / "tokenizer")
+    plain = load_corpus(config_of(folder, tokenizer=str(tmp_path / "tokenizer")))
+    again = load_corpus(config_of(folder, tokenizer=str(with_fields(tmp_path / "tokenizer", **say))))
+    assert again.digest == plain.digest
+    shutil.rmtree(own_cache)
+    again = load_corpus(config_of(folder, tokenizer=str(tmp_path / "says-more")))
+    assert tokens(again, "train") == [*train_tokenizer([SENTENCE], 270).encode(20 * SENTENCE), 0]
+    saved = json.loads((again.tokenizer_folder / "tokenizer.json").read_text())
+    assert (saved["truncation"], saved["padding"], saved["model"]["dropout"]) == (None, None, None)
+    assert (
+        not {"max_length", "stride", "pad_token"}
+        & json.loads((again.tokenizer_folder / "tokenizer_config.json").read_text()).keys()
+    )
+
+
+def test_a_tokenizer_that_was_called_with_truncation(folder: Path, own_cache: Path, tmp_path: Path) -> None:
+    """What transformers writes after such a call (case 1)."""
+    made = train_tokenizer([SENTENCE], 270)
+    made.save_pretrained(tmp_path / "plain")
+    made.pad_token = made.eos_token
+    made(SENTENCE, truncation=True, max_length=8, padding="max_length", stride=2)
+    made.save_pretrained(tmp_path / "called")
+    assert json.loads((tmp_path / "called" / "tokenizer.json").read_text())["truncation"]
+    plain, called = (load_corpus(config_of(folder, tokenizer=str(tmp_path / name))) for name in ("plain", "called"))
+    assert tokens(plain, "train") == tokens(called, "train")
+    assert called.vocab_size == plain.vocab_size
+    assert load_tokenizer(str(tmp_path / "called")).pad_token == made.eos_token
+
+
+def test_what_else_a_tokenizer_adds_to_a_text_is_not_in_the_corpus(
+    folder: Path, own_cache: Path, tmp_path: Path
+) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    made = train_tokenizer([SENTENCE], 270)
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, 0)]
+    )
+    made.model_max_length = 5
+    made.save_pretrained(tmp_path / "tokenizer")
+    corpus = load_corpus(config_of(folder, tokenizer=str(tmp_path / "tokenizer")))
+    assert tokens(corpus, "train").count(0) == 1
+    assert len(tokens(corpus, "train")) > 20
+
+
+def test_whether_special_tokens_are_split_and_which_ends_a_text_is_part_of_the_digest(
+    folder: Path, own_cache: Path, tmp_path: Path
+) -> None:
+    (folder / "train.txt").write_text(f"{20 * SENTENCE}{END_OF_TEXT}{SENTENCE}")
+    digests = set()
+    for name, change in {"plain": {}, "split": {"split_special_tokens": True}, "end": {"eos_token": "a"}}.items():
+        train_tokenizer([SENTENCE], 270).save_pretrained(tmp_path / name)
+        file = tmp_path / name / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        corpus = load_corpus(config_of(folder, tokenizer=str(tmp_path / name)))
+        digests.add(corpus.digest)
+        assert tokens(corpus, "train").count(0) == {"plain": 2, "split": 1, "end": 1}[name]
+    assert len(digests) == 3
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"model": 3}'])
+def test_a_tokenizer_file_that_is_damaged(content: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"tokenizer\.json (is not JSON|holds no tokenizer).*: get it again"):
+        load_tokenizer(str(tmp_path))
 
 
 # WikiText
@@ -421,11 +624,11 @@ def test_a_job_travels_as_json(tiny_job: Callable[..., Job]) -> None:
 def test_a_worker_without_the_cache_makes_it_and_one_with_other_text_is_refused(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_job: Callable[..., Job]
 ) -> None:
-    text = tiny_job(f"data.path={folder}", "data.window=4").to_json()
+    job = tiny_job(f"data.path={folder}", "data.window=4").to_json()
     monkeypatch.setenv("TWIST_FL_CACHE", str(tmp_path / os.urandom(4).hex()))
-    expected = make_job(job_from_json(text).config).corpus.digest
-    assert open_corpus(expected, 4).digest in text
+    expected = make_job(job_from_json(job).config).corpus.digest
+    assert open_corpus(expected, 4).digest in job
     monkeypatch.setenv("TWIST_FL_CACHE", str(tmp_path / os.urandom(4).hex()))
     (folder / "train.txt").write_text(30 * SENTENCE)
     with pytest.raises(ConfigError, match=rf"is not the server's \(hash .*, expected {expected}\)"):
-        job_from_json(text)
+        job_from_json(job)

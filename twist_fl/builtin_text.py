@@ -10,6 +10,7 @@ import ast
 import inspect
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -18,8 +19,13 @@ _SHORTEST = 200
 _SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "pydoc_data"}
 
 
-def documents() -> Iterator[str]:
+@cache
+def documents() -> tuple[str, ...]:
     """Topics of the language reference, then one document per standard library module: its docstrings."""
+    return tuple(_documents())
+
+
+def _documents() -> Iterator[str]:
     for name in sorted(topics):
         yield topics[name]
     library = Path(sysconfig.get_paths()["stdlib"])

@@ -101,7 +101,11 @@ def check_values(config: Any) -> None:
             f"keys and values; leave it null, or use one of {', '.join(grouped)}"
         )
     if config.data.source == "files" and not config.data.path:
-        raise ConfigError("data.source=files needs data.path: a text file or a folder")
+        raise ConfigError("data.source=files needs data.path: a text file, a folder or a glob")
+    if config.data.source == "hub" and not config.data.path:
+        raise ConfigError(
+            "data.source=hub needs data.path: the name of a data set, for example data.path=roneneldan/TinyStories"
+        )
     if config.data.source == "builtin" and config.data.path:
         raise ConfigError(f"data.path={config.data.path!r} is not read with data.source=builtin: add data.source=files")
     if config.data.tokenizer is None and model.pretrained is None and config.data.vocab_size < _SMALLEST_VOCABULARY:

@@ -45,15 +45,19 @@ class ModelConfig:
 class DataConfig:
     """Text, tokenizer and windows."""
 
-    source: Literal["builtin", "files", "wikitext"] = "builtin"
-    """builtin: the Python documentation this interpreter carries; files: `path`; wikitext: Salesforce/wikitext."""
+    source: Literal["builtin", "files", "wikitext", "hub"] = "builtin"
+    """builtin: the Python documentation this interpreter carries; files: `path`; wikitext: WikiText, whose rows are
+    lines of running text; hub: a data set of the Hugging Face hub."""
     path: str | None = None
-    """files: a text file or a folder; wikitext: a local copy of the data set (default: the hub)."""
-    name: str = "wikitext-103-raw-v1"
-    """wikitext: the configuration of the data set."""
+    """files, wikitext: a file, a folder or a glob of txt, md, jsonl, json, csv, parquet or arrow, also .gz, or what
+    save_to_disk wrote (wikitext: default is the hub's); hub: the name of the data set."""
+    name: str | None = None
+    """The configuration of a data set that has several (wikitext: default is wikitext-103-raw-v1)."""
+    column: str | None = None
+    """The column of a data set that is the text; null: "text", or the only one of strings."""
     train_glob: str = "*train*"
-    """files: which files of the folder to train on; if these two defaults do not match both, all text is split by
-    `test_fraction`."""
+    """Which files of the folder, folders in it, or splits of the data set to train on; if these two defaults do not
+    match both (a validation split stands in for a test split), all text is split by `test_fraction`."""
     test_glob: str = "*test*"
     test_fraction: float = 0.1
     """Share of documents kept for evaluation where the source has no test split of its own."""

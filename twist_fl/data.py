@@ -1,6 +1,6 @@
 """Corpora -> tokens -> windows -> i.i.d. shards with a cursor.
 
-A tokenised corpus is a folder of the cache, named by the hash of its text and tokenizer, memory-mapped and
+A tokenised corpus is a sealed folder of the cache, named by the hash of its text and tokenizer, memory-mapped and
 shared by all workers of a machine.
 """
 
@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterable, Iterator
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,15 +20,21 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from filelock import FileLock, Timeout
 
-from twist_fl import builtin_text
-from twist_fl.config import ConfigError, DataConfig
-from twist_fl.hub import beside, expanded, local_path, reachable
-from twist_fl.tokenizer import load_tokenizer, train_tokenizer
+from twist_fl.checks import ConfigError
+from twist_fl.config import DataConfig
+from twist_fl.encode import SPLITS, tokenise
+from twist_fl.files import DamagedError, check_seal, new_folder, read_json, write_json
+from twist_fl.meter import Meter
+from twist_fl.sources import find_text
+from twist_fl.text import Text
+from twist_fl.tokenizer import check_vocab_size, identity, load_tokenizer, train_tokenizer
 
 Windows = npt.NDArray[np.int32]
-WIKITEXTS = ("wikitext-2-raw-v1", "wikitext-103-raw-v1", "wikitext-2-v1", "wikitext-103-v1")
-_FORMAT = 2
+_FORMAT = 3
+_KEPT_SECONDS = 7 * 86_400
+"""An unfinished corpus that nobody has gone on with for so long is removed."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +60,25 @@ def cache_dir() -> Path:
 
 
 def load_corpus(config: DataConfig, num_workers: int = 1) -> Corpus:
-    """Tokenise what `config` names, or find it in the cache.
+    """Tokenise what `config` names, or find it in the cache; one that is damaged there is made anew.
 
-    Raises ConfigError if a path is missing or there is less than one window per worker.
+    Raises ConfigError if there is no such text or tokenizer, or less than one window per worker.
     """
-    documents = _read_documents(config)
-    folder = _tokenise(config, documents)
-    corpus = open_corpus(folder.name, config.window)
+    meter = Meter()
+    check_vocab_size(config.vocab_size)
+    tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
+    text = find_text(config, meter)
+    key = json.dumps([_FORMAT, text.digest, identity(tokenizer) if tokenizer else f"bpe {config.vocab_size}"])
+    digest = hashlib.sha256(key.encode()).hexdigest()[:32]
+    try:
+        corpus = open_corpus(digest, config.window)
+    except (FileNotFoundError, DamagedError) as error:
+        if isinstance(error, DamagedError):
+            meter.say(f"cache: {error}; it is made anew")
+        with _alone(digest, meter) as unfinished:
+            if not _is_whole(digest):
+                _make(digest, text, tokenizer, config, unfinished, meter)
+        corpus = open_corpus(digest, config.window)
     for split, windows, least in (("training", corpus.train, num_workers), ("test", corpus.test, 1)):
         if len(windows) < least:
             raise ConfigError(
@@ -68,10 +88,32 @@ def load_corpus(config: DataConfig, num_workers: int = 1) -> Corpus:
     return corpus
 
 
+def find_corpus(digest: str, config: DataConfig, num_workers: int) -> Corpus:
+    """The corpus of that hash from the cache; where it is not there or damaged, what `config` names now.
+
+    Raises DamagedError if it is damaged and its text cannot be read.
+    """
+    try:
+        return open_corpus(digest, config.window)
+    except FileNotFoundError:
+        return load_corpus(config, num_workers)
+    except DamagedError as damage:
+        try:
+            return load_corpus(config, num_workers)
+        except ConfigError as error:
+            raise DamagedError(f"{damage}; it cannot be made anew here: {error}") from damage
+
+
 def open_corpus(digest: str, window: int) -> Corpus:
-    """The corpus of that hash from this machine's cache. Raises FileNotFoundError if it is not there."""
-    folder = cache_dir() / "tokens" / digest
-    meta = json.loads((folder / "meta.json").read_text())
+    """The corpus of that hash from this machine's cache.
+
+    Raises FileNotFoundError if it is not there, DamagedError if a byte of it is not as it was written.
+    """
+    folder = _folder(digest)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no corpus {digest} in {folder.parent}")
+    check_seal(folder)
+    meta = read_json(folder / "meta.json")
 
     def windows(split: str) -> Windows:
         tokens = np.load(folder / f"{split}.npy", mmap_mode="r")
@@ -81,166 +123,76 @@ def open_corpus(digest: str, window: int) -> Corpus:
     return Corpus(folder, digest, meta["vocab_size"], meta["end_token"], windows("train"), windows("test"))
 
 
-class Documents:
-    """Training and test texts and a hash of their content; texts are read when they are iterated."""
-
-    def __init__(self, train: Iterable[str], test: Iterable[str], digest: str) -> None:
-        self.train, self.test, self.digest = train, test, digest
+def _folder(digest: str) -> Path:
+    return cache_dir() / "tokens" / digest
 
 
-def _read_documents(config: DataConfig) -> Documents:
-    if config.source == "builtin":
-        return _split(builtin_text.documents(), config.test_fraction)
-    if config.source == "files":
-        return _files(config)
-    return _wikitext(config)
-
-
-def _split(texts: Iterable[str], test_fraction: float) -> Documents:
-    """Documents go to the test split by the hash of their own text: stable when others come or go."""
-    train: list[str] = []
-    test: list[str] = []
-    content = hashlib.sha256(f"{test_fraction}".encode())
-    for text in texts:
-        digest = hashlib.sha256(text.encode()).digest()
-        content.update(digest)
-        (test if int.from_bytes(digest[:8], "big") < test_fraction * 2**64 else train).append(text)
-    return Documents(train, test, content.hexdigest())
-
-
-def _files(config: DataConfig) -> Documents:
-    path = expanded(config.path or "")
-    if not path.exists():
-        raise ConfigError(f"data.path={str(path)!r} does not exist{beside(path)}")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path))
-    if not any(file.stat().st_size for file in files):
-        raise ConfigError(f"data.path={str(path)!r} holds no text")
-    train, test = ([f for f in files if f.match(glob)] for glob in (config.train_glob, config.test_glob))
-    chosen = (config.train_glob, config.test_glob) != (DataConfig.train_glob, DataConfig.test_glob)
-    if path.is_dir() and chosen and not (train and test):
-        raise ConfigError(
-            f"of the {len(files)} files of data.path={str(path)!r}, data.train_glob={config.train_glob!r} matches "
-            f"{len(train)} and data.test_glob={config.test_glob!r} {len(test)}: give both so that each matches, or none"
-        )
-    if path.is_file() or not (train and test):
-        return _split((text for file in files for text in _paragraphs(_read(file))), config.test_fraction)
-    if both := [file for file in train if file in test]:
-        raise ConfigError(
-            f"{both[0].name!r} matches data.train_glob={config.train_glob!r} and data.test_glob={config.test_glob!r}: "
-            "text that is trained on tests nothing, change one of them"
-        )
-    content = hashlib.sha256(f"{len(train)} training files".encode())
-    for file in [*train, *test]:
-        content.update(hashlib.sha256(file.read_bytes()).digest())
-    return Documents([_read(f) for f in train], [_read(f) for f in test], content.hexdigest())
-
-
-def _is_hidden(file: Path, below: Path) -> bool:
-    """A repository's .git holds no text to train on."""
-    return any(part.startswith(".") for part in file.relative_to(below).parts)
-
-
-def _read(file: Path) -> str:
+def _is_whole(digest: str) -> bool:
     try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{str(file)!r} is not UTF-8 text ({error.reason} at byte {error.start}): convert it, or move it away"
-        ) from error
+        open_corpus(digest, 1)
+    except (FileNotFoundError, DamagedError):
+        return False
+    return True
 
 
-def _paragraphs(text: str, least: int = 2000) -> Iterator[str]:
-    """Pieces of at least `least` characters that end at blank lines, so that a single file can be split."""
-    piece = ""
-    for paragraph in text.split("\n\n"):
-        piece += paragraph + "\n\n"
-        if len(piece) >= least:
-            yield piece
-            piece = ""
-    if piece.strip():
-        yield piece
-
-
-def _wikitext(config: DataConfig) -> Documents:
-    from datasets import load_dataset
-
-    if not config.path and config.name not in WIKITEXTS:
-        raise ConfigError(f"data.name={config.name!r} is no WikiText: choose one of {', '.join(WIKITEXTS)}")
-    local_path("data.path", config.path or "Salesforce/wikitext")
-    with reachable(f"data set {config.path or 'Salesforce/wikitext'} ({config.name})"):
-        dataset: Any = load_dataset(config.path or "Salesforce/wikitext", config.name)
-    digest = hashlib.sha256()
-    # Not the data set's own fingerprint: of a local copy, that is a hash of its path.
-    for split in ("train", "test"):
-        digest.update(f"{split} {len(dataset[split])}".encode())
-        for batch in dataset[split].iter(10_000):
-            digest.update("\0".join(batch["text"]).encode())
-    # One row is one line with its newline; empty rows carry nothing.
-    train, test = ((row["text"] for row in dataset[split] if row["text"]) for split in ("train", "test"))
-    return Documents(train, test, digest.hexdigest())
-
-
-def _tokenise(config: DataConfig, documents: Documents) -> Path:
-    tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
-    identity = (
-        f"bpe {config.vocab_size}"
-        if tokenizer is None
-        else hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    )
-    # wikitext rows are lines of running text: only separate documents get an end-of-text token between them.
-    separate = config.source != "wikitext"
-    key = json.dumps([_FORMAT, documents.digest, identity, separate])
-    folder = cache_dir() / "tokens" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    if (folder / "meta.json").is_file():
-        return folder
+def _make(digest: str, text: Text, tokenizer: Any, config: DataConfig, unfinished: Path, meter: Meter) -> None:
+    """All that takes long goes to `unfinished`, where the next process finds it if this one ends."""
     if tokenizer is None:
-        documents.train = list(documents.train)
-        tokenizer = train_tokenizer(documents.train, config.vocab_size)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="making-") as scratch:
-        making = Path(scratch) / "corpus"
-        making.mkdir()
-        sizes = {}
-        for split, texts in (("train", documents.train), ("test", documents.test)):
-            tokens = _encode(tokenizer, texts, separate)
-            np.save(making / f"{split}.npy", tokens)
-            sizes[split] = len(tokens)
+        tokenizer = _trained(text, config.vocab_size, unfinished / "tokenizer", meter)
+    sizes = tokenise(text, tokenizer, unfinished, meter)
+    with new_folder(_folder(digest), sealed=True) as making:
+        for split in SPLITS:
+            shutil.copyfile(unfinished / f"{split}.npy", making / f"{split}.npy")
         tokenizer.save_pretrained(making / "tokenizer")
-        meta = {
-            "vocab_size": len(tokenizer),
-            "end_token": tokenizer.eos_token_id,
-            "tokens": sizes,
-            "data": asdict(config),
-        }
-        (making / "meta.json").write_text(json.dumps(meta, indent=1))
-        try:
-            making.rename(folder)
-        except OSError:
-            # Another process made the same corpus first: its content is the same by construction.
-            if not (folder / "meta.json").is_file():
-                raise
-    return folder
+        about = {"vocab_size": len(tokenizer), "end_token": tokenizer.eos_token_id, "tokens": sizes}
+        write_json(about | {"data": asdict(config)}, making / "meta.json")
 
 
-def _encode(tokenizer: Any, texts: Iterable[str], separate: bool) -> npt.NDArray[np.int32]:
-    end = tokenizer.eos_token_id
-    tail = [end] if separate and end is not None else []
-    parts: list[npt.NDArray[np.int32]] = []
-    for batch in _batches(texts, 1000):
-        for encoding in tokenizer.backend_tokenizer.encode_batch(batch, add_special_tokens=False):
-            parts.append(np.array(encoding.ids + tail, dtype=np.int32))
-    return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+def _trained(text: Text, vocab_size: int, folder: Path, meter: Meter) -> Any:
+    """A tokenizer of the training text, or what is left of an interrupted run that had one."""
+    if not folder.is_dir():
+        with meter.task("training the tokenizer", text.num_bytes) as advance:
+
+            def training_text() -> Iterator[str]:
+                for piece in text.pieces():
+                    advance(len(piece.text.encode()))
+                    if piece.train:
+                        yield piece.text
+
+            made = train_tokenizer(training_text(), vocab_size)
+        with new_folder(folder) as making:
+            made.save_pretrained(making)
+    return load_tokenizer(str(folder))
 
 
-def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    batch: list[str] = []
-    for text in texts:
-        batch.append(text)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+@contextmanager
+def _alone(digest: str, meter: Meter) -> Iterator[Path]:
+    """A folder for an unfinished corpus, for one process at a time; it goes when all went well."""
+    folder = cache_dir() / "unfinished" / digest
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{folder}.lock")
+    try:
+        lock.acquire(timeout=1)
+    except Timeout:
+        meter.say("another process is tokenising this text: waiting for it")
+        lock.acquire()
+    try:
+        _sweep(folder)
+        folder.mkdir(exist_ok=True)
+        yield folder
+        shutil.rmtree(folder)
+        Path(lock.lock_file).unlink(missing_ok=True)
+    finally:
+        lock.release()
+
+
+def _sweep(mine: Path) -> None:
+    """What killed processes left of this corpus, and unfinished ones that are old."""
+    for path in (cache_dir() / "tokens").glob(f".{mine.name}.*"):
+        shutil.rmtree(path)
+    for path in mine.parent.iterdir():
+        if path.is_dir() and path != mine and time.time() - path.stat().st_mtime > _KEPT_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,10 @@ _IDLE: tuple[tuple[str, Reason], ...] = (
         "data.vocab_size",
         _if(lambda c: c.data.tokenizer, "the tokenizer is there already: data.tokenizer={0.data.tokenizer}"),
     ),
-    ("data.name", _if(lambda c: c.data.source != "wikitext", "it is for data.source=wikitext")),
-    ("data.train_glob data.test_glob", _if(lambda c: c.data.source != "files", "it is for data.source=files")),
-    ("data.test_fraction", _if(lambda c: c.data.source == "wikitext", "data.source=wikitext has its own test split")),
+    (
+        "data.name data.column data.train_glob data.test_glob",
+        _if(lambda c: c.data.source == "builtin", "it is for other text than data.source=builtin"),
+    ),
     ("train.decay", _if(lambda c: c.train.schedule != "wsd", "it is for train.schedule=wsd")),
     (
         "aggregate.server_lr aggregate.momentum aggregate.beta2 aggregate.tau",

@@ -13,7 +13,7 @@ from twist_fl import machine
 from twist_fl.blocks import KINDS, Layout, make_layout
 from twist_fl.blueprint import Blueprint, Debt, Division, Scale, Scores, Sizes, draw_round, full_blueprint
 from twist_fl.config import BlueprintConfig, Config, ConfigError, from_yaml, to_yaml
-from twist_fl.data import Corpus, Shard, load_corpus, open_corpus
+from twist_fl.data import Corpus, Shard, find_corpus, load_corpus
 from twist_fl.evaluate import ticket_sizes
 from twist_fl.family import config_from_dict, model_config
 from twist_fl.pretrained import check_pretrained, load_pretrained
@@ -143,10 +143,7 @@ def job_from_json(text: str) -> Job:
     """The job on a worker. Its own data must be the server's: ConfigError if the hashes differ."""
     fields = json.loads(text)
     config = from_yaml(fields["config"])
-    try:
-        corpus = open_corpus(fields["corpus"], config.data.window)
-    except FileNotFoundError:
-        corpus = load_corpus(config.data, config.train.workers)
+    corpus = find_corpus(fields["corpus"], config.data, config.train.workers)
     if corpus.digest != fields["corpus"]:
         raise ConfigError(
             f"this machine's text or tokenizer is not the server's (hash {corpus.digest}, "

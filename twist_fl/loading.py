@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from typing import Any
 
@@ -81,7 +82,10 @@ def _make_absolute(config: Any) -> None:
     checkpoint."""
     for section, key in ((config.data, "path"), (config.data, "tokenizer"), (config.model, "pretrained")):
         value = getattr(section, key)
-        if value and (path := expanded(value)).exists():
+        path = expanded(value or "")
+        if value and glob.has_magic(value) and section is config.data and not path.exists():
+            setattr(section, key, str(path.absolute()))
+        elif value and path.exists():
             newest = max(path.glob("checkpoints/round-*"), default=path)
             setattr(section, key, str(newest.resolve()))
 

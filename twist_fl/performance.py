@@ -251,6 +251,19 @@ def _warm_nodes(found: Row) -> str:
     )
 
 
+def _text(found: Row) -> str:
+    settings = found["settings"]
+    about = f"A byte-level BPE of {settings['vocab']:,} tokens, {settings['cores']} cores.\n\n"
+    return about + table(
+        found["rows"],
+        ("", lambda r: str(r["how"])),
+        ("MB of text", lambda r: number(r["mb"])),
+        ("s", lambda r: number(r["seconds"])),
+        ("MB/s", lambda r: number(r["mb_per_second"])),
+        ("peak MB", lambda r: number(r["peak_mb"])),
+    )
+
+
 TABLES: dict[str, dict[str, Callable[[Row], str]]] = {
     "round": {"round": _round},
     "ddp": {"ddp": _ddp, "ddp through Flower": _ddp_flower},
@@ -264,4 +277,5 @@ TABLES: dict[str, dict[str, Callable[[Row], str]]] = {
     "warm_nodes": {"nodes": _warm_nodes},
     "wire": {"wire": _wire},
     "step": {"step": _step},
+    "text": {"text": _text},
 }
