@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import time
 from pathlib import Path
 
 from app_runs import PATIENCE, assert_is_rounds_run, processes_of, saved_rounds, started, twist_fl, wait_until
@@ -30,10 +32,12 @@ def test_a_run_is_interrupted_then_killed_then_ends_as_if_nothing_had_happened(
 
     with started("train", "--resume", folder.path) as process:
         wait_until(lambda: saved_rounds(folder) >= saved + 2, process)
-        process.kill()  # first the one that would clean up
-        for running in processes_of(folder):
-            running.kill()
+        process.kill()
         process.wait()
+        deadline = time.monotonic() + PATIENCE
+        while processes_of(folder) and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert processes_of(folder) == []
     assert saved + 2 <= saved_rounds(folder) < 16
     assert not folder.events("done")
 
@@ -42,3 +46,19 @@ def test_a_run_is_interrupted_then_killed_then_ends_as_if_nothing_had_happened(
     assert_is_rounds_run(folder, tmp_path / "oracle")
     assert [event["round"] for event in folder.events("round")] == list(range(1, 17))
     assert processes_of(folder) == []
+
+
+def test_a_worker_whose_process_dies_is_replaced(small: tuple[str, ...], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    words = (*small, "flower.cpus_per_worker=1", "train.rounds=16", "train.interval=20", "checkpoint_every=1")
+    with started("train", "demo", *words, f"dir={folder.path}") as process:
+        wait_until(lambda: saved_rounds(folder) >= 2, process)
+        actor = next(each for each in processes_of(folder) if "ray::" in " ".join(each.cmdline()))
+        actor.kill()
+        output, _ = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, output
+    rounds = folder.events("round")
+    assert rounds[-1]["answered"] == [0, 1]
+    lost = sum(len(event["dropped"]) for event in rounds)
+    assert json.loads(folder.results_file.read_text())["lost_replies"] == lost <= 1
+    assert ("replies of workers were lost" in output) == bool(lost)

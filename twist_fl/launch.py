@@ -144,21 +144,27 @@ def flower_run(
     with folder.lock("command"):
         clear_stale(folder.path)
         folder.tidy()
-        with flower_home(folder.path) as home:
-            with log.open("a") as file:
-                file.write(_BEGIN)
-            address = f"127.0.0.1:{free_port()}"
-            write_connection(home, address)
-            environment = private_environment(home) | {"RAY_TMPDIR": str(ray_folder(home))}
-            host, port = address.split(":")
-            words = ["flower-superlink", "--insecure", "--simulation", "--host", host, "--port", port]
-            superlink = start(words, environment, log)
-            settings = write_settings({"run-dir": str(folder.path), **run_config}, home / "settings.toml")
-            command = ["flwr", "run", str(stage_app(home / "app")), CONNECTION, "--stream"]
-            command += ["--run-config", str(settings), "--federation-config", resources]
-            wait_until_healthy(address, superlink, log)
-            yield Simulation(superlink, start(command, environment, log), log)
-        folder.tidy()
+        started: list[subprocess.Popen[bytes]] = []
+        try:
+            with flower_home(folder.path) as home:
+                with log.open("a") as file:
+                    file.write(_BEGIN)
+                address = f"127.0.0.1:{free_port()}"
+                write_connection(home, address)
+                environment = private_environment(home) | {"RAY_TMPDIR": str(ray_folder(home))}
+                host, port = address.split(":")
+                words = ["flower-superlink", "--insecure", "--simulation", "--host", host, "--port", port]
+                started.append(start(words, environment, log))
+                settings = write_settings({"run-dir": str(folder.path), **run_config}, home / "settings.toml")
+                command = ["flwr", "run", str(stage_app(home / "app")), CONNECTION, "--stream"]
+                command += ["--run-config", str(settings), "--federation-config", resources]
+                wait_until_healthy(address, started[0], log)
+                started.append(start(command, environment, log))
+                yield Simulation(started[0], started[1], log)
+        finally:
+            for process in started:  # stopped with the home
+                process.wait()
+            folder.tidy()
 
 
 def why_it_ended(log: Path) -> str:
