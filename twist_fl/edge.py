@@ -21,12 +21,13 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from twist_fl.blocks import make_layout
-from twist_fl.blueprint import Blueprint
+from twist_fl.blueprint import Blueprint, full_blueprint
 from twist_fl.data import Windows
-from twist_fl.deploy import Ticket, export_ticket, ticket_digest
+from twist_fl.deploy import Ticket, export_ticket, make_ticket, ticket_digest
 from twist_fl.evaluate import perplexity
 from twist_fl.measuring import Request, measuring, serve
 from twist_fl.memory import peak_bytes, start_peak
+from twist_fl.subnet import get_state
 
 REPEATS = 3
 
@@ -157,11 +158,14 @@ def decode(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[list[int]
 
 
 def _warm_up() -> None:
-    """Load and run a toy model, so that code which libraries load late is not counted as the ticket's memory."""
+    """Load and run a toy ticket, so that code which libraries load late is not counted as the ticket's memory."""
     config = GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+    layout = make_layout(config.to_dict())
+    state = get_state(GPT2LMHeadModel(config))
+    toy = make_ticket(layout, state, config.to_dict(), full_blueprint(layout), "sqrt")
     with tempfile.TemporaryDirectory(prefix="twist-edge-") as folder:
-        GPT2LMHeadModel(config).save_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        export_ticket(toy, Path(folder) / "toy", None)
+        model = AutoModelForCausalLM.from_pretrained(Path(folder) / "toy", trust_remote_code=True)
     windows = np.zeros((1, 8), dtype=np.int32)
     decode(model, _prompt(windows, 8, 2), 2)
     perplexity(model, windows, batch_size=1)
