@@ -1,5 +1,6 @@
 """Flower's ServerApp: glue. The work is in twist_fl/serve.py and twist_fl/strategy.py."""
 
+import shlex
 from pathlib import Path
 
 from flwr.app import Context
@@ -7,6 +8,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError
+from twist_fl.going_on import at_places
 from twist_fl.serve import open_run, train_run
 from twist_fl.ship import deploy_run
 
@@ -22,6 +24,7 @@ def main(grid: Grid, context: Context) -> None:
         train_run(grid, *open_run(run_dir, str(given["preset"]), str(given["overrides"])))
     elif mode == "deploy":
         folder = RunFolder(Path(run_dir))
-        deploy_run(grid, folder, folder.job(), str(given["devices"]))
+        job = at_places(folder.job(), shlex.split(str(given["overrides"])))
+        deploy_run(grid, folder, job, str(given["devices"]))
     else:
         raise ConfigError(f'mode={mode!r} must be "train" or "deploy"')

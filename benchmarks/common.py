@@ -43,7 +43,9 @@ def job_without_text(model: GPT2Config, folder: Path, *overrides: str) -> Job:
     sizes = (f"model.n_layer={model.n_layer}", f"model.n_head={model.n_head}", f"model.n_embd={model.n_head}")
     text_of = ("data.source=files", f"data.path={folder}", "data.vocab_size=300", "data.window=16")
     job = make_job(load_config(overrides=[*text_of, *sizes, "eval.sizes=[]", *overrides]))
-    return replace(job, model_config=model, layout=make_layout(model.to_dict(), job.config.blueprint.ffn_blocks))
+    return replace(
+        job, model_fields=model.to_dict(), layout=make_layout(model.to_dict(), job.config.blueprint.ffn_blocks)
+    )
 
 
 def round_mean(job: Job, state: RunState, tasks: list[Task]) -> RoundMean:

@@ -33,7 +33,7 @@ from twist_fl.blocks import Layout, make_layout
 from twist_fl.blueprint import Blueprint, Division, draw_round
 from twist_fl.files import save_tensors, write_text
 from twist_fl.machine import usable_cores
-from twist_fl.results import provenance
+from twist_fl.provenance import provenance
 from twist_fl.subnet import State, copy_all, slice_state, take_slice
 from twist_fl.threads import threads
 

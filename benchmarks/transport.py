@@ -38,7 +38,7 @@ from twist_fl.config import load_config
 from twist_fl.cost import round_bytes
 from twist_fl.files import write_text
 from twist_fl.job import Job, make_job
-from twist_fl.results import provenance
+from twist_fl.provenance import provenance
 from twist_fl.strategy import TwistStrategy
 from twist_fl.subnet import get_state, take_back
 from twist_fl.worker import Reply
@@ -74,7 +74,7 @@ def job_of_size(megabytes: float, workers: int, rounds: int, transport: str, fol
             bos_token_id=0,
             eos_token_id=0,
         )
-        sized = replace(job, model_config=config, layout=make_layout(config.to_dict()))
+        sized = replace(job, model_fields=config.to_dict(), layout=make_layout(config.to_dict()))
         if round_bytes(sized.layout, sized.blueprints(1)) / (2 * workers) > 1e6 * megabytes:
             return best
         width, best = width + HEADS, sized

@@ -26,6 +26,7 @@ from twist_fl import evaluate, wire
 from twist_fl.blueprint import full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import load_config
+from twist_fl.division import ticket_sizes
 from twist_fl.job import Job, make_job
 from twist_fl.rounds import RoundMean, RunState, plan, start
 from twist_fl.shelf import MomentShelf
@@ -57,7 +58,7 @@ def perplexities(job: Job, state: RunState) -> dict[str, float]:
     windows, size = job.corpus.test[: job.config.eval.watch_windows], job.config.eval.batch_size
     models = job.models()
     full = evaluate.perplexity(models.load_sliced(full_blueprint(job.layout), state.params), windows, size)
-    num_sub = evaluate.ticket_sizes(job.layout, job.division, TICKET)
+    num_sub = ticket_sizes(job.layout, job.division, TICKET)
     tickets = evaluate.ticket_distribution(
         models, state.params, job.division, num_sub, windows, tickets=TICKETS, seed=job.config.seed, batch_size=size
     ).summary()

@@ -22,7 +22,7 @@ from twist_fl.deploy import make_ticket, ticket_memory_bytes
 from twist_fl.evaluate import perplexity
 from twist_fl.job import Job
 from twist_fl.loopback import network, stock_node
-from twist_fl.results import commit
+from twist_fl.provenance import commit
 
 # A simulation
 

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from families import CONFIGS, CONTEXT, FAMILIES, FFN_BLOCKS, LAYERS, LAYOUTS, VOCAB
 from transformers import AutoModelForCausalLM, BertConfig, PreTrainedModel
 
-from twist_fl import edge
 from twist_fl.aggregate import StreamingMean
 from twist_fl.architectures import ARCHITECTURES
 from twist_fl.blocks import KINDS, make_layout
@@ -26,6 +25,7 @@ from twist_fl.deploy import make_ticket, ticket_memory_bytes
 from twist_fl.edge import receive_ticket
 from twist_fl.family import config_from_dict, padding_token
 from twist_fl.job import Job, job_from_json
+from twist_fl.measuring import quiet_environment
 from twist_fl.modeling_subnet import SUBNETS
 from twist_fl.rounds import run, start
 from twist_fl.subnet import (
@@ -430,7 +430,7 @@ def test_tickets_run_where_twist_fl_is_not_installed(random_state: RandomState, 
     folders = [str(tmp_path / name) for name in FAMILIES]
     done = subprocess.run(
         [sys.executable, "-I", "-c", ISOLATED, str(tmp_path / "out.pt"), *folders],
-        env=edge._quiet_environment(str(tmp_path), 1) | {"PYTHONPATH": ""},
+        env=quiet_environment(str(tmp_path), 1) | {"PYTHONPATH": ""},
         capture_output=True,
         text=True,
         check=False,

@@ -270,11 +270,23 @@ def test_a_latency_that_cannot_be_measured_is_refused_before_anything_starts(
     assert "deploy.new_tokens=32 does not fit a context of 32: use at most 31" in error
 
 
-@pytest.mark.parametrize("given", [("demo",), ("demo", "train.rounds=9")])
-def test_a_resumed_run_keeps_its_settings(given: tuple[str, ...], run: Run, untrained: Path, no_flower: None) -> None:
-    status, _, error = run("train", *given, "--resume", untrained)
+@pytest.mark.usefixtures("no_flower")
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (("demo",), "a run that goes on keeps its preset: leave out demo"),
+        (("seed=1", "train.rounds=9"), "seed=1 would make it another run: this one has 0. What may change: data.path,"),
+        (("flower.wire_dtype=float16",), "flower.wire_dtype=float16 would make it another run"),
+        (("train.rouds=9",), "unknown key 'train.rouds', did you mean 'train.rounds'?"),
+        (("eval.sizes=9",), "a ticket size of 9 (eval.sizes, --sizes) is impossible"),
+    ],
+)
+def test_a_run_that_goes_on_is_the_same_run(given: tuple[str, ...], reason: str, run: Run, untrained: Path) -> None:
+    before = (untrained / "job.json").read_text()
+    status, _, error = run("train", "--resume", untrained, *given)
     assert status == 2
-    assert f"a resumed run keeps its settings: leave out {' '.join(given)}" in error
+    assert reason in error
+    assert (untrained / "job.json").read_text() == before
 
 
 def test_a_folder_that_cannot_be_made_is_named(run: Run, tiny: tuple[str, ...], tmp_path: Path) -> None:
@@ -289,7 +301,8 @@ def test_a_folder_that_cannot_be_made_is_named(run: Run, tiny: tuple[str, ...], 
 def test_a_finished_run_is_not_run_again(run: Run, trained: Path, no_flower: None) -> None:
     status, output, _ = run("train", "--resume", trained)
     assert status == 0
-    assert f"{trained} is finished; nothing to do" in output
+    assert f"{trained} is finished: 2 rounds, perplexity: full model " in output
+    assert f"twist-fl train --resume {trained} train.rounds=4   trains it longer" in output
 
 
 # What a run that goes wrong comes to

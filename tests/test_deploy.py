@@ -21,16 +21,17 @@ from twist_fl.config import ConfigError, DeviceConfig, load_config
 from twist_fl.deploy import (
     Ticket,
     export_ticket,
-    legal_sizes,
     make_ticket,
     next_sizes,
     plan_tickets,
     ticket_digest,
     ticket_memory_bytes,
 )
+from twist_fl.division import legal_sizes
 from twist_fl.edge import EdgeReport, decode, measure, measure_here, receive_ticket
 from twist_fl.evaluate import perplexity
 from twist_fl.family import model_config
+from twist_fl.measuring import quiet_environment
 from twist_fl.subnet import ModelCache, State, get_state
 from twist_fl.tokenizer import train_tokenizer
 
@@ -433,7 +434,7 @@ def test_peak_memory_grows_with_what_was_touched_and_not_with_the_parents() -> N
         "held = bytearray(b'x' * 50_000_000); print(memory.peak_bytes() - before)"
     )
     ballast = bytearray(b"x" * 300_000_000)
-    environment = edge._quiet_environment("", 1)
+    environment = quiet_environment("", 1)
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     del ballast
     assert 45e6 < int(done.stdout) < 150e6
@@ -441,7 +442,7 @@ def test_peak_memory_grows_with_what_was_touched_and_not_with_the_parents() -> N
 
 def test_the_edge_client_needs_no_flower() -> None:
     code = "import sys; sys.modules['flwr'] = None; import twist_fl.edge"
-    subprocess.run([sys.executable, "-c", code], env=edge._quiet_environment("", 1), check=True)
+    subprocess.run([sys.executable, "-c", code], env=quiet_environment("", 1), check=True)
 
 
 def test_the_report_is_plain_json(

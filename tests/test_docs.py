@@ -14,8 +14,8 @@ from twist_fl.blocks import make_layout
 from twist_fl.cells import MAX_COLUMNS
 from twist_fl.cli import app
 from twist_fl.config import Config, load_config
+from twist_fl.division import make_division
 from twist_fl.family import model_config
-from twist_fl.job import make_division
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "gpu" / "README.md"]

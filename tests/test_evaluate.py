@@ -14,7 +14,8 @@ from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from twist_fl.blueprint import Division, draw_ticket, full_blueprint
 from twist_fl.data import Windows
-from twist_fl.evaluate import mean_nll, perplexity, subnet_perplexity, ticket_distribution, ticket_sizes
+from twist_fl.division import ticket_sizes
+from twist_fl.evaluate import mean_nll, perplexity, subnet_perplexity, ticket_distribution
 from twist_fl.job import Job
 from twist_fl.subnet import State, load_state
 from twist_fl.train import next_token_loss

@@ -51,7 +51,7 @@ def run_benches(console: Console, name: str | None, options: Sequence[str], resu
     tree = source_tree()
     if name is not None and name not in BENCHES:
         raise ConfigError(f"no benchmark {name!r}{nearest(name, BENCHES)}; there are {', '.join(BENCHES)}")
-    from twist_fl.results import provenance
+    from twist_fl.provenance import provenance
 
     about = provenance()  # of before: each result changes the tree
     folder = results or tree / "results" / "performance"

@@ -2,35 +2,35 @@
 
 A checkpoint is a folder that is renamed into place when it is whole; the two newest are kept. Each is also the full
 model with its tokenizer as Hugging Face keeps them, for AutoModelForCausalLM.from_pretrained or another run's
-model.pretrained.
+model.pretrained. Only what reads or writes one loads torch: a report or a mistake does not.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from shlex import quote
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file
-from transformers import PreTrainedConfig
-
-from twist_fl.blocks import Kind
 from twist_fl.config import ConfigError
 from twist_fl.events import EventLog
 from twist_fl.files import check_seal, new_folder, remove_unfinished, save_tensors, write_text
 from twist_fl.finding import no_run
 from twist_fl.hub import expanded
-from twist_fl.job import Job, job_from_json
 from twist_fl.locks import holder, locked
-from twist_fl.outer import OuterState
-from twist_fl.rounds import RunState
-from twist_fl.subnet import State
 from twist_fl.tokenizer import copy_tokenizer
-from twist_fl.train import Moments
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from twist_fl.blocks import Kind
+    from twist_fl.job import Job
+    from twist_fl.rounds import RunState
+    from twist_fl.subnet import State
 
 _KEPT = 2
 
@@ -81,14 +81,20 @@ class RunFolder:
         """Raises ConfigError if the folder already holds a run."""
         if self.job_file.exists():
             raise ConfigError(
-                f"{self.path} already holds a run: resume it with `twist-fl train --resume {self.path}` "
+                f"{self.path} already holds a run: resume it with `twist-fl train --resume {quote(str(self.path))}` "
                 f'(or run-dir="{self.path}" under `flwr run`), or choose another folder with dir=...'
             )
 
-    def job(self) -> Job:
-        """The run's job. Raises ConfigError if there is no run here."""
+    def check_run(self) -> None:
+        """Raises ConfigError if there is no run here."""
         if not self.job_file.is_file():
             raise no_run(self.path)
+
+    def job(self) -> Job:
+        """The run's job. Raises ConfigError if there is no run here."""
+        self.check_run()
+        from twist_fl.job import job_from_json
+
         return job_from_json(self.job_file.read_text())
 
     def log(self, event: str, **fields: Any) -> None:
@@ -116,6 +122,31 @@ class RunFolder:
         """Whole checkpoints, oldest first."""
         return sorted((self.path / "checkpoints").glob("round-*"))
 
+    @property
+    def saved_round(self) -> int:
+        """The round of the newest checkpoint; 0 if there is none."""
+        return max(self.saved_rounds, default=0)
+
+    @property
+    def saved_rounds(self) -> list[int]:
+        """Those of all whole checkpoints."""
+        return [int(found.name.rpartition("-")[2]) for found in self.checkpoints()]
+
+    def finished(self, num_rounds: int) -> bool:
+        """Whether the run came to the end of its rounds: one that goes on, longer, has results of its first ones."""
+        return self.results_file.is_file() and any(each["round"] == num_rounds for each in self.events("done"))
+
+    @property
+    def moments_folder(self) -> Path:
+        """What a finished run's clients on this machine kept of their optimisers, for a longer run."""
+        return self.path / "moments"
+
+    def remove(self, checkpoint: Path) -> None:
+        """Never leaves half of it."""
+        going = checkpoint.with_name(f".{checkpoint.name}.{os.getpid()}")  # as `files.remove_unfinished` knows them
+        checkpoint.rename(going)
+        shutil.rmtree(going)
+
     def save(self, state: RunState, model: PreTrainedConfig, tokenizer_folder: Path | None = None) -> None:
         folder = self.path / "checkpoints" / f"round-{state.round:06d}"
         fields = {
@@ -125,6 +156,8 @@ class RunFolder:
             "moment_step": state.moments.step if state.moments else None,
             "scores": [[*place, *scores] for place, scores in state.scores.items()] if state.scores else None,
         }
+        import torch
+
         with new_folder(folder, sealed=True) as making:
             save_tensors(state.params, making / "model.safetensors")
             if state.moments:
@@ -138,13 +171,17 @@ class RunFolder:
             if tokenizer_folder:
                 copy_tokenizer(tokenizer_folder, making)
         for old in self.checkpoints()[:-_KEPT]:
-            shutil.rmtree(old)
+            self.remove(old)
 
     def load(self) -> RunState | None:
         """The state of the newest checkpoint, or None if there is none yet."""
         found = self.checkpoints()
         if not found:
             return None
+        from twist_fl.outer import OuterState
+        from twist_fl.rounds import RunState
+        from twist_fl.train import Moments
+
         folder = found[-1]
         check_seal(folder)
         fields = json.loads((folder / "state.json").read_text())
@@ -165,6 +202,8 @@ class RunFolder:
 
 def _load(file: Path) -> State:
     """In memory of their own: rounds are averaged in place, and the file may go."""
+    from safetensors.torch import load_file
+
     return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 

@@ -15,7 +15,7 @@ from twist_fl.bench import BENCHES
 from twist_fl.checks import LaunchError
 from twist_fl.config import ConfigError, presets
 from twist_fl.joining import node_arguments
-from twist_fl.options import Draws, Overrides, RunDir, Seed, Sizes, Windows, new_file, new_folder
+from twist_fl.options import Draws, Overrides, Places, RunDir, Seed, Sizes, Windows, new_file, new_folder
 from twist_fl.usage import block_counts, explain, versions
 
 app = typer.Typer(
@@ -50,18 +50,31 @@ def train(
         str | None, typer.Argument(help=f"A preset ({', '.join(presets())}) or a YAML file.", show_default="demo")
     ] = None,
     overrides: Overrides = None,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder instead.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on with the run in this folder; train.rounds=200 trains it longer, data.path=NEW "
+            "says where its text is now."
+        ),
+    ] = None,
+    local: Annotated[
+        bool,
+        typer.Option(
+            "--local",
+            help="Without Flower, in this process, one worker after another: starts in seconds, "
+            "for quick trials. The same weights.",
+        ),
+    ] = False,
 ) -> None:
     """Train with TwIST, or with algorithm=fedavg or ddp, through a Flower simulation on this machine."""
     from twist_fl import commands
 
-    given = [*filter(None, [preset]), *(overrides or [])]
-    if resume and given:
-        raise ConfigError(f"a resumed run keeps its settings: leave out {' '.join(given)}")
+    if resume and preset and "=" not in preset:
+        raise ConfigError(f"a run that goes on keeps its preset: leave out {preset}")
     if resume:
-        commands.resume(console, resume)
+        commands.resume(console, resume, [*filter(None, [preset]), *(overrides or [])], local)
     else:
-        commands.train(console, "demo" if preset is None else preset, overrides or [])
+        commands.train(console, "demo" if preset is None else preset, overrides or [], local=local)
 
 
 @app.command()
@@ -92,12 +105,13 @@ def tickets(
     sizes: Sizes = None,
     draws: Draws = 20,
     windows: Windows = None,
+    places: Places = None,
 ) -> None:
     """Draw random subnets from a trained run and show the distribution of their perplexity."""
     counts = block_counts(sizes)
     from twist_fl import look
 
-    look.tickets(console, run, counts, draws, windows)
+    look.tickets(console, run, counts, draws, windows, places or [])
 
 
 @app.command()
@@ -116,14 +130,18 @@ def prune(
         Path | None,
         new_folder("Also put each pruned model in a folder METHOD-SIZE below this one."),
     ] = None,
+    places: Places = None,
 ) -> None:
     """Prune a trained run after training, by the methods that TwIST is compared with, and show what each costs."""
     counts = block_counts(sizes)
+    from twist_fl.checkpoint import RunFolder
+
+    RunFolder(run).check_run()
     from twist_fl.pruning.command import chosen_methods, prune_run
 
     prune_run(
         console, run, chosen_methods(method), counts,
-        windows=windows, calibration=calibration, draws=draws, out=out, save=save,
+        windows=windows, calibration=calibration, draws=draws, out=out, save=save, places=places or [],
     )  # fmt: skip
 
 
@@ -137,11 +155,12 @@ def deploy(
             "MiB too), 20ms or 0.5s a token, 1/4 or 25% of the blocks. Default: three devices."
         ),
     ] = None,
+    places: Places = None,
 ) -> None:
     """Ship to each device the largest ticket that meets its limits, as a small dense model, and measure it there."""
     from twist_fl import commands
 
-    commands.deploy(console, run, device or [])
+    commands.deploy(console, run, device or [], places or [])
 
 
 @app.command()

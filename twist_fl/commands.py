@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -11,34 +13,38 @@ from rich.console import Console
 from twist_fl.cells import markdown, terminal_table
 from twist_fl.checkpoint import RunFolder
 from twist_fl.checks import LaunchError
-from twist_fl.config import Config, load_config
+from twist_fl.config import load_config
 from twist_fl.files import read_json, write_text
 from twist_fl.finding import finished_runs
-from twist_fl.job import make_job
+from twist_fl.guard import clear_stale
 from twist_fl.launch import flower_run, why_it_ended
-from twist_fl.look import load_final
-from twist_fl.machine import check_simulation
+from twist_fl.machine import check_simulation, check_training
+from twist_fl.measuring import measuring
 from twist_fl.progress import RunProgress
-from twist_fl.results import refuse_other_settings
 from twist_fl.story import results_text
+
+if TYPE_CHECKING:
+    from twist_fl.job import Job
 
 INTERRUPTED = 130
 
 
-def train(console: Console, preset: str, overrides: list[str], strict: bool = True) -> RunFolder:
+def train(console: Console, preset: str, overrides: list[str], strict: bool = True, local: bool = False) -> RunFolder:
     """A new run from preset and overrides, refused before anything starts if it cannot work.
 
     `strict`: also if an override changes nothing. Overrides that several runs share may be for one of them.
     """
     config = load_config(preset, overrides, strict)
-    check_simulation(config)
     folder = RunFolder(Path(config.dir or f"runs/{config.name}"))
     folder.refuse_second_run()
     config.dir = str(folder.path)
-    with console.status("reading text and model configuration"):
+    with console.status("loading torch, reading text and model configuration"):
+        (check_training if local else check_simulation)(config)
+        from twist_fl.job import make_job
+
         job = make_job(config)
     folder.create(job)
-    _run(console, folder, config)
+    _run(console, folder, job, local)
     return folder
 
 
@@ -52,6 +58,7 @@ def demo(console: Console, directory: Path, overrides: list[str]) -> None:
         "TwIST against FedAvg: the same model, text, batches and optimiser. Ctrl-C is safe: run it again to go on."
     )
     from twist_fl.compare import comparison_table
+    from twist_fl.results import refuse_other_settings
     from twist_fl.tables import device_tables, run_tables
 
     runs = []
@@ -105,33 +112,66 @@ def publish(console: Console, paths: list[Path], target: Path) -> None:
     console.print(f"results, table.md and figures: {target.resolve()}")
 
 
-def resume(console: Console, path: Path) -> RunFolder:
-    """Go on with an interrupted run from its newest checkpoint."""
+def resume(console: Console, path: Path, overrides: Sequence[str] = (), local: bool = False) -> RunFolder:
+    """Go on with a run from its newest checkpoint; with other settings, as far as it stays the same run."""
     folder = RunFolder(path)
-    config = folder.job().config
-    check_simulation(config)
-    if folder.events("done"):
-        console.print(f"{folder.path} is finished; nothing to do")
+    folder.check_run()
+    with console.status("reading the run"):
+        from twist_fl.going_on import go_on
+
+        with folder.lock("command"):
+            clear_stale(folder.path)  # a server that outlived its command would be at work
+            continued = go_on(folder, overrides)
+    job = continued.job
+    if continued.finished:
+        console.print(_what_next(folder), soft_wrap=True)
         return folder
-    _run(console, folder, config)
+    with console.status("loading torch and the run's text"):
+        job.text.open()
+        (check_training if local else check_simulation)(job.config)
+    if continued.note:
+        console.print(continued.note, style="yellow", soft_wrap=True)
+    where = f"goes on after round {continued.round} of {job.num_rounds}"
+    if continued.round == job.num_rounds:
+        where, local = f"all {job.num_rounds} rounds are trained; making its results", True
+    console.print(f"{folder.path.name}: {where}", soft_wrap=True, highlight=False)
+    _run(console, folder, job, local)
     return folder
 
 
-def _run(console: Console, folder: RunFolder, config: Config) -> None:
+def _what_next(folder: RunFolder) -> str:
+    """Of a finished run: that it is finished, and what can be done with it."""
+    results, run = read_json(folder.results_file), shlex.quote(str(folder.path))
+    return (
+        f"{folder.path} is finished: {results['rounds']} rounds, {results_text(results)}. Next:\n"
+        f"  twist-fl train --resume {run} train.rounds={2 * _budget(results)}   trains it longer\n"
+        f"  twist-fl tickets {run}   draws other tickets\n"
+        f"  twist-fl deploy {run}   ships some to devices\n"
+        f"  twist-fl report {run}   shows all in one page"
+    )
+
+
+def _budget(results: dict[str, Any]) -> int:
+    """Intervals trained, as train.rounds counts."""
+    train = results["config"]["train"]
+    return int(-(-results["rounds"] // (train["interval"] if results["config"]["algorithm"] == "ddp" else 1)))
+
+
+def _run(console: Console, folder: RunFolder, job: Job, local: bool) -> None:
     console.print(f"run folder {folder.path}", soft_wrap=True)
-    num_tickets = len(config.eval.sizes) * config.eval.tickets
+    config = job.config
     try:
-        with (
-            flower_run(folder, config, len(folder.job().clients), {"mode": "train"}) as process,
-            RunProgress(console, folder, num_tickets) as progress,
-        ):
-            events = progress.follow(process)
+        with RunProgress(console, folder, len(config.eval.sizes) * config.eval.tickets) as progress:
+            if local:
+                from twist_fl.local import train_here
+
+                events = train_here(folder, progress.follow)
+            else:
+                with flower_run(folder, config, len(job.clients), {"mode": "train"}) as process:
+                    events = progress.follow(process)
     except KeyboardInterrupt:
-        done = len(folder.checkpoints()) and int(folder.checkpoints()[-1].name.rpartition("-")[2])
-        console.print(
-            f"\ninterrupted; {done} rounds are saved. Go on with:  twist-fl train --resume {folder.path}",
-            soft_wrap=True,
-        )
+        words = f"twist-fl train {'--local ' * local}--resume {shlex.quote(str(folder.path))}"
+        console.print(f"\ninterrupted; {folder.saved_round} rounds are saved. Go on with:  {words}", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     _require(events, "done", folder)
     results = read_json(folder.results_file)
@@ -148,27 +188,31 @@ def _require(events: list[dict[str, Any]], last: str, folder: RunFolder) -> None
         raise LaunchError(f"the run ended before its time: {why_it_ended(log)}. Flower's log: {log}")
 
 
-def deploy(console: Console, path: Path, devices: list[str]) -> list[dict[str, Any]]:
-    """Ship tickets to simulated edge clients and show what they measured."""
-    from twist_fl.ship import devices_of, plan_device
+def deploy(console: Console, path: Path, devices: list[str], places: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Ship tickets to edge clients that this machine plays, and show what they measured."""
+    folder = RunFolder(path)
+    folder.check_run()
+    measuring(1)  # loads torch for the measurements while this process loads it to plan
+    with console.status("loading torch and the run") as status:
+        from twist_fl.look import load_final
+        from twist_fl.ship import deploy_here, devices_of, plan_device
 
-    folder, job, _ = load_final(path)
-    for device in devices_of(job, devices):
-        plan_device(job, device)  # refuses an impossible one before Flower starts
-    settings = {"mode": "deploy", "devices": " ".join("".join(word.split()) for word in devices)}
-    with (
-        console.status("shipping tickets to simulated edge clients"),
-        flower_run(folder, job.config, 1, settings) as run,
-    ):
-        events = RunProgress(console, folder, 0).follow(run)
-    rows = [event for event in events if event["event"] == "device"]
-    if rows:
-        from twist_fl.tables import device_tables
+        folder, job, _ = load_final(path, places)
+        wanted = devices_of(job, devices)
+        for device in wanted:
+            plan_device(job, device)  # refuses an impossible one before anything is written
+        first = len(folder.events("device"))
+        try:
+            deploy_here(folder, job, wanted, status.update)
+        finally:
+            rows = folder.events("device")[first:]
+            if rows:
+                from twist_fl.tables import device_tables
 
-        for caption, cells in device_tables(rows).items():
-            console.print(terminal_table(caption, cells))
-        console.print(
-            f"dense models, for AutoModelForCausalLM.from_pretrained, in {folder.path / 'deployed'}", soft_wrap=True
-        )
-    _require(events, "deployed", folder)
+                for caption, cells in device_tables(rows).items():
+                    console.print(terminal_table(caption, cells))
+                console.print(
+                    f"dense models, for AutoModelForCausalLM.from_pretrained, in {folder.path / 'deployed'}",
+                    soft_wrap=True,
+                )
     return rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 from twist_fl.checkpoint import RunFolder
@@ -78,19 +79,21 @@ def _results(folder: RunFolder) -> dict[str, Any]:
     if not folder.results_file.is_file():
         raise ConfigError(
             f"{folder.path} has no results.json, so there is no run or it has not finished: "
-            f"finish it with `twist-fl train --resume {folder.path}`"
+            f"finish it with `twist-fl train --resume {quote(str(folder.path))}`"
         )
     results: dict[str, Any] = read_json(folder.results_file)
     return results
 
 
 def _finished(label: str, results: dict[str, Any], folder: RunFolder) -> FinishedRun:
-    evaluations = folder.events("eval")
+    evaluations, rounds = (
+        [each for each in folder.events(event) if each["round"] <= results["rounds"]] for event in ("eval", "round")
+    )  # a run that goes on, longer, has results of its first rounds until it is finished again
     starts = folder.events("start")
     predicted = starts[-1]["predicted_round_bytes"] if starts else 0
     per_interval = _rounds_per_interval(results["config"])
     full_by_interval = {each["round"] / per_interval: each["full"] for each in evaluations}
-    return FinishedRun(label, results, folder.events("round"), predicted, full_by_interval)
+    return FinishedRun(label, results, rounds, predicted, full_by_interval)
 
 
 def _rounds_per_interval(config: Mapping[str, Any]) -> int:

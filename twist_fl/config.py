@@ -252,10 +252,12 @@ class Config:
     deploy: DeployConfig = field(default_factory=DeployConfig)
 
 
-def load_config(preset: str | None = None, overrides: Sequence[str] = (), strict: bool = False) -> Config:
-    """Defaults, then the preset (a name, or a YAML file), then `key=value` overrides; `loading.load` says what of it
-    is refused."""
-    config = loading.load(Config, preset, overrides, strict)
+def load_config(
+    preset: str | None = None, overrides: Sequence[str] = (), strict: bool = False, base: Config | None = None
+) -> Config:
+    """Defaults (or `base`), then the preset (a name, or a YAML file), then `key=value` overrides; `loading.load` says
+    what of it is refused."""
+    config = loading.load(Config, preset, overrides, strict, None if base is None else to_yaml(base))
     assert isinstance(config, Config)
     return config
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
-from transformers import GPT2Config
 
 from twist_fl.blocks import KINDS, Layout, make_layout
 from twist_fl.blueprint import Division
 from twist_fl.checkpoint import RunFolder
-from twist_fl.config import Config, ConfigError, load_config
+from twist_fl.config import Config, ConfigError, ModelConfig, load_config
 from twist_fl.cost import PAPER_EXCHANGES, Group, RunCost, groups, run_cost
-from twist_fl.deploy import legal_sizes
-from twist_fl.evaluate import blocks_per_layer, ticket_sizes
-from twist_fl.family import model_config
-from twist_fl.job import make_division
+from twist_fl.division import blocks_per_layer, legal_sizes, make_division, ticket_sizes
+from twist_fl.family import model_config, scratch_fields
 from twist_fl.texts import human_bytes
+
+GPT2_VOCABULARY = 50_257
 
 
 def show_cost(console: Console, preset: str, overrides: list[str], steps: int | None) -> None:
@@ -38,18 +37,20 @@ def show_cost(console: Console, preset: str, overrides: list[str], steps: int | 
     if overrides:
         raise ConfigError(f"{preset} is a run, which keeps its settings: leave out {' '.join(overrides)}")
     job = folder.job()
-    _show(console, preset, job.config, job.model_config.to_dict(), steps or job.total_batches)
+    _show(console, preset, job.config, job.model_fields, steps or job.total_batches)
     console.print(_measured(folder, job.moments_travel))
 
 
 def _model_dict(config: Config) -> dict[str, Any]:
-    """The model's sizes without its weights; GPT-2's own for the hub's gpt2, which needs no network."""
+    """The model's sizes without its weights; for the hub's gpt2, which are the defaults, no network is needed."""
     if config.model.pretrained in ("gpt2", "openai-community/gpt2"):
-        return GPT2Config().to_dict()
+        return scratch_fields(ModelConfig(), GPT2_VOCABULARY)
+    if config.model.pretrained is None:
+        return scratch_fields(config.model, config.data.vocab_size)
     return model_config(config).to_dict()
 
 
-def _show(console: Console, title: str, config: Config, model: dict[str, Any], steps: int) -> None:
+def _show(console: Console, title: str, config: Config, model: Mapping[str, Any], steps: int) -> None:
     ddp = config.algorithm == "ddp"
     moments = config.train.optimizer_state == "server" and not ddp
     rounds = steps if ddp else -(-steps // config.train.interval)

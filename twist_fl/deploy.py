@@ -18,7 +18,7 @@ from twist_fl.blocks import KINDS, Layout
 from twist_fl.blueprint import Blueprint, Division, Scale, draw_ticket
 from twist_fl.config import ConfigError, DeviceConfig
 from twist_fl.cost import BYTES_PER_PARAM, state_bytes
-from twist_fl.evaluate import blocks_per_layer, ticket_sizes
+from twist_fl.division import blocks_per_layer, legal_sizes, ticket_sizes
 from twist_fl.family import padding_token
 from twist_fl.files import new_folder
 from twist_fl.modeling_subnet import SUBNETS
@@ -36,13 +36,6 @@ def ticket_memory_bytes(layout: Layout, blueprint: Blueprint) -> int:
     """
     kv_values = 2 * layout.sizes["d_head"] * sum(len(held) for held in blueprint.attn)
     return state_bytes(layout, blueprint) + BYTES_PER_PARAM * layout.sizes["positions"] * kv_values
-
-
-def legal_sizes(layout: Layout, division: Division) -> list[int]:
-    """Ticket sizes that `evaluate.ticket_sizes` accepts, ascending; the last is the full model."""
-    ffn_blocks = layout.num_blocks[1]
-    of = blocks_per_layer(layout, division)
-    return [size for size in range(1, of + 1) if division.setting != "both" or size * ffn_blocks % of == 0]
 
 
 def plan_tickets(

@@ -1,16 +1,13 @@
 """What an edge client does with a ticket: verify it, write it, run it and measure it (spec, section 10).
 
 `python -m twist_fl.edge FOLDER --windows FILE.npy --new-tokens N` measures an exported folder in this process
-and prints one JSON object on the last line; `measure` does so in a fresh one. No Flower anywhere.
+and prints one JSON object on the last line; `measure` does so in a fresh fork. No Flower anywhere.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -24,11 +21,13 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from twist_fl.blocks import make_layout
-from twist_fl.blueprint import Blueprint
+from twist_fl.blueprint import Blueprint, full_blueprint
 from twist_fl.data import Windows
-from twist_fl.deploy import Ticket, export_ticket, ticket_digest
+from twist_fl.deploy import Ticket, export_ticket, make_ticket, ticket_digest
 from twist_fl.evaluate import perplexity
+from twist_fl.measuring import Request, measuring, serve
 from twist_fl.memory import peak_bytes, start_peak
+from twist_fl.subnet import get_state
 
 REPEATS = 3
 
@@ -84,34 +83,27 @@ def receive_ticket(
 def measure(
     folder: Path, windows: Windows, new_tokens: int, threads: int = 1, limit_ms: float | None = None
 ) -> EdgeReport:
-    """Measure an exported ticket in a fresh process. Raises RuntimeError with the end of its stderr if it fails."""
+    """Measure an exported ticket in a fresh fork. Raises RuntimeError with the end of its stderr if it fails."""
     with tempfile.TemporaryDirectory(prefix="twist-edge-") as scratch:
         file = Path(scratch) / "windows.npy"
         np.save(file, windows)
-        command = [sys.executable, "-m", "twist_fl.edge", str(Path(folder).resolve()), "--windows", str(file)]
-        command += ["--new-tokens", str(new_tokens), "--threads", str(threads)]
-        command += [] if limit_ms is None else ["--limit-ms", str(limit_ms)]
-        done = subprocess.run(
-            command, cwd=scratch, env=_quiet_environment(scratch, threads), capture_output=True, text=True, check=False
-        )
-    if done.returncode:
-        raise RuntimeError(f"measuring {folder} failed with exit status {done.returncode}: {done.stderr[-2000:]}")
-    return EdgeReport(**json.loads(done.stdout.splitlines()[-1]))
+        request = {
+            "folder": str(Path(folder).resolve()),
+            "windows": str(file),
+            "new_tokens": new_tokens,
+            "threads": threads,
+            "limit_ms": limit_ms,
+        }
+        return EdgeReport(**measuring(threads).ask(request, Path(scratch)))
 
 
-def _quiet_environment(scratch: str, threads: int) -> dict[str, str]:
-    """No network, no progress bars; this package on the path; transformers copies the model code to `scratch`."""
-    search = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, search)),
-        "HF_MODULES_CACHE": str(Path(scratch) / "modules"),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-    }
+def _measured(request: Request) -> dict[str, Any]:
+    """In the fork: what `measure` asks for."""
+    windows = np.load(request["windows"])
+    report = measure_here(
+        Path(request["folder"]), windows, request["new_tokens"], request["threads"], request["limit_ms"]
+    )
+    return asdict(report)
 
 
 def measure_here(
@@ -166,11 +158,14 @@ def decode(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[list[int]
 
 
 def _warm_up() -> None:
-    """Load and run a toy model, so that code which libraries load late is not counted as the ticket's memory."""
+    """Load and run a toy ticket, so that code which libraries load late is not counted as the ticket's memory."""
     config = GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+    layout = make_layout(config.to_dict())
+    state = get_state(GPT2LMHeadModel(config))
+    toy = make_ticket(layout, state, config.to_dict(), full_blueprint(layout), "sqrt")
     with tempfile.TemporaryDirectory(prefix="twist-edge-") as folder:
-        GPT2LMHeadModel(config).save_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        export_ticket(toy, Path(folder) / "toy", None)
+        model = AutoModelForCausalLM.from_pretrained(Path(folder) / "toy", trust_remote_code=True)
     windows = np.zeros((1, 8), dtype=np.int32)
     decode(model, _prompt(windows, 8, 2), 2)
     perplexity(model, windows, batch_size=1)
@@ -178,12 +173,18 @@ def _warm_up() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m twist_fl.edge", description="Measure an exported ticket.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--windows", type=Path, required=True, help="(num_windows, window) token ids, .npy")
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--windows", type=Path, help="(num_windows, window) token ids, .npy")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit-ms", type=float, help="milliseconds a token may take; if more, no perplexity")
+    parser.add_argument("--serve", action="store_true", help="measure what standard input asks for: see measuring.py")
     given = parser.parse_args(arguments)
+    if given.serve:
+        serve(_measured)
+        return
+    if given.folder is None or given.windows is None:
+        parser.error("give FOLDER and --windows FILE.npy")
     report = measure_here(given.folder, np.load(given.windows), given.new_tokens, given.threads, given.limit_ms)
     print(json.dumps(asdict(report)))
 

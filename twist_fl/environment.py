@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from twist_fl.results import commit
+from twist_fl.provenance import commit
 
 _PASSES = re.compile(
     # who and where we are

@@ -10,7 +10,6 @@ from statistics import fmean, stdev
 import torch
 from torch import nn
 
-from twist_fl.blocks import Layout
 from twist_fl.blueprint import Blueprint, Division, draw_ticket
 from twist_fl.data import Windows
 from twist_fl.subnet import ModelCache
@@ -65,30 +64,6 @@ class Tickets:
         values = self.perplexities
         spread = (stdev(values) if max(values) < inf else inf) if len(values) > 1 else 0.0
         return asdict(self) | {"mean": fmean(values), "std": spread, "min": min(values), "max": max(values)}
-
-
-def blocks_per_layer(layout: Layout, division: Division) -> int:
-    """What a ticket's size counts: heads, or FFN blocks where only those are divided."""
-    return layout.num_blocks[0 if division.divides("attn") else 1]
-
-
-def ticket_sizes(layout: Layout, division: Division, size: int) -> tuple[int, int]:
-    """(heads, FFN blocks) of a ticket of `size` blocks: the same share of both kinds.
-
-    A kind that the setting does not divide is whole. Raises ValueError if the share is not a whole block.
-    """
-    heads, ffn_blocks = layout.num_blocks
-    of = blocks_per_layer(layout, division)
-    if not 1 <= size <= of:
-        raise ValueError(f"a ticket size of {size} (eval.sizes, --sizes) is impossible: choose 1 to {of}")
-    ffn = size * ffn_blocks / of
-    if division.divides("ffn") and ffn != int(ffn):
-        legal = [n for n in range(1, of + 1) if n * ffn_blocks % of == 0]
-        raise ValueError(
-            f"a ticket size of {size} (eval.sizes, --sizes) of {of} blocks is no whole number of the "
-            f"{ffn_blocks} FFN blocks: choose one of {legal}"
-        )
-    return (size if division.divides("attn") else heads, int(ffn) if division.divides("ffn") else ffn_blocks)
 
 
 def ticket_distribution(

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from twist_fl.architectures import ARCHITECTURES, sizes_of
 from twist_fl.config import Config, ConfigError, ModelConfig
@@ -15,11 +12,17 @@ from twist_fl.finding import listed, runs_in
 from twist_fl.hub import local_path, reachable
 from twist_fl.outside import Field, plain, read_fields, shown
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
 
 def model_config(config: Config) -> PreTrainedConfig:
     """Of a model from scratch, the vocabulary is only known with the text. Raises ConfigError."""
     model, window = config.model, config.data.window
-    loaded = _pretrained(model.pretrained) if model.pretrained else _from_scratch(model, config.data.vocab_size)
+    if model.pretrained:
+        loaded = _pretrained(model.pretrained)
+    else:
+        loaded = config_from_dict(scratch_fields(model, config.data.vocab_size))
     context = loaded.max_position_embeddings
     if window > context:
         raise ConfigError(f"data.window={window} is longer than the model's context: use at most {context}")
@@ -28,6 +31,8 @@ def model_config(config: Config) -> PreTrainedConfig:
 
 def config_from_dict(fields: dict[str, Any]) -> PreTrainedConfig:
     """The inverse of `PreTrainedConfig.to_dict`."""
+    from transformers import AutoConfig
+
     loaded: PreTrainedConfig = AutoConfig.for_model(**fields)
     return loaded
 
@@ -49,6 +54,8 @@ def _pretrained(name: str) -> PreTrainedConfig:
             f"model.pretrained={name!r} holds no model (no config.json): give a run that has a checkpoint, one of its "
             "checkpoints, or another folder of a Hugging Face model"
         )
+    from transformers import AutoConfig, PreTrainedConfig
+
     if folder:
         loaded: Any = folder_config(f"model.pretrained={name!r}", folder)
     else:
@@ -67,6 +74,9 @@ def _pretrained(name: str) -> PreTrainedConfig:
 
 def folder_config(what: str, folder: Path) -> Any:
     """A folder's config.json, of any model that transformers has classes for. Raises ConfigError."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
     try:
         fields = read_fields((folder / "config.json").read_bytes(), {"model_type": Field(str)})
         if fields["model_type"] in ARCHITECTURES:
@@ -85,7 +95,8 @@ def _check_sizes(fields: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}={shown(fields[key])} is no {size}")
 
 
-def _from_scratch(model: ModelConfig, vocab_size: int) -> PreTrainedConfig:
+def scratch_fields(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    """The config of a model of these sizes as far as it is not its architecture's default. Raises ConfigError."""
     architecture = ARCHITECTURES[model.architecture]
     sizes = {
         "n_layer": model.n_layer,
@@ -104,4 +115,4 @@ def _from_scratch(model: ModelConfig, vocab_size: int) -> PreTrainedConfig:
         sizes_of(architecture, fields)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return config_from_dict(fields)
+    return fields

@@ -1,34 +1,50 @@
-"""A job: a configuration with everything it implies (model, layout, division, data) resolved and checked."""
+"""A job: a configuration with everything it implies (model, layout, division, data) resolved and checked.
+
+Text and torch are looked for when something needs them.
+"""
 
 from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from twist_fl import machine
 from twist_fl.blocks import KINDS, Layout, make_layout
-from twist_fl.blueprint import Blueprint, Debt, Division, Scale, Scores, Sizes, draw_round, full_blueprint
-from twist_fl.config import BlueprintConfig, Config, ConfigError, from_yaml, to_yaml
-from twist_fl.data import Corpus, Shard, find_corpus, load_corpus
-from twist_fl.evaluate import ticket_sizes
+from twist_fl.blueprint import Blueprint, Debt, Division, Scale, Scores, draw_round, full_blueprint
+from twist_fl.config import Config, ConfigError, from_yaml, to_yaml
+from twist_fl.data import Corpus, Shard
+from twist_fl.division import make_division, ticket_sizes
 from twist_fl.family import config_from_dict, model_config
-from twist_fl.pretrained import check_pretrained, load_pretrained
-from twist_fl.subnet import ModelCache, State, get_state
+from twist_fl.run_text import RunText
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from twist_fl.subnet import ModelCache, State
 
 
 @dataclass(frozen=True)
 class Job:
     config: Config
-    model_config: PreTrainedConfig
+    model_fields: Mapping[str, Any]
+    """The model's Hugging Face config as plain JSON."""
     layout: Layout
     division: Division
-    corpus: Corpus
+    text: RunText
     run_id: str
     """Random name of the run: clients keep its optimiser state under it."""
+
+    @property
+    def model_config(self) -> PreTrainedConfig:
+        return config_from_dict(dict(self.model_fields))
+
+    @property
+    def corpus(self) -> Corpus:
+        """The tokenised text, opened when it is first asked for. Raises ConfigError: see `RunText.open`."""
+        return self.text.open()
 
     @property
     def total_batches(self) -> int:
@@ -49,6 +65,11 @@ class Job:
     def num_rounds(self) -> int:
         """Aggregations of the run; before the last, workers may train on fewer batches."""
         return -(-self.total_batches // self.batches_per_round)
+
+    @property
+    def ends_short(self) -> bool:
+        """Whether the last interval has fewer batches than the others: a longer run would have trained it whole."""
+        return self.total_batches % self.batches_per_round > 0
 
     @property
     def moments_travel(self) -> bool:
@@ -84,7 +105,7 @@ class Job:
 
     def shard(self, worker: int) -> Shard:
         train = self.config.train
-        return Shard(self.config.seed, worker, train.workers, len(self.corpus.train), train.batch_size)
+        return Shard(self.config.seed, worker, train.workers, self.text.num_windows, train.batch_size)
 
     def blueprints(self, round_: int, debt: Debt = frozenset()) -> list[Blueprint]:
         """What each worker holds in round `round_`, counted from 1."""
@@ -97,11 +118,19 @@ class Job:
 
     def models(self, device: str | None = None, compile: bool = False, scale: Scale | None = None) -> ModelCache:
         """An empty cache of models; `scale` and `device` are the run's unless given."""
+        from twist_fl.subnet import ModelCache
+
         scale = scale or self.config.blueprint.scale
         return ModelCache(self.model_config, self.layout, scale, device or self.device(), compile)
 
     def initial_state(self) -> State:
         """The pretrained parameters, or random ones from the run's seed."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from twist_fl.pretrained import load_pretrained
+        from twist_fl.subnet import get_state
+
         if self.config.model.pretrained:
             return load_pretrained(self.config.model.pretrained, self.layout)
         torch.manual_seed(self.config.seed)
@@ -114,8 +143,9 @@ class Job:
         """What a worker needs to rebuild this job without reading the hub or the text again."""
         fields: dict[str, object] = {
             "config": to_yaml(self.config),
-            "model": self.model_config.to_dict(),
-            "corpus": self.corpus.digest,
+            "model": self.model_fields,
+            "corpus": self.text.digest,
+            "windows": self.text.num_windows,
         }
         fields["run_id"] = self.run_id
         return json.dumps(fields, sort_keys=True)
@@ -128,38 +158,46 @@ def make_job(config: Config) -> Job:
     pretrained weights do not fit them.
     """
     model = model_config(config)
-    layout, _ = _divide(config, model)
+    layout, _ = _divide(config, model.to_dict())
     machine.check_memory(layout.num_params(), "the model")
     if config.model.pretrained:
+        from twist_fl.pretrained import check_pretrained
+
         check_pretrained(config.model.pretrained, layout)
-    corpus = load_corpus(config.data, config.train.workers)
-    _fit_vocabulary(config, model, corpus)
-    _fit_batches(config, corpus)
-    config.train.threads = config.train.threads or max(1, machine.usable_cores() // config.train.workers)
-    return _job(config, model, corpus, uuid.uuid4().hex)
+    text = RunText.read(config.data, config.train.workers)
+    _fit_vocabulary(config, model, text.open())
+    _fit_batches(config, text.num_windows)
+    _set_threads(config)
+    return _job(config, model.to_dict(), text, uuid.uuid4().hex)
 
 
 def job_from_json(text: str) -> Job:
-    """The job on a worker. Its own data must be the server's: ConfigError if the hashes differ."""
+    """The job of a run's folder or of a message. Its text is not looked for before it is needed."""
     fields = json.loads(text)
     config = from_yaml(fields["config"])
-    corpus = find_corpus(fields["corpus"], config.data, config.train.workers)
-    if corpus.digest != fields["corpus"]:
-        raise ConfigError(
-            f"this machine's text or tokenizer is not the server's (hash {corpus.digest}, "
-            f"expected {fields['corpus']}): give every node the same data"
-        )
-    return _job(config, config_from_dict(fields["model"]), corpus, fields["run_id"])
+    # Jobs of before windows were counted in them open their text for it.
+    known = RunText(config.data, config.train.workers, fields["corpus"], fields.get("windows"))
+    return _job(config, fields["model"], known, fields["run_id"])
 
 
-def _job(config: Config, model: PreTrainedConfig, corpus: Corpus, run_id: str) -> Job:
-    return Job(config, model, *_divide(config, model), corpus, run_id)
+def with_config(job: Job, config: Config, text: RunText) -> Job:
+    """The same run with other settings, of those that leave it the same run. Raises ConfigError if they cannot be."""
+    _set_threads(config)
+    return _job(config, job.model_fields, text, job.run_id)
 
 
-def _divide(config: Config, model: PreTrainedConfig) -> tuple[Layout, Division]:
+def _set_threads(config: Config) -> None:
+    config.train.threads = config.train.threads or max(1, machine.usable_cores() // config.train.workers)
+
+
+def _job(config: Config, model: Mapping[str, Any], text: RunText, run_id: str) -> Job:
+    return Job(config, model, *_divide(config, model), text, run_id)
+
+
+def _divide(config: Config, model: Mapping[str, Any]) -> tuple[Layout, Division]:
     division = make_division(config)
     try:
-        layout = make_layout(model.to_dict(), config.blueprint.ffn_blocks)
+        layout = make_layout(model, config.blueprint.ffn_blocks)
         division.check(layout, coverage=config.algorithm == "twist")
         for size in config.eval.sizes:
             ticket_sizes(layout, division, size)
@@ -168,34 +206,9 @@ def _divide(config: Config, model: PreTrainedConfig) -> tuple[Layout, Division]:
     return layout, division
 
 
-def make_division(config: Config) -> Division:
-    """What `config.blueprint` says, not checked."""
-    blueprint, workers = config.blueprint, config.train.workers
-    return Division(
-        blueprint.setting,
-        _sizes(blueprint, workers),
-        blueprint.undivided_first,
-        blueprint.undivided_last,
-        tuple(blueprint.common),
-        blueprint.policy,
-        blueprint.assign,
-        drawn_workers=workers,
-        num_common=blueprint.num_common,
-        ticket_policy=config.eval.ticket_policy,
-    )
-
-
-def _sizes(blueprint: BlueprintConfig, workers: int) -> Sizes:
-    """(heads, FFN blocks) of each worker, or those to draw from; a single number stands for all."""
-    heads, ffn = blueprint.num_sub, blueprint.num_sub_ffn or blueprint.num_sub
-    length = max(len(heads), len(ffn)) if blueprint.assign == "drawn" else workers
-    heads, ffn = (sizes * length if len(sizes) == 1 else sizes for sizes in (heads, ffn))
-    return tuple(zip(heads, ffn, strict=True))
-
-
-def _fit_batches(config: Config, corpus: Corpus) -> None:
+def _fit_batches(config: Config, num_windows: int) -> None:
     train = config.train
-    windows = len(corpus.train) // train.workers
+    windows = num_windows // train.workers
     if train.batch_size > windows:
         raise ConfigError(
             f"train.batch_size={train.batch_size} is more than the {windows} windows of data.window="

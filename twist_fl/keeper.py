@@ -19,6 +19,7 @@ class Keeper:
     def __init__(self, job: Job, folder: RunFolder, saved_round: int) -> None:
         self.job, self.folder, self.saved_round = job, folder, saved_round
         self._models = job.models()
+        self._corpus = job.corpus  # what is wrong with it shows before the first round
 
     def begin(self, state: RunState) -> None:
         """Forget what the log says beyond `state`, and write the run's plan."""
@@ -55,15 +56,19 @@ class Keeper:
         every = self.job.config.eval.every
         if every and self.is_due(state, every):
             self._evaluate(state, [task.blueprint for task in tasks])
-        if save or self.is_due(state, self.job.config.checkpoint_every):
-            self.folder.save(state, self.job.model_config, self.job.corpus.tokenizer_folder)
+        if save or self.is_due(state, self.job.config.checkpoint_every) or self._before_the_short(state):
+            self.folder.save(state, self.job.model_config, self._corpus.tokenizer_folder)
             self.saved_round = state.round
             self.folder.log("saved", round=state.round)
+
+    def _before_the_short(self, state: RunState) -> bool:
+        """Before a last interval that is shorter than the others: from there the run can be trained longer."""
+        return self.job.ends_short and state.round == self.job.num_rounds - 1
 
     def _evaluate(self, state: RunState, blueprints: Sequence[Blueprint]) -> None:
         """Perplexity of the full model and of the round's subnets."""
         job, size = self.job, self.job.config.eval.batch_size
-        windows = job.corpus.test[: job.config.eval.watch_windows]
+        windows = self._corpus.test[: job.config.eval.watch_windows]
         full = self._models.load_sliced(full_blueprint(job.layout), state.params)
         fields = {"full": evaluate.perplexity(full, windows, size)}
         if not all(blueprint.is_full for blueprint in blueprints):

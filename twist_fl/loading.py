@@ -16,13 +16,14 @@ from twist_fl.layers import as_mapping, keys_of, parse_yaml, read_overrides, rea
 from twist_fl.shares import ShareError, refuse_share
 
 
-def load(schema: Any, preset: str | None, overrides: Sequence[str], strict: bool) -> Any:
-    """A `schema` of its defaults, then the preset (a name, or a YAML file), then `key=value` overrides.
+def load(schema: Any, preset: str | None, overrides: Sequence[str], strict: bool, base: str | None = None) -> Any:
+    """A `schema` of its defaults or `base` (YAML), then the preset (a name or a YAML file), then `key=value` overrides.
 
     Raises ConfigError for an unknown preset or key (with the nearest one), a value of another type or out of range; if
     `strict`, for an override that changes nothing and a folder that is not there, too.
     """
-    layers = [] if preset is None else [read_preset(preset)]
+    layers = [] if base is None else [parse_yaml(base, "the configuration")]
+    layers += [] if preset is None else [read_preset(preset)]
     given = read_overrides(overrides, schema)
     config = from_layers(schema, [*layers, *given])
     if strict:

@@ -25,10 +25,14 @@ from twist_fl.shares import ShareError, blocks_of_share
 _COLDEST, _HOTTEST = 0.01, 100
 
 
-def load_final(path: Path) -> tuple[RunFolder, Any, Any]:
-    """A run's folder, job and newest state. Raises ConfigError if it has no checkpoint yet."""
+def load_final(path: Path, places: Sequence[str] = ()) -> tuple[RunFolder, Any, Any]:
+    """A run's folder, job and newest state; `places` say where its text is now. Raises ConfigError if it has no
+    checkpoint yet."""
     folder = RunFolder(path)
-    job = folder.job()
+    folder.check_run()
+    from twist_fl.going_on import at_places
+
+    job = at_places(folder.job(), places)
     state = folder.load()
     if state is None:
         raise ConfigError(f"{folder.path} has no checkpoint yet: let it train for checkpoint_every rounds")
@@ -37,7 +41,7 @@ def load_final(path: Path) -> tuple[RunFolder, Any, Any]:
 
 def chosen_sizes(job: Any, given: Sequence[int] | ShareError | None) -> list[int]:
     """The ticket sizes given, else the run's. Raises ConfigError if a size is impossible, or the run has none."""
-    from twist_fl.evaluate import blocks_per_layer, ticket_sizes
+    from twist_fl.division import blocks_per_layer, ticket_sizes
 
     if isinstance(given, ShareError):
         of = blocks_per_layer(job.layout, job.division)
@@ -92,12 +96,19 @@ def _below(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
 
 
 def tickets(
-    console: Console, path: Path, sizes: Sequence[int] | ShareError | None, draws: int, windows: int | None
+    console: Console,
+    path: Path,
+    sizes: Sequence[int] | ShareError | None,
+    draws: int,
+    windows: int | None,
+    places: Sequence[str] = (),
 ) -> None:
     """Perplexity of random tickets of several sizes."""
-    from twist_fl import evaluate
+    with console.status("loading torch and the run"):
+        _, job, state = load_final(path, places)
+    from twist_fl.division import blocks_per_layer, ticket_sizes
+    from twist_fl.evaluate import ticket_distribution
 
-    _, job, state = load_final(path)
     config = job.config
     test = job.corpus.test[: windows or config.eval.max_windows]
     models = job.models()
@@ -105,17 +116,15 @@ def tickets(
     for column in ("blocks", "parameters", "mean", "std", "min", "max"):
         table.add_column(column, justify="right")
     for size in chosen_sizes(job, sizes):
-        num_sub = evaluate.ticket_sizes(job.layout, job.division, size)
+        num_sub = ticket_sizes(job.layout, job.division, size)
         whole = num_sub == job.layout.num_blocks
         with console.status(f"tickets of {size} blocks"):
-            row = evaluate.ticket_distribution(
+            row = ticket_distribution(
                 models, state.params, job.division, num_sub, test,
                 tickets=1 if whole else draws, seed=config.seed, batch_size=config.eval.batch_size,
             ).summary()  # fmt: skip
         values = [f"{row[key]:.2f}" for key in ("mean", "std", "min", "max")]
-        table.add_row(
-            f"{size}/{evaluate.blocks_per_layer(job.layout, job.division)}", f"{row['num_params']:,}", *values
-        )
+        table.add_row(f"{size}/{blocks_per_layer(job.layout, job.division)}", f"{row['num_params']:,}", *values)
     console.print(table)
 
 
@@ -127,36 +136,12 @@ def generate(
         raise ConfigError("the prompt is empty: give --prompt at least one token to continue")
     if temperature and not _COLDEST <= temperature <= _HOTTEST:
         raise ConfigError(f"--temperature {temperature:g} must be 0 (the likeliest token), or {_COLDEST} to {_HOTTEST}")
+    with console.status("loading torch and the model"):
+        model, tokenizer = _model_and_tokenizer(path, size, seed)
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from twist_fl.blueprint import draw_ticket, full_blueprint
-    from twist_fl.evaluate import ticket_sizes
     from twist_fl.family import padding_token
-    from twist_fl.tokenizer import load_tokenizer
 
-    model: Any
-    if (path / "job.json").is_file():
-        _, job, state = load_final(path)
-        try:
-            blueprint = (
-                full_blueprint(job.layout)
-                if size is None
-                else draw_ticket(job.layout, job.division, ticket_sizes(job.layout, job.division, size), seed, 0)
-            )
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
-        model = job.models().load_sliced(blueprint, state.params)
-        tokenizer = load_tokenizer(str(job.corpus.tokenizer_folder))
-    elif (path / "config.json").is_file() and (path / "tokenizer.json").is_file():
-        if size is not None:
-            raise ConfigError(f"--size chooses a ticket of a run, and {path} holds one model")
-        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    elif not path.exists() or runs_in(path):
-        raise no_run(path.resolve())
-    else:
-        raise ConfigError(f"{path} is neither a run (job.json) nor a folder of a model (config.json, tokenizer.json)")
     torch.manual_seed(seed)
     tokens = tokenizer(prompt, return_tensors="pt").to(model.device)
     if not tokens["input_ids"].numel():
@@ -171,3 +156,36 @@ def generate(
         **tokens, max_new_tokens=min(new_tokens, room), pad_token_id=padding_token(model.config.to_dict()), **sampling
     )
     console.print(tokenizer.decode(output[0]), markup=False, highlight=False)
+
+
+def _model_and_tokenizer(path: Path, size: int | None, seed: int) -> tuple[Any, Any]:
+    if (path / "job.json").is_file():
+        return _of_run(path, size, seed)
+    if not path.exists() or runs_in(path):
+        raise no_run(path.resolve())
+    if not ((path / "config.json").is_file() and (path / "tokenizer.json").is_file()):
+        raise ConfigError(f"{path} is neither a run (job.json) nor a folder of a model (config.json, tokenizer.json)")
+    if size is not None:
+        raise ConfigError(f"--size chooses a ticket of a run, and {path} holds one model")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    return model, AutoTokenizer.from_pretrained(path)
+
+
+def _of_run(path: Path, size: int | None, seed: int) -> tuple[Any, Any]:
+    from twist_fl.blueprint import draw_ticket, full_blueprint
+    from twist_fl.division import ticket_sizes
+    from twist_fl.tokenizer import load_tokenizer
+
+    folder, job, state = load_final(path)
+    try:
+        blueprint = (
+            full_blueprint(job.layout)
+            if size is None
+            else draw_ticket(job.layout, job.division, ticket_sizes(job.layout, job.division, size), seed, 0)
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    # The checkpoint's own tokenizer: where the text is does not matter.
+    return job.models().load_sliced(blueprint, state.params), load_tokenizer(str(folder.checkpoints()[-1]))

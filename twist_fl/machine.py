@@ -42,8 +42,6 @@ def check_simulation(config: Config) -> None:
     """Raises ConfigError if this machine has not the cores, GPUs or arithmetic that one simulated worker asks for."""
     import torch
 
-    from twist_fl.precision import check_precision
-
     cores, gpus = usable_cores(), torch.cuda.device_count()
     if cpus_per_worker(config) > cores:
         raise ConfigError(f"flower.cpus_per_worker={config.flower.cpus_per_worker} is more than the {cores} cores here")
@@ -52,6 +50,13 @@ def check_simulation(config: Config) -> None:
             f"flower.gpus_per_worker={config.flower.gpus_per_worker:g}, but torch sees {gpus} GPUs here: "
             f"use at most {gpus}"
         )
+    check_training(config)
+
+
+def check_training(config: Config) -> None:
+    """Raises ConfigError if this machine has not the device or the arithmetic that training asks for."""
+    from twist_fl.precision import check_precision
+
     check_device(config.train.device)
     check_precision(config.train.precision, device(config))
 

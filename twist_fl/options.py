@@ -14,6 +14,10 @@ Sizes = Annotated[
 Draws = Annotated[int, typer.Option(min=1, max=100_000, help="Random tickets per size; prune: for se and se-unscaled.")]
 Windows = Annotated[int | None, typer.Option(min=1, help="Test windows to use; default: as the run.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the ticket and of the sampling.")]
+Places = Annotated[
+    list[str] | None,
+    typer.Argument(help="data.path=NEW (or data.tokenizer=NEW) if the run's text has moved; its hash is checked."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(

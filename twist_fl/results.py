@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +9,16 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from twist_fl import __version__, evaluate
+from twist_fl import evaluate
 from twist_fl.blueprint import full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import Config, ConfigError
 from twist_fl.data import load_corpus
+from twist_fl.division import blocks_per_layer, ticket_sizes
 from twist_fl.files import write_json
 from twist_fl.job import Job
 from twist_fl.machine import usable_cores
+from twist_fl.provenance import provenance
 from twist_fl.rounds import RunState
 
 
@@ -35,7 +34,7 @@ def final_results(job: Job, state: RunState, folder: RunFolder, threads: int | N
     full = models.load_sliced(full_blueprint(job.layout), state.params)
     results: dict[str, Any] = provenance() | {
         "config": portable_config(config),
-        "corpus": job.corpus.digest,
+        "corpus": job.text.digest,
         "rounds": state.round,
         "lost_replies": sum(len(event["dropped"]) for event in folder.events("round")),
         "num_params": job.layout.num_params(),
@@ -49,16 +48,14 @@ def final_results(job: Job, state: RunState, folder: RunFolder, threads: int | N
             models,
             state.params,
             division,
-            evaluate.ticket_sizes(job.layout, division, size),
+            ticket_sizes(job.layout, division, size),
             windows,
             tickets=config.eval.tickets,
             seed=config.seed,
             batch_size=config.eval.batch_size,
             on_ticket=on_ticket,
         )
-        results["tickets"].append(
-            {"size": size, "of": evaluate.blocks_per_layer(job.layout, job.division)} | tickets.summary()
-        )
+        results["tickets"].append({"size": size, "of": blocks_per_layer(job.layout, job.division)} | tickets.summary())
     write_json(results, folder.results_file)
     rows = [{key: ticket[key] for key in ("size", "of", "mean", "std")} for ticket in results["tickets"]]
     folder.log("results", round=state.round, full=results["full"], tickets=rows)
@@ -92,50 +89,9 @@ def refuse_other_settings(folder: RunFolder, wanted: Config) -> None:
                     "remove it, or choose another --dir"
                 )
     if (
-        wanted.data != job.config.data and load_corpus(wanted.data).digest != job.corpus.digest
+        wanted.data != job.config.data and load_corpus(wanted.data).digest != job.text.digest
     ):  # a path alone says little
         raise ConfigError(
             f"{folder.path} holds a run on other text than data.path={wanted.data.path} has now: "
             "remove it, or choose another --dir"
         )
-
-
-def provenance() -> dict[str, Any]:
-    """Commit, versions and hardware, to stand beside every reported figure."""
-    return {
-        "twist_fl": __version__,
-        "commit": commit(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "hardware": {
-            "processor": _processor(),
-            "cores": usable_cores(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-    }
-
-
-def commit() -> str | None:
-    """The source tree's commit, with a plus if it has changes; None outside a git checkout.
-
-    Flower runs a copy of the tree: there the command that started it passes the commit on.
-    """
-    given = os.environ.get("TWIST_FL_COMMIT")
-    if given:
-        return given
-    here = Path(__file__).resolve().parent.parent
-    if not (here / ".git").exists():
-        return None
-    git = ["git", "-C", str(here)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False).stdout
-    return (head + "+" * bool(changed)) or None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

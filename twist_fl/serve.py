@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -13,16 +12,17 @@ from flwr.serverapp import Grid
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError, load_config
 from twist_fl.events import Event
+from twist_fl.going_on import go_on
 from twist_fl.job import Job, job_from_json, make_job
 from twist_fl.results import final_results
-from twist_fl.shelf import MomentShelf, moment_folder
+from twist_fl.shelf import MomentShelf, keep_moments, moment_folder, take_moments
 from twist_fl.story import Follower, lines, warnings
 from twist_fl.strategy import TwistStrategy
 from twist_fl.worker import Worker
 
 
 def open_run(run_dir: str, preset: str, overrides: str) -> tuple[RunFolder, Job]:
-    """The run in `run_dir` if there is one (to go on with), else a new one from preset and overrides.
+    """The run in `run_dir` if there is one, to go on with and longer if overrides say so; else a new one from both.
 
     Raises ConfigError. The working folder of a Flower app is not the user's: `run_dir` must be absolute.
     """
@@ -30,14 +30,10 @@ def open_run(run_dir: str, preset: str, overrides: str) -> tuple[RunFolder, Job]
         raise ConfigError(f"run-dir={run_dir!r} must be an absolute path: Flower runs the app in another folder")
     if run_dir and RunFolder(Path(run_dir)).job_file.is_file():
         folder = RunFolder(Path(run_dir))
-        if overrides:
-            raise ConfigError(f"{run_dir} holds a run, which keeps its settings: leave out overrides={overrides!r}")
-        return folder, folder.job()
-    try:
-        words = shlex.split(overrides)
-    except ValueError as error:
-        raise ConfigError(f"overrides={overrides!r} cannot be split into words ({error}): close its quotes") from error
-    config = load_config(preset or None, words, strict=True)
+        continued = go_on(folder, _words(overrides))
+        print(f"twist_fl: {continued.note}\n" * bool(continued.note), end="", flush=True)
+        return folder, continued.job
+    config = load_config(preset or None, _words(overrides), strict=True)
     if config.dir and not Path(config.dir).expanduser().is_absolute():
         raise ConfigError(f"dir={config.dir!r} must be an absolute path: Flower runs the app in another folder")
     folder = RunFolder(Path(run_dir or config.dir or f"~/twist_fl_runs/{config.name}"))
@@ -46,14 +42,25 @@ def open_run(run_dir: str, preset: str, overrides: str) -> tuple[RunFolder, Job]
     return folder, job
 
 
+def _words(overrides: str) -> list[str]:
+    try:
+        return shlex.split(overrides)
+    except ValueError as error:
+        raise ConfigError(f"overrides={overrides!r} cannot be split into words ({error}): close its quotes") from error
+
+
 def train_run(grid: Grid, folder: RunFolder, job: Job) -> None:
     """Train to the end and write results.json; what goes wrong is in the run's log as well as in Flower's."""
+    if folder.finished(job.num_rounds):
+        print(f"{folder.path} is finished; it can be trained longer, with overrides=train.rounds=...", flush=True)
+        return
     print(f"run folder {folder.path}", flush=True)
     folder.event_log.listeners.append(speaker(folder.events_file))
     with folder.lock("server"), folder.failures_logged():
+        take_moments(job.run_id, folder.moments_folder)
         state = TwistStrategy(job, folder).run(grid)
         final_results(job, state, folder)
-    shutil.rmtree(moment_folder(job.run_id), ignore_errors=True)
+        keep_moments(job.run_id, folder.moments_folder, folder.saved_rounds)
     folder.log("done", round=state.round)
     print(f"finished; results in {folder.results_file}", flush=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from math import ceil
@@ -20,13 +20,12 @@ from twist_fl.data import cache_dir
 from twist_fl.deploy import (
     Ticket,
     export_ticket,
-    legal_sizes,
     make_ticket,
     next_sizes,
     plan_tickets,
     ticket_memory_bytes,
 )
-from twist_fl.evaluate import blocks_per_layer, ticket_sizes
+from twist_fl.division import blocks_per_layer, legal_sizes, ticket_sizes
 from twist_fl.exchange import exchange
 from twist_fl.files import write_json
 from twist_fl.job import Job
@@ -57,38 +56,61 @@ def devices_of(job: Job, pairs: Iterable[str]) -> list[DeviceConfig]:
     return parse_devices(pairs) or job.config.deploy.devices or default_devices(job)
 
 
+Carry = Callable[[int, DeviceConfig, RecordDict], RecordDict]
+"""Takes a ticket's message to the device of that place, and brings back what it measured."""
+
+
 def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> None:
+    """`_deploy` to the nodes of a Flower network."""
+    with folder.lock("server"), folder.failures_logged():
+        nodes = sorted(grid.get_node_ids())
+        if not nodes:
+            raise NoWorkersError("no edge client is connected")
+
+        def carry(place: int, device: DeviceConfig, content: RecordDict) -> RecordDict:
+            return _by_flower(grid, nodes[place % len(nodes)], job, device, content)
+
+        _deploy(folder, job, devices_of(job, devices.split()), carry)
+
+
+def deploy_here(folder: RunFolder, job: Job, devices: Sequence[DeviceConfig], say: Callable[[str], None]) -> None:
+    """`_deploy` to devices that this process plays, by the same messages."""
+
+    def carry(place: int, device: DeviceConfig, content: RecordDict) -> RecordDict:
+        say(f"{device.name}: device {place + 1} of {len(devices)} measures its ticket")
+        return receive(job, content)
+
+    with folder.lock("server"), folder.failures_logged():
+        _deploy(folder, job, devices, carry)
+
+
+def _deploy(folder: RunFolder, job: Job, devices: Sequence[DeviceConfig], carry: Carry) -> None:
     """For each device: plan, draw, fold, ship, and log what it measured; writes deployed.json and deployed/NAME/.
 
     Devices are served one after another, so that they do not disturb each other's latency. Raises ConfigError when
     all have been served, if some are too slow with every ticket.
     """
-    with folder.lock("server"), folder.failures_logged():
-        state = folder.load()
-        if state is None:
-            raise ConfigError(f"{folder.path} has no checkpoint yet: train first")
-        job = job.scored(state.scores)
-        nodes = sorted(grid.get_node_ids())
-        if not nodes:
-            raise NoWorkersError("no edge client is connected")
-        targets = devices_of(job, devices.split())
-        # All are planned before any is served: an impossible device is refused before anything starts.
-        plans = [(device, plan_device(job, device)) for device in targets]
-        rows, too_slow = [], []
-        for place, (device, tickets) in enumerate(plans):
-            ship = partial(_ship, grid, nodes[place % len(nodes)], job, device, (place, len(plans)))
-            try:
-                ticket, row = settle(job, state.params, device, tickets, ship)
-            except ConfigError as error:
-                too_slow.append(str(error))
-                continue
-            rows.append(row)
-            export_ticket(ticket, folder.path / "deployed" / device.name, job.corpus.tokenizer_folder)
-            write_json(rows, folder.path / "deployed.json")
-            folder.log("device", round=state.round, **row)
-        if too_slow:
-            raise ConfigError("; ".join(too_slow))
-        folder.log("deployed", round=state.round)
+    state = folder.load()
+    if state is None:
+        raise ConfigError(f"{folder.path} has no checkpoint yet: train first")
+    job = job.scored(state.scores)
+    # All are planned before any is served: an impossible device is refused before anything starts.
+    plans = [(device, plan_device(job, device)) for device in devices]
+    rows, too_slow = [], []
+    for place, (device, tickets) in enumerate(plans):
+        ship = partial(_ship, partial(carry, place, device), job, device, (place, len(plans)))
+        try:
+            ticket, row = settle(job, state.params, device, tickets, ship)
+        except ConfigError as error:
+            too_slow.append(str(error))
+            continue
+        rows.append(row)
+        export_ticket(ticket, folder.path / "deployed" / device.name, job.corpus.tokenizer_folder)
+        write_json(rows, folder.path / "deployed.json")
+        folder.log("device", round=state.round, **row)
+    if too_slow:
+        raise ConfigError("; ".join(too_slow))
+    folder.log("deployed", round=state.round)
 
 
 def plan_device(job: Job, device: DeviceConfig) -> dict[int, Blueprint]:
@@ -140,22 +162,27 @@ def _row(job: Job, device: DeviceConfig, tried: list[dict[str, Any]]) -> dict[st
 
 
 def _ship(
-    grid: Grid, node: int, job: Job, device: DeviceConfig, text: tuple[int, int], ticket: Ticket
+    carry: Callable[[RecordDict], RecordDict], job: Job, device: DeviceConfig, text: tuple[int, int], ticket: Ticket
 ) -> dict[str, Any]:
     """What the device measured; `text` is its place among the devices, and their number: each has its own test text."""
-    message = Message(_to_records(job, device, text, ticket), dst_node_id=node, message_type=MESSAGE_TYPE)
-    replies = list(exchange(grid, [message], job.config.flower, job.config.flower.round_timeout))
-    if not replies:
-        raise NoWorkersError(f"device {device.name} did not answer within {job.config.flower.round_timeout:g} s")
-    if replies[0].has_error():
-        raise NoWorkersError(f"device {device.name} failed: {wire.error_of(replies[0])}")
-    measured = json.loads(str(replies[0].content.config_records["report"]["json"]))
+    answer = carry(_to_records(job, device, text, ticket))
+    measured = json.loads(str(answer.config_records["report"]["json"]))
     return {
         "weight_mb": measured["weight_bytes"] / 1e6,
         "ms_per_token": 1000 * measured["seconds_per_token"],
         "peak_mb": measured["peak_memory_bytes"] / 1e6,
         **measured,
     }
+
+
+def _by_flower(grid: Grid, node: int, job: Job, device: DeviceConfig, content: RecordDict) -> RecordDict:
+    message = Message(content, dst_node_id=node, message_type=MESSAGE_TYPE)
+    replies = list(exchange(grid, [message], job.config.flower, job.config.flower.round_timeout))
+    if not replies:
+        raise NoWorkersError(f"device {device.name} did not answer within {job.config.flower.round_timeout:g} s")
+    if replies[0].has_error():
+        raise NoWorkersError(f"device {device.name} failed: {wire.error_of(replies[0])}")
+    return replies[0].content
 
 
 def _to_records(job: Job, device: DeviceConfig, text: tuple[int, int], ticket: Ticket) -> RecordDict:

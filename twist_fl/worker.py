@@ -57,6 +57,7 @@ class Worker:
     def __init__(self, job: Job, shelf: MomentShelf) -> None:
         self.job, self.shelf = job, shelf
         self.device = job.device()
+        self._windows: Windows = job.corpus.train  # what is wrong with the text shows before the first round
         check_precision(job.config.train.precision, self.device)
         self.models = job.models(compile=job.config.train.compile)
         self.masked = MaskedModel(job.models(compile=job.config.train.compile))
@@ -69,10 +70,9 @@ class Worker:
 
     def batches(self, task: Task) -> Iterator[torch.Tensor]:
         """The task's batches, each read when it is asked for: a GPU is still busy with the one before."""
-        windows: Windows = self.job.corpus.train
         shard = self.job.shard(task.worker)
         for cursor in range(task.cursor, task.cursor + task.num_batches):
-            batch = torch.tensor(windows[shard.batch(cursor)], dtype=torch.int64)  # (B, T)
+            batch = torch.tensor(self._windows[shard.batch(cursor)], dtype=torch.int64)  # (B, T)
             if self.device.startswith("cuda"):
                 batch = batch.pin_memory()
             yield batch.to(self.device, non_blocking=True)

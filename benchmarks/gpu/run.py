@@ -40,7 +40,7 @@ from twist_fl.cost import step_flops
 from twist_fl.job import Job
 from twist_fl.memory import Peak
 from twist_fl.precision import check_precision
-from twist_fl.results import provenance
+from twist_fl.provenance import provenance
 from twist_fl.rounds import RoundMean, RunState, dispatch, plan, start
 from twist_fl.shelf import MomentShelf
 from twist_fl.subnet import check_compiler
@@ -260,7 +260,7 @@ def perplexity(bench: Bench) -> dict[str, Any]:
     job = bench.job()
     config = GPT2Config.from_pretrained(weights)
     job.config.model.pretrained = str(weights)
-    job = replace(job, model_config=config, layout=make_layout(config.to_dict()))
+    job = replace(job, model_fields=config.to_dict(), layout=make_layout(config.to_dict()))
     tokens: list[int] = AutoTokenizer.from_pretrained(weights)(text.read_text(encoding="utf-8"))["input_ids"]
     window = config.n_positions
     windows = torch.tensor(tokens[: len(tokens) // window * window], dtype=torch.int32).view(-1, window).numpy()

@@ -14,7 +14,8 @@ from twist_fl.cells import Cells
 from twist_fl.checkpoint import RunFolder
 from twist_fl.compare import MISSING, perplexity_text, size_label
 from twist_fl.cost import state_bytes
-from twist_fl.evaluate import blocks_per_layer, perplexity, ticket_sizes
+from twist_fl.division import blocks_per_layer, ticket_sizes
+from twist_fl.evaluate import perplexity
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure

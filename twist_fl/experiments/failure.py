@@ -15,7 +15,8 @@ from twist_fl.blueprint import Blueprint, Division, Scale, full_blueprint
 from twist_fl.cells import Cells, turned
 from twist_fl.checkpoint import RunFolder
 from twist_fl.compare import perplexity_text
-from twist_fl.evaluate import Tickets, blocks_per_layer, perplexity
+from twist_fl.division import blocks_per_layer
+from twist_fl.evaluate import Tickets, perplexity
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure

@@ -11,12 +11,12 @@ import torch
 
 from twist_fl.blueprint import Blueprint, Setting, draw_ticket, full_blueprint
 from twist_fl.checkpoint import RunFolder
-from twist_fl.evaluate import ticket_sizes
+from twist_fl.division import ticket_sizes
 from twist_fl.experiments.lab import measure
 from twist_fl.experiments.runs import DDP
 from twist_fl.experiments.shared import BLOCKS, label
 from twist_fl.job import Job
-from twist_fl.results import provenance
+from twist_fl.provenance import provenance
 from twist_fl.train import train_interval
 
 SIZES = (10, 8, 6, 4)

@@ -9,6 +9,7 @@ from typing import Any
 from twist_fl import evaluate
 from twist_fl.blueprint import Setting
 from twist_fl.checkpoint import RunFolder
+from twist_fl.division import blocks_per_layer, ticket_sizes
 from twist_fl.experiments.ablation import ordered_tickets
 from twist_fl.experiments.failure import failure
 from twist_fl.experiments.latency import latency
@@ -28,13 +29,13 @@ def tickets(folder: RunFolder, *, setting: Setting, sizes: list[int], draws: int
             models,
             state.params,
             division,
-            evaluate.ticket_sizes(job.layout, division, size),
+            ticket_sizes(job.layout, division, size),
             windows,
             tickets=draws,
             seed=config.seed,
             batch_size=config.eval.batch_size,
         ).summary()
-        | {"size": size, "of": evaluate.blocks_per_layer(job.layout, division)}
+        | {"size": size, "of": blocks_per_layer(job.layout, division)}
         for size in sizes
     ]
     return {"tickets": rows}

@@ -24,7 +24,7 @@ from twist_fl.experiments.runner import Pool, check
 from twist_fl.files import read_json, write_json, write_text
 from twist_fl.machine import usable_cores
 from twist_fl.performance import fill, origin
-from twist_fl.results import provenance
+from twist_fl.provenance import provenance
 from twist_fl.suggest import nearest, settings_named
 
 EVERY = "all"

@@ -24,7 +24,8 @@ from twist_fl.experiments.measures import MEASURES
 from twist_fl.files import write_json
 from twist_fl.job import make_job
 from twist_fl.local import train_local
-from twist_fl.results import provenance, refuse_other_settings
+from twist_fl.provenance import provenance
+from twist_fl.results import refuse_other_settings
 
 _LOOK_SECONDS = 0.5
 _INTERRUPTED = 130

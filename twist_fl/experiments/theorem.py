@@ -17,7 +17,7 @@ from twist_fl.blueprint import draw_ticket, full_blueprint
 from twist_fl.cells import Cells
 from twist_fl.checkpoint import RunFolder
 from twist_fl.data import Windows
-from twist_fl.evaluate import blocks_per_layer, ticket_sizes
+from twist_fl.division import blocks_per_layer, ticket_sizes
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure

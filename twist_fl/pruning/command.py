@@ -14,12 +14,14 @@ from rich.table import Table
 from twist_fl.blueprint import full_blueprint
 from twist_fl.config import ConfigError
 from twist_fl.data import Windows
-from twist_fl.evaluate import blocks_per_layer, perplexity
+from twist_fl.division import blocks_per_layer
+from twist_fl.evaluate import perplexity
 from twist_fl.files import write_json
 from twist_fl.job import Job
 from twist_fl.look import chosen_sizes, load_final
+from twist_fl.provenance import provenance
 from twist_fl.pruning.methods import METHODS, prune, pruned_perplexities, save_pruned, sparsity
-from twist_fl.results import portable_config, provenance
+from twist_fl.results import portable_config
 from twist_fl.shares import ShareError
 from twist_fl.suggest import nearest
 
@@ -50,9 +52,10 @@ def prune_run(
     draws: int,
     out: Path | None,
     save: Path | None,
+    places: Sequence[str] = (),
 ) -> None:
     """Prune the newest checkpoint of the run in `path` by every method to every size; a table, and pruned.json."""
-    folder, job, state = load_final(path)
+    folder, job, state = load_final(path, places)
     config = job.config
     of = blocks_per_layer(job.layout, job.division)
     chosen = chosen_sizes(job, sizes)
@@ -70,7 +73,7 @@ def prune_run(
                 rows.append(_row(console, job, state.params, method, size, test, calibration, draws, save))
     results = provenance() | {
         "config": portable_config(config),
-        "corpus": job.corpus.digest,
+        "corpus": job.text.digest,
         "rounds": state.round,
         "test_tokens": int(test.size),
         "calibration_windows": calibration,

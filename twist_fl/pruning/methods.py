@@ -22,7 +22,8 @@ from twist_fl.blueprint import Blueprint, Scale, draw_ticket, full_blueprint
 from twist_fl.config import ConfigError
 from twist_fl.data import Windows
 from twist_fl.deploy import export_ticket, make_ticket
-from twist_fl.evaluate import blocks_per_layer, perplexity, ticket_distribution, ticket_sizes
+from twist_fl.division import blocks_per_layer, ticket_sizes
+from twist_fl.evaluate import perplexity, ticket_distribution
 from twist_fl.files import new_folder
 from twist_fl.importance import block_scores
 from twist_fl.job import Job
