@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twist_fl import data, encode, text
+from twist_fl import data, encode, pieces
 from twist_fl.config import ConfigError, DataConfig
 from twist_fl.data import Corpus, Shard, find_corpus, load_corpus, open_corpus
 from twist_fl.files import SEAL, DamagedError, read_json
@@ -224,7 +224,7 @@ def stop_after(num_batches: int, patch: pytest.MonkeyPatch, work: Callable[[], o
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text, "LONGEST", 50)
+    monkeypatch.setattr(pieces, "LONGEST", 50)
     monkeypatch.setattr(encode, "_BATCH_CHARS", 10)
     monkeypatch.setattr(encode, "_STRIDE", 100)
 
@@ -254,11 +254,11 @@ def test_what_is_interrupted_goes_on_and_ends_the_same(
 
 SLOW = """
 import sys, time
-from twist_fl import encode, text
+from twist_fl import encode, pieces
 from twist_fl.config import DataConfig
 from twist_fl.data import load_corpus
 whole = encode._encode
-text.LONGEST, encode._BATCH_CHARS, encode._STRIDE = 50, 10, 100
+pieces.LONGEST, encode._BATCH_CHARS, encode._STRIDE = 50, 10, 100
 def slow(*arguments):
     print("batch", flush=True)
     time.sleep(0.05)

@@ -16,20 +16,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from twist_fl import text as text_module
+from twist_fl import pieces as pieces_module
 from twist_fl.config import ConfigError, DataConfig
 from twist_fl.meter import Meter
-from twist_fl.sources import find_text
-from twist_fl.text import Piece, Text, held_out, lines, pieces, running_documents
+from twist_fl.pieces import Piece, Source, held_out, lines, pieces, running_documents
+from twist_fl.sources import find_source
 
 ROWS = [f"Row {number} of a data set, NA and null with, commas and\n\nlines." for number in range(40)]
 
 
-def found(path: Path | str, **changes: Any) -> Text:
-    return find_text(replace(DataConfig(source="files", path=str(path)), **changes), Meter())
+def found(path: Path | str, **changes: Any) -> Source:
+    return find_source(replace(DataConfig(source="files", path=str(path)), **changes), Meter())
 
 
-def documents(text: Text) -> dict[str, list[str]]:
+def documents(text: Source) -> dict[str, list[str]]:
     """Of each split, joined from their pieces."""
     splits: dict[str, list[str]] = {"train": [], "test": []}
     going = {"train": "", "test": ""}
@@ -43,7 +43,7 @@ def documents(text: Text) -> dict[str, list[str]]:
     return splits
 
 
-def everything(text: Text) -> list[str]:
+def everything(text: Source) -> list[str]:
     splits = documents(text)
     assert splits["train"]
     assert splits["test"]
@@ -128,7 +128,7 @@ def in_chunks(text: str, sizes: list[int]) -> Iterator[str]:
 @given(text=WORDS, sizes=st.lists(st.integers(0, 40)))
 def test_pieces_are_the_text_whatever_its_chunks(text: str, sizes: list[int]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(text_module, "LONGEST", SHORT)
+        patch.setattr(pieces_module, "LONGEST", SHORT)
         made = list(pieces(in_chunks(text, sizes)))
         assert made == list(pieces([text]))
     assert "".join(piece for piece, _ in made) == text
@@ -172,7 +172,7 @@ def test_two_documents_give_both_splits(texts: list[str], fraction: float) -> No
 
 def test_text_that_changes_while_it_is_read_is_refused() -> None:
     contents = iter(["one", "one", "two"])
-    text = text_module.survey(lambda: iter([Piece(next(contents), True, True)]), Meter())
+    text = pieces_module.survey(lambda: iter([Piece(next(contents), True, True)]), Meter())
     assert [piece.text for piece in text.pieces()] == ["one"]
     with pytest.raises(ConfigError, match="was changed while it was read"):
         list(text.pieces())
@@ -325,7 +325,7 @@ def test_any_plain_text_gives_both_splits_and_loses_nothing(name: str, tmp_path:
     text = found(file)
     made = everything(text)
     assert sorted("".join(made)) == sorted(CONTENTS[name])
-    assert max(len(piece.text) for piece in text.pieces()) <= text_module.LONGEST
+    assert max(len(piece.text) for piece in text.pieces()) <= pieces_module.LONGEST
     windows_form = tmp_path / "windows.txt"
     windows_form.write_bytes(b"\xef\xbb\xbf" + CONTENTS[name].replace("\n", "\r\n").encode())
     assert found(windows_form).digest == text.digest

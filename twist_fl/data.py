@@ -27,8 +27,8 @@ from twist_fl.config import DataConfig
 from twist_fl.encode import SPLITS, tokenise
 from twist_fl.files import DamagedError, check_seal, new_folder, read_json, write_json
 from twist_fl.meter import Meter
-from twist_fl.sources import find_text
-from twist_fl.text import Text
+from twist_fl.pieces import Source
+from twist_fl.sources import find_source
 from twist_fl.tokenizer import check_vocab_size, identity, load_tokenizer, train_tokenizer
 
 Windows = npt.NDArray[np.int32]
@@ -67,7 +67,7 @@ def load_corpus(config: DataConfig, num_workers: int = 1) -> Corpus:
     meter = Meter()
     check_vocab_size(config.vocab_size)
     tokenizer = None if config.tokenizer is None else load_tokenizer(config.tokenizer)
-    text = find_text(config, meter)
+    text = find_source(config, meter)
     key = json.dumps([_FORMAT, text.digest, identity(tokenizer) if tokenizer else f"bpe {config.vocab_size}"])
     digest = hashlib.sha256(key.encode()).hexdigest()[:32]
     try:
@@ -135,7 +135,7 @@ def _is_whole(digest: str) -> bool:
     return True
 
 
-def _make(digest: str, text: Text, tokenizer: Any, config: DataConfig, unfinished: Path, meter: Meter) -> None:
+def _make(digest: str, text: Source, tokenizer: Any, config: DataConfig, unfinished: Path, meter: Meter) -> None:
     """All that takes long goes to `unfinished`, where the next process finds it if this one ends."""
     if tokenizer is None:
         tokenizer = _trained(text, config.vocab_size, unfinished / "tokenizer", meter)
@@ -148,7 +148,7 @@ def _make(digest: str, text: Text, tokenizer: Any, config: DataConfig, unfinishe
         write_json(about | {"data": asdict(config)}, making / "meta.json")
 
 
-def _trained(text: Text, vocab_size: int, folder: Path, meter: Meter) -> Any:
+def _trained(text: Source, vocab_size: int, folder: Path, meter: Meter) -> Any:
     """A tokenizer of the training text, or what is left of an interrupted run that had one."""
     if not folder.is_dir():
         with meter.task("training the tokenizer", text.num_bytes) as advance:

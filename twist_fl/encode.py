@@ -19,7 +19,7 @@ import numpy as np
 from twist_fl.files import read_json, write_json
 from twist_fl.machine import usable_cores
 from twist_fl.meter import Meter
-from twist_fl.text import Piece, Text
+from twist_fl.pieces import Piece, Source
 
 SPLITS = ("train", "test")
 _JOURNAL = "journal.json"
@@ -33,7 +33,7 @@ _HEADER = 128
 """Bytes of an .npy file before its numbers."""
 
 
-def tokenise(text: Text, tokenizer: Any, folder: Path, meter: Meter) -> dict[str, int]:
+def tokenise(text: Source, tokenizer: Any, folder: Path, meter: Meter) -> dict[str, int]:
     """`folder` gets train.npy and test.npy, int32, or what is missing of them; returns their numbers of tokens."""
     at = _progress(folder)
     with ExitStack() as stack, meter.task("tokenising", text.num_bytes, at["bytes"]) as advance:

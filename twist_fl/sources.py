@@ -16,8 +16,8 @@ from twist_fl.config import DataConfig
 from twist_fl.formats import Part, dataset_part, file_part, kind
 from twist_fl.hub import beside, expanded, is_path, prepare_hub, reachable
 from twist_fl.meter import Meter
+from twist_fl.pieces import Piece, Source, held_out, lines, pieces, running_documents, survey
 from twist_fl.suggest import nearest
-from twist_fl.text import Piece, Text, held_out, lines, pieces, running_documents, survey
 
 _WIKITEXT = ("Salesforce/wikitext", "wikitext-103-raw-v1")
 _VALIDATION = re.compile(r"(?<![a-z])(val|valid|validation|dev)(?![a-z])", re.IGNORECASE)
@@ -28,7 +28,7 @@ _CARD = re.compile(r"---\n(?:(?!---).*\n)*?configs:")
 _SHOWN = 5
 
 
-def find_text(config: DataConfig, meter: Meter) -> Text:
+def find_source(config: DataConfig, meter: Meter) -> Source:
     """Reads all of it once. Raises ConfigError if it is not there, cannot be read, or is no text."""
     parts = _parts(config, meter)
     train, test = _divide(parts, config, meter)
@@ -46,7 +46,7 @@ def _num_bytes(parts: Sequence[Part]) -> int | None:
     return sum(known) if len(known) == len(parts) else None
 
 
-def _filled(text: Text, config: DataConfig) -> Text:
+def _filled(text: Source, config: DataConfig) -> Source:
     if not text.num_bytes:
         raise ConfigError(f"data.path={config.path!r} holds no text")
     return text

@@ -32,7 +32,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Text:
+class Source:
     """All of a corpus, as often as it is asked for; `digest` is of its content and how it is divided."""
 
     read: Callable[[], Iterator[Piece]]
@@ -51,7 +51,7 @@ class Text:
             raise ConfigError("the text was changed while it was read: start again when nothing writes to it")
 
 
-def survey(read: Callable[[], Iterator[Piece]], meter: Meter, total: int | None = None) -> Text:
+def survey(read: Callable[[], Iterator[Piece]], meter: Meter, total: int | None = None) -> Source:
     """Reads all of it once, `total` bytes if that is known."""
     digest, num_bytes = hashlib.sha256(), {True: 0, False: 0}
     with meter.task("reading text", total) as advance:
@@ -59,7 +59,7 @@ def survey(read: Callable[[], Iterator[Piece]], meter: Meter, total: int | None 
             size = _hash(piece, digest)
             num_bytes[piece.train] += size
             advance(size)
-    return Text(read, digest.hexdigest(), sum(num_bytes.values()), all(num_bytes.values()))
+    return Source(read, digest.hexdigest(), sum(num_bytes.values()), all(num_bytes.values()))
 
 
 def _hash(piece: Piece, digest: hashlib._Hash) -> int:
@@ -72,7 +72,7 @@ def _hash(piece: Piece, digest: hashlib._Hash) -> int:
 
 def held_out(
     documents: Callable[[int | None], Iterator[str]], fraction: float, meter: Meter, total: int | None = None
-) -> Text:
+) -> Source:
     """A share of `documents(longest)` is test text: those whose own hash says so, whatever others come or go.
 
     Text of so few documents that one split would be empty is divided into shorter ones; at least one of two is then
