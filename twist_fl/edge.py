@@ -29,6 +29,8 @@ from twist_fl.data import Windows
 from twist_fl.deploy import Ticket, export_ticket, ticket_digest
 from twist_fl.evaluate import perplexity
 from twist_fl.memory import peak_bytes, start_peak
+from twist_fl.opening import open_model
+from twist_fl.outside import Field, read_fields
 
 REPEATS = 3
 
@@ -73,7 +75,7 @@ def receive_ticket(
     received = ticket_digest(blueprint_json, config_json, params)
     if received != digest:
         raise ValueError(f"the ticket is not what was sent: SHA-256 is {received}, expected {digest}: send it again")
-    config, blueprint = json.loads(config_json), Blueprint.from_json(blueprint_json)
+    config, blueprint = read_fields(config_json, {"model_type": Field(str)}), Blueprint.from_json(blueprint_json)
     layout = make_layout(config, blueprint.num_blocks[1])
     layout.check_names({name: tuple(tensor.shape) for name, tensor in params.items()}, blueprint)
     ticket = Ticket(blueprint, dict(params), config, digest)
@@ -121,7 +123,7 @@ def measure_here(
     torch.set_num_threads(threads)
     _warm_up()
     before = start_peak()
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model = open_model(folder)
     prompt = _prompt(windows, model.config.max_position_embeddings, new_tokens)
     decode(model, prompt, min(2, new_tokens))
     seconds = [second for _ in range(REPEATS) for second in decode(model, prompt, new_tokens)[1]]

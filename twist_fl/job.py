@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from twist_fl import machine
 from twist_fl.blocks import KINDS, Layout, make_layout
 from twist_fl.blueprint import Blueprint, Debt, Division, Scale, Scores, Sizes, draw_round, full_blueprint
+from twist_fl.checks import check_name
 from twist_fl.config import BlueprintConfig, Config, ConfigError, from_yaml, to_yaml
 from twist_fl.data import Corpus, Shard, find_corpus, load_corpus
 from twist_fl.evaluate import ticket_sizes
 from twist_fl.family import config_from_dict, model_config
+from twist_fl.outside import Field, read_fields
 from twist_fl.pretrained import check_pretrained, load_pretrained
 from twist_fl.subnet import ModelCache, State, get_state
 
@@ -140,8 +142,13 @@ def make_job(config: Config) -> Job:
 
 
 def job_from_json(text: str) -> Job:
-    """The job on a worker. Its own data must be the server's: ConfigError if the hashes differ."""
-    fields = json.loads(text)
+    """The job on a worker. Its own data must be the server's: ConfigError if the hashes differ.
+
+    Raises ValueError for what is no job. Names that become folders here are such.
+    """
+    fields = read_fields(text, {"config": Field(str), "model": Field(dict), "corpus": Field(str), "run_id": Field(str)})
+    for key in ("corpus", "run_id"):
+        check_name(key, fields[key])
     config = from_yaml(fields["config"])
     corpus = find_corpus(fields["corpus"], config.data, config.train.workers)
     if corpus.digest != fields["corpus"]:

@@ -120,19 +120,30 @@ def tickets(
 
 
 def generate(
-    console: Console, path: Path, prompt: str, new_tokens: int, temperature: float, size: int | None, seed: int
+    console: Console,
+    path: Path,
+    prompt: str,
+    new_tokens: int,
+    temperature: float,
+    size: int | None,
+    seed: int,
+    trust_remote_code: bool = False,
 ) -> None:
-    """Continue `prompt` with an exported ticket's folder or with a run (a random ticket of `size`, or whole)."""
+    """Continue `prompt` with an exported ticket's folder or with a run (a random ticket of `size`, or whole).
+
+    No code of the folder is run unless it is trusted.
+    """
     if not prompt:
         raise ConfigError("the prompt is empty: give --prompt at least one token to continue")
     if temperature and not _COLDEST <= temperature <= _HOTTEST:
         raise ConfigError(f"--temperature {temperature:g} must be 0 (the likeliest token), or {_COLDEST} to {_HOTTEST}")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from twist_fl.blueprint import draw_ticket, full_blueprint
     from twist_fl.evaluate import ticket_sizes
     from twist_fl.family import padding_token
+    from twist_fl.opening import open_model
     from twist_fl.tokenizer import load_tokenizer
 
     model: Any
@@ -151,8 +162,8 @@ def generate(
     elif (path / "config.json").is_file() and (path / "tokenizer.json").is_file():
         if size is not None:
             raise ConfigError(f"--size chooses a ticket of a run, and {path} holds one model")
-        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = open_model(path, trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     elif not path.exists() or runs_in(path):
         raise no_run(path.resolve())
     else:
