@@ -171,11 +171,14 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
     size: Annotated[int | None, typer.Option(help="For a run: blocks per divided layer of a random ticket.")] = None,
     seed: Seed = 0,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python code in the model's folder: it can do anything.")
+    ] = False,
 ) -> None:
     """Continue a text with a deployed ticket, or with a trained run."""
     from twist_fl import look
 
-    look.generate(console, model, prompt, new_tokens, temperature, size, seed)
+    look.generate(console, model, prompt, new_tokens, temperature, size, seed, trust_remote_code)
 
 
 @app.command()

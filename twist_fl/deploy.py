@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from twist_fl.architectures import ARCHITECTURES
 from twist_fl.blocks import KINDS, Layout
 from twist_fl.blueprint import Blueprint, Division, Scale, draw_ticket
 from twist_fl.config import ConfigError, DeviceConfig
@@ -149,7 +150,8 @@ def export_ticket(ticket: Ticket, folder: Path, tokenizer_folder: Path | None) -
         save_file(tensors, making / "model.safetensors", metadata={"format": "pt"})
         (making / MODEL_CODE).write_bytes((resources.files("twist_fl") / MODEL_CODE).read_bytes())
         if tokenizer_folder:
-            copy_tokenizer(tokenizer_folder, making)
+            architecture = ARCHITECTURES[ticket.model_config["model_type"]]
+            copy_tokenizer(tokenizer_folder, making, ticket.model_config[architecture.keys["n_positions"]])
 
 
 def _write_json(fields: Mapping[str, Any], path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from twist_fl.blocks import make_layout
 from twist_fl.blueprint import Blueprint, full_blueprint
@@ -27,6 +27,8 @@ from twist_fl.deploy import Ticket, export_ticket, make_ticket, ticket_digest
 from twist_fl.evaluate import perplexity
 from twist_fl.measuring import Request, measuring, serve
 from twist_fl.memory import peak_bytes, start_peak
+from twist_fl.opening import open_model
+from twist_fl.outside import Field, read_fields
 from twist_fl.subnet import get_state
 
 REPEATS = 3
@@ -72,7 +74,7 @@ def receive_ticket(
     received = ticket_digest(blueprint_json, config_json, params)
     if received != digest:
         raise ValueError(f"the ticket is not what was sent: SHA-256 is {received}, expected {digest}: send it again")
-    config, blueprint = json.loads(config_json), Blueprint.from_json(blueprint_json)
+    config, blueprint = read_fields(config_json, {"model_type": Field(str)}), Blueprint.from_json(blueprint_json)
     layout = make_layout(config, blueprint.num_blocks[1])
     layout.check_names({name: tuple(tensor.shape) for name, tensor in params.items()}, blueprint)
     ticket = Ticket(blueprint, dict(params), config, digest)
@@ -113,7 +115,7 @@ def measure_here(
     torch.set_num_threads(threads)
     _warm_up()
     before = start_peak()
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model = open_model(folder)
     prompt = _prompt(windows, model.config.max_position_embeddings, new_tokens)
     decode(model, prompt, min(2, new_tokens))
     seconds = [second for _ in range(REPEATS) for second in decode(model, prompt, new_tokens)[1]]
@@ -165,7 +167,7 @@ def _warm_up() -> None:
     toy = make_ticket(layout, state, config.to_dict(), full_blueprint(layout), "sqrt")
     with tempfile.TemporaryDirectory(prefix="twist-edge-") as folder:
         export_ticket(toy, Path(folder) / "toy", None)
-        model = AutoModelForCausalLM.from_pretrained(Path(folder) / "toy", trust_remote_code=True)
+        model = open_model(Path(folder) / "toy")
     windows = np.zeros((1, 8), dtype=np.int32)
     decode(model, _prompt(windows, 8, 2), 2)
     perplexity(model, windows, batch_size=1)

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 from twist_fl import machine
 from twist_fl.blocks import KINDS, Layout, make_layout
 from twist_fl.blueprint import Blueprint, Debt, Division, Scale, Scores, draw_round, full_blueprint
+from twist_fl.checks import check_name
 from twist_fl.config import Config, ConfigError, from_yaml, to_yaml
 from twist_fl.data import Corpus, Shard
 from twist_fl.division import make_division, ticket_sizes
 from twist_fl.family import config_from_dict, model_config
+from twist_fl.outside import Field, read_fields
 from twist_fl.run_text import RunText
 
 if TYPE_CHECKING:
@@ -172,8 +174,13 @@ def make_job(config: Config) -> Job:
 
 
 def job_from_json(text: str) -> Job:
-    """The job of a run's folder or of a message. Its text is not looked for before it is needed."""
-    fields = json.loads(text)
+    """The job of a run's folder or of a message. Its text is not looked for before it is needed.
+
+    Raises ValueError for what is no job. Names that become folders here are such.
+    """
+    fields = read_fields(text, {"config": Field(str), "model": Field(dict), "corpus": Field(str), "run_id": Field(str)})
+    for key in ("corpus", "run_id"):
+        check_name(key, fields[key])
     config = from_yaml(fields["config"])
     # Jobs of before windows were counted in them open their text for it.
     known = RunText(config.data, config.train.workers, fields["corpus"], fields.get("windows"))

@@ -129,15 +129,25 @@ def tickets(
 
 
 def generate(
-    console: Console, path: Path, prompt: str, new_tokens: int, temperature: float, size: int | None, seed: int
+    console: Console,
+    path: Path,
+    prompt: str,
+    new_tokens: int,
+    temperature: float,
+    size: int | None,
+    seed: int,
+    trust_remote_code: bool = False,
 ) -> None:
-    """Continue `prompt` with an exported ticket's folder or with a run (a random ticket of `size`, or whole)."""
+    """Continue `prompt` with an exported ticket's folder or with a run (a random ticket of `size`, or whole).
+
+    No code of the folder is run unless it is trusted.
+    """
     if not prompt:
         raise ConfigError("the prompt is empty: give --prompt at least one token to continue")
     if temperature and not _COLDEST <= temperature <= _HOTTEST:
         raise ConfigError(f"--temperature {temperature:g} must be 0 (the likeliest token), or {_COLDEST} to {_HOTTEST}")
     with console.status("loading torch and the model"):
-        model, tokenizer = _model_and_tokenizer(path, size, seed)
+        model, tokenizer = _model_and_tokenizer(path, size, seed, trust_remote_code)
     import torch
 
     from twist_fl.family import padding_token
@@ -158,7 +168,7 @@ def generate(
     console.print(tokenizer.decode(output[0]), markup=False, highlight=False)
 
 
-def _model_and_tokenizer(path: Path, size: int | None, seed: int) -> tuple[Any, Any]:
+def _model_and_tokenizer(path: Path, size: int | None, seed: int, trust_remote_code: bool) -> tuple[Any, Any]:
     if (path / "job.json").is_file():
         return _of_run(path, size, seed)
     if not path.exists() or runs_in(path):
@@ -167,10 +177,12 @@ def _model_and_tokenizer(path: Path, size: int | None, seed: int) -> tuple[Any, 
         raise ConfigError(f"{path} is neither a run (job.json) nor a folder of a model (config.json, tokenizer.json)")
     if size is not None:
         raise ConfigError(f"--size chooses a ticket of a run, and {path} holds one model")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
-    return model, AutoTokenizer.from_pretrained(path)
+    from twist_fl.opening import open_model
+
+    model = open_model(path, trust_remote_code)
+    return model, AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
 
 
 def _of_run(path: Path, size: int | None, seed: int) -> tuple[Any, Any]:

@@ -7,7 +7,12 @@ installed; training uses the same classes. It needs torch and transformers only.
 
 from typing import Any
 
+import transformers
 from torch import nn
+
+if int(transformers.__version__.partition(".")[0]) != 5:
+    raise ImportError(f"this ticket needs transformers>=5.17,<6, here is {transformers.__version__}")
+
 from transformers import (
     GPT2LMHeadModel,
     GPTNeoXForCausalLM,

@@ -15,6 +15,7 @@ from flwr.serverapp import Grid
 from twist_fl import edge, tensors, wire
 from twist_fl.blueprint import Blueprint, draw_ticket
 from twist_fl.checkpoint import RunFolder
+from twist_fl.checks import check_name
 from twist_fl.config import ConfigError, DeviceConfig
 from twist_fl.data import cache_dir
 from twist_fl.deploy import (
@@ -30,12 +31,26 @@ from twist_fl.exchange import exchange
 from twist_fl.files import write_json
 from twist_fl.job import Job
 from twist_fl.limits import parse_devices
+from twist_fl.outside import Field, plain, read_exactly, shown
 from twist_fl.strategy import NoWorkersError
 from twist_fl.subnet import State
 
 MESSAGE_TYPE = "query.ticket"
 _LOCAL_WINDOWS = 64
 """Windows of the test split that stand for a device's own text."""
+
+
+_TICKET = {
+    **dict.fromkeys(("device", "config", "blueprint", "digest"), Field(str)),
+    "limit_ms": Field(float, 0, or_null=True),
+    "text": Field(list),
+}
+_REPORT = {
+    **dict.fromkeys(("num_params", "weight_bytes", "context_tokens", "threads", "bytes_received"), Field(int, 1)),
+    **dict.fromkeys(("peak_memory_bytes", "perplexity_memory_bytes"), Field(int)),
+    "perplexity": Field(float, or_null=True),
+    "seconds_per_token": Field(float, 0),
+}
 
 
 def default_devices(job: Job) -> list[DeviceConfig]:
@@ -166,7 +181,11 @@ def _ship(
 ) -> dict[str, Any]:
     """What the device measured; `text` is its place among the devices, and their number: each has its own test text."""
     answer = carry(_to_records(job, device, text, ticket))
-    measured = json.loads(str(answer.config_records["report"]["json"]))
+    try:
+        measured = read_exactly(str(answer.config_records["report"]["json"]), _REPORT)
+    except (KeyError, ValueError) as error:
+        reason = plain(f"{type(error).__name__}: {error}")
+        raise NoWorkersError(f"device {device.name} sent a malformed report: {reason}") from error
     return {
         "weight_mb": measured["weight_bytes"] / 1e6,
         "ms_per_token": 1000 * measured["seconds_per_token"],
@@ -205,13 +224,18 @@ def _to_records(job: Job, device: DeviceConfig, text: tuple[int, int], ticket: T
 
 def receive(job: Job, content: RecordDict) -> RecordDict:
     """On the edge client: check the hash, write the dense model, measure it on local text in a fresh process."""
-    fields = json.loads(str(content.config_records["ticket"]["json"]))
+    fields = read_exactly(str(content.config_records["ticket"]["json"]), _TICKET)
+    check_name("device", fields["device"])
+    if len(fields["text"]) != 2 or not all(Field(int, 0).holds(number) for number in fields["text"]):
+        raise ValueError(f"text={shown(fields['text'])} is no place and number of devices")
+    place, of = fields["text"]
+    if place >= of:
+        raise ValueError(f"text={[place, of]} is a place beyond the number of devices")
     params = tensors.from_arrays(content.array_records["params"])
     folder = cache_dir() / "tickets" / job.run_id / fields["device"]
     edge.receive_ticket(
         fields["config"], fields["blueprint"], params, fields["digest"], folder, job.corpus.tokenizer_folder
     )
-    place, of = fields["text"]
     windows = job.corpus.test[place::of][:_LOCAL_WINDOWS]
     measured = asdict(edge.measure(folder, windows, job.config.deploy.new_tokens, limit_ms=fields["limit_ms"]))
     measured["bytes_received"] = sum(tensors.num_bytes(content).values())

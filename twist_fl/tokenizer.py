@@ -14,6 +14,8 @@ from twist_fl.checks import ConfigError
 from twist_fl.hub import local_path, reachable
 
 END_OF_TEXT = "<|endoftext|>"
+_NEW_CLASS = "TokenizersBackend"
+"""What transformers 5 writes for a tokenizer of tokenizer.json alone; version 4 does not know it."""
 _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -102,11 +104,25 @@ def identity(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def copy_tokenizer(folder: Path, target: Path) -> None:
-    """Its files, for AutoTokenizer.from_pretrained(target)."""
+def copy_tokenizer(folder: Path, target: Path, context: int | None = None) -> None:
+    """Its files, for AutoTokenizer.from_pretrained(target) of any version of transformers.
+
+    With `context`, the model's longest, it also pads (with its end of text, if it has no padding token of its own) and
+    truncates to that.
+    """
     for name in _FILES:
         if (file := folder / name).is_file():
             shutil.copyfile(file, target / name)
+    settings = target / "tokenizer_config.json"
+    fields = json.loads(settings.read_text()) if settings.is_file() else {}
+    if fields.get("tokenizer_class", _NEW_CLASS) == _NEW_CLASS:
+        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if context is not None:
+        fields["model_max_length"] = context
+        end = fields.get("eos_token", END_OF_TEXT if not settings.is_file() else None)
+        if fields.get("pad_token") is None and end is not None:
+            fields |= {"eos_token": end, "pad_token": end}
+    settings.write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
 
 
 def check_vocab_size(vocab_size: int) -> None:
