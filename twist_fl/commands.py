@@ -84,9 +84,9 @@ def _deployed(folder: RunFolder) -> list[dict[str, Any]]:
 
 def report(console: Console, paths: list[Path], out: Path) -> None:
     """The HTML report of finished runs, with the devices of the first one that deployed any."""
+    runs = [RunFolder(path) for path in finished_runs(paths)]
     from twist_fl.report import write_report
 
-    runs = [RunFolder(path) for path in finished_runs(paths)]
     deployed = next((rows for run in runs if (rows := _deployed(run))), [])
     write_report(runs, out, deployed)
     console.print(f"report: {out.resolve()}")
