@@ -273,7 +273,7 @@ def test_progress_shows_the_first_and_last_round_every_evaluation_and_all_losses
     rounds.insert(5, event("eval", round=5, full=61.0))
     process = Process(EventLog(folder.events_file), [BEGUN], [NODES], rounds, [event("done", round=10)], [])
     with RunProgress(console, folder, 3) as shown:
-        ends = shown.follow(process)  # type: ignore[arg-type]
+        ends = shown.follow(process)
     assert [each["event"] for each in ends] == ["done"]
     text = out.getvalue()
     assert "starting Flower and the workers" in text
