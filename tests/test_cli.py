@@ -35,7 +35,7 @@ MakeJob = Callable[..., Job]
 Run = Callable[..., tuple[int, str, str]]
 
 COMMANDS = {
-    "train": ("preset", "overrides", "--resume"),
+    "train": ("preset", "overrides", "--resume", "--local"),
     "demo": ("overrides", "--dir"),
     "tickets": ("run", "--sizes", "--draws", "--windows"),
     "prune": ("run", "--method", "--sizes", "--windows", "--calibration", "--draws", "--out", "--save"),
@@ -43,6 +43,7 @@ COMMANDS = {
     "generate": ("model", "--prompt", "--new-tokens", "--temperature", "--size", "--seed"),
     "report": ("runs", "--out", "--publish"),
     "cost": ("preset", "overrides", "--steps"),
+    "status": ("runs", "--follow"),
     "keys": (),
     "bench": ("name", "--results"),
     "node": ("--superlink", "--insecure", "--root-certificates", "--auth-supernode-private-key", "--node-config"),

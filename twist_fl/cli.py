@@ -11,11 +11,11 @@ import click
 import typer
 from rich.console import Console
 
+from twist_fl import options
 from twist_fl.bench import BENCHES
 from twist_fl.checks import LaunchError
 from twist_fl.config import ConfigError, presets
 from twist_fl.joining import node_arguments
-from twist_fl.options import Draws, Overrides, Places, RunDir, Seed, Sizes, Windows, new_file, new_folder
 from twist_fl.usage import block_counts, explain, versions
 
 app = typer.Typer(
@@ -49,22 +49,9 @@ def train(
     preset: Annotated[
         str | None, typer.Argument(help=f"A preset ({', '.join(presets())}) or a YAML file.", show_default="demo")
     ] = None,
-    overrides: Overrides = None,
-    resume: Annotated[
-        Path | None,
-        typer.Option(
-            help="Go on with the run in this folder; train.rounds=200 trains it longer, data.path=NEW "
-            "says where its text is now."
-        ),
-    ] = None,
-    local: Annotated[
-        bool,
-        typer.Option(
-            "--local",
-            help="Without Flower, in this process, one worker after another: starts in seconds, "
-            "for quick trials. The same weights.",
-        ),
-    ] = False,
+    overrides: options.Overrides = None,
+    resume: options.Resume = None,
+    local: options.Local = False,
 ) -> None:
     """Train with TwIST, or with algorithm=fedavg or ddp, through a Flower simulation on this machine."""
     from twist_fl import commands
@@ -79,8 +66,10 @@ def train(
 
 @app.command()
 def demo(
-    directory: Annotated[Path, new_folder("Where the two runs and the report go.", "--dir")] = Path("runs/demo"),
-    overrides: Overrides = None,
+    directory: Annotated[Path, options.new_folder("Where the two runs and the report go.", "--dir")] = Path(
+        "runs/demo"
+    ),
+    overrides: options.Overrides = None,
 ) -> None:
     """Train TwIST and FedAvg on the same budget, compare their tickets, deploy three, write a report. Minutes."""
     from twist_fl import commands
@@ -101,11 +90,11 @@ def status(
 
 @app.command()
 def tickets(
-    run: RunDir,
-    sizes: Sizes = None,
-    draws: Draws = 20,
-    windows: Windows = None,
-    places: Places = None,
+    run: options.RunDir,
+    sizes: options.Sizes = None,
+    draws: options.Draws = 20,
+    windows: options.Windows = None,
+    places: options.Places = None,
 ) -> None:
     """Draw random subnets from a trained run and show the distribution of their perplexity."""
     counts = block_counts(sizes)
@@ -116,21 +105,18 @@ def tickets(
 
 @app.command()
 def prune(
-    run: RunDir,
+    run: options.RunDir,
     method: Annotated[
         str,
         typer.Option(help="sparsegpt, wanda, zpruner, block, se, se-unscaled, magnitude; several as a,b; or all."),
     ] = "all",
-    sizes: Sizes = None,
-    windows: Windows = None,
+    sizes: options.Sizes = None,
+    windows: options.Windows = None,
     calibration: Annotated[int, typer.Option(min=1, help="Training windows to calibrate on.")] = 128,
-    draws: Draws = 20,
-    out: Annotated[Path | None, new_file("The JSON to write; default: pruned.json in the run.")] = None,
-    save: Annotated[
-        Path | None,
-        new_folder("Also put each pruned model in a folder METHOD-SIZE below this one."),
-    ] = None,
-    places: Places = None,
+    draws: options.Draws = 20,
+    out: Annotated[Path | None, options.new_file("The JSON to write; default: pruned.json in the run.")] = None,
+    save: options.Save = None,
+    places: options.Places = None,
 ) -> None:
     """Prune a trained run after training, by the methods that TwIST is compared with, and show what each costs."""
     counts = block_counts(sizes)
@@ -147,15 +133,9 @@ def prune(
 
 @app.command()
 def deploy(
-    run: RunDir,
-    device: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="An edge device as NAME=LIMIT or NAME=LIMIT,LIMIT; repeat for more. Limits: 3.5MB of memory (kB, GB, "
-            "MiB too), 20ms or 0.5s a token, 1/4 or 25% of the blocks. Default: three devices."
-        ),
-    ] = None,
-    places: Places = None,
+    run: options.RunDir,
+    device: options.Devices = None,
+    places: options.Places = None,
 ) -> None:
     """Ship to each device the largest ticket that meets its limits, as a small dense model, and measure it there."""
     from twist_fl import commands
@@ -170,7 +150,7 @@ def generate(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 60,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
     size: Annotated[int | None, typer.Option(help="For a run: blocks per divided layer of a random ticket.")] = None,
-    seed: Seed = 0,
+    seed: options.Seed = 0,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the Python code in the model's folder: it can do anything.")
     ] = False,
@@ -184,10 +164,10 @@ def generate(
 @app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Finished runs to compare, or a folder that holds some.")],
-    out: Annotated[Path, new_file("The HTML file to write.")] = Path("report.html"),
+    out: Annotated[Path, options.new_file("The HTML file to write.")] = Path("report.html"),
     publish: Annotated[
         Path | None,
-        new_folder("Also put results, table and PNG figures in this folder, to commit or to share."),
+        options.new_folder("Also put results, table and PNG figures in this folder, to commit or to share."),
     ] = None,
 ) -> None:
     """Write a self-contained HTML report: table, training curves, perplexity against size, ticket distributions."""
@@ -201,7 +181,7 @@ def report(
 @app.command()
 def cost(
     preset: Annotated[str, typer.Argument(help="A preset, a YAML file or a run's folder.")] = "gpt2-wikitext103",
-    overrides: Overrides = None,
+    overrides: options.Overrides = None,
     steps: Annotated[
         int | None,
         typer.Option(
@@ -228,7 +208,7 @@ def bench(
     ] = None,
     results: Annotated[
         Path | None,
-        new_folder("Folder for the results; default: results/performance, for docs/performance.md."),
+        options.new_folder("Folder for the results; default: results/performance, for docs/performance.md."),
     ] = None,
 ) -> None:
     """Measure time, memory and bytes beside floors and rivals, in a source tree.
@@ -246,14 +226,11 @@ def reproduce(
     scale: Annotated[str, typer.Option(help="tiny (CPU, minutes), small (WikiText-2) or paper (GPT-2 124M).")] = "tiny",
     directory: Annotated[
         Path | None,
-        new_folder("The lab: runs and measurements. Default: runs/reproduce/SCALE.", "--dir"),
+        options.new_folder("The lab: runs and measurements. Default: runs/reproduce/SCALE.", "--dir"),
     ] = None,
-    out: Annotated[Path | None, new_folder("Where tables and figures go. Default: the lab.")] = None,
+    out: Annotated[Path | None, options.new_folder("Where tables and figures go. Default: the lab.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Tasks at a time. Default: one a core.")] = None,
-    doc: Annotated[
-        Path | None,
-        new_file("A Markdown page whose <!-- table: NAME --> places are filled, too."),
-    ] = None,
+    doc: options.Page = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
 ) -> None:
     """Make the paper's tables and figures, and ours, with the paper's numbers beside: table1, table2, fig2, fig4 ...
@@ -279,18 +256,12 @@ def keys() -> None:
 def node(
     superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="The SuperLink's Fleet API.")],
     insecure: Annotated[bool, typer.Option("--insecure", help="No TLS: for loopback and trusted networks.")] = False,
-    root_certificates: Annotated[
-        Path | None, typer.Option(help="CA certificate (PEM) of the SuperLink; default: the system's.")
-    ] = None,
-    auth_supernode_private_key: Annotated[
-        Path | None, typer.Option(help="This node's key, registered with `flwr supernode register`.")
-    ] = None,
+    root_certificates: options.RootCertificates = None,
+    auth_supernode_private_key: options.PrivateKey = None,
     node_config: Annotated[
         str, typer.Option(help='For example "partition-id=0 num-partitions=2".', show_default=False)
     ] = "",
-    trusted_entities: Annotated[
-        Path | None, typer.Option(help="YAML file of public keys: run only apps that one of them has signed.")
-    ] = None,
+    trusted_entities: options.TrustedEntities = None,
 ) -> None:
     """Join a Flower network as a SuperNode whose worker stays warm between rounds; see docs/nodes.md."""
     arguments = node_arguments(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,10 @@ from twist_fl.files import read_json, write_text
 from twist_fl.finding import finished_runs
 from twist_fl.guard import clear_stale
 from twist_fl.launch import flower_run, why_it_ended
+from twist_fl.limits import parse_devices
 from twist_fl.machine import check_simulation, check_training
 from twist_fl.measuring import measuring
-from twist_fl.progress import RunProgress
+from twist_fl.progress import RunProgress, waits_for
 from twist_fl.story import results_text
 
 if TYPE_CHECKING:
@@ -38,11 +40,11 @@ def train(console: Console, preset: str, overrides: list[str], strict: bool = Tr
     folder = RunFolder(Path(config.dir or f"runs/{config.name}"))
     folder.refuse_second_run()
     config.dir = str(folder.path)
-    with console.status("loading torch, reading text and model configuration"):
-        (check_training if local else check_simulation)(config)
-        from twist_fl.job import make_job
+    waits_for(console, "loading torch, reading the model's configuration and the text")
+    (check_training if local else check_simulation)(config)
+    from twist_fl.job import make_job
 
-        job = make_job(config)
+    job = make_job(config)
     folder.create(job)
     _run(console, folder, job, local)
     return folder
@@ -84,9 +86,9 @@ def _deployed(folder: RunFolder) -> list[dict[str, Any]]:
 
 def report(console: Console, paths: list[Path], out: Path) -> None:
     """The HTML report of finished runs, with the devices of the first one that deployed any."""
+    runs = [RunFolder(path) for path in finished_runs(paths)]
     from twist_fl.report import write_report
 
-    runs = [RunFolder(path) for path in finished_runs(paths)]
     deployed = next((rows for run in runs if (rows := _deployed(run))), [])
     write_report(runs, out, deployed)
     console.print(f"report: {out.resolve()}")
@@ -116,19 +118,18 @@ def resume(console: Console, path: Path, overrides: Sequence[str] = (), local: b
     """Go on with a run from its newest checkpoint; with other settings, as far as it stays the same run."""
     folder = RunFolder(path)
     folder.check_run()
-    with console.status("reading the run"):
-        from twist_fl.going_on import go_on
+    from twist_fl.going_on import go_on
 
-        with folder.lock("command"):
-            clear_stale(folder.path)  # a server that outlived its command would be at work
-            continued = go_on(folder, overrides)
+    with folder.lock("command"):
+        clear_stale(folder.path)  # a server that outlived its command would be at work
+        continued = go_on(folder, overrides)
     job = continued.job
     if continued.finished:
         console.print(_what_next(folder), soft_wrap=True)
         return folder
-    with console.status("loading torch and the run's text"):
-        job.text.open()
-        (check_training if local else check_simulation)(job.config)
+    waits_for(console, "loading torch, checking the run's text")
+    job.text.open()
+    (check_training if local else check_simulation)(job.config)
     if continued.note:
         console.print(continued.note, style="yellow", soft_wrap=True)
     where = f"goes on after round {continued.round} of {job.num_rounds}"
@@ -192,27 +193,30 @@ def deploy(console: Console, path: Path, devices: list[str], places: Sequence[st
     """Ship tickets to edge clients that this machine plays, and show what they measured."""
     folder = RunFolder(path)
     folder.check_run()
+    parse_devices(devices)
     measuring(1)  # loads torch for the measurements while this process loads it to plan
-    with console.status("loading torch and the run") as status:
-        from twist_fl.look import load_final
-        from twist_fl.ship import deploy_here, devices_of, plan_device
+    waits_for(console, "loading torch and the run")
+    from twist_fl.look import load_final
+    from twist_fl.ship import deploy_here, devices_of, plan_device
 
-        folder, job, _ = load_final(path, places)
-        wanted = devices_of(job, devices)
-        for device in wanted:
-            plan_device(job, device)  # refuses an impossible one before anything is written
-        first = len(folder.events("device"))
-        try:
-            deploy_here(folder, job, wanted, status.update)
-        finally:
-            rows = folder.events("device")[first:]
-            if rows:
-                from twist_fl.tables import device_tables
+    folder, job, _ = load_final(path, places)
+    wanted = devices_of(job, devices)
+    for device in wanted:
+        plan_device(job, device)  # refuses an impossible one before anything is written
+    first = len(folder.events("device"))
+    try:
+        deploy_here(folder, job, wanted, partial(waits_for, console))
+    except RuntimeError as error:
+        raise LaunchError(f"deploying failed: {error}") from error
+    finally:
+        rows = folder.events("device")[first:]
+        if rows:
+            from twist_fl.tables import device_tables
 
-                for caption, cells in device_tables(rows).items():
-                    console.print(terminal_table(caption, cells))
-                console.print(
-                    f"dense models, for AutoModelForCausalLM.from_pretrained, in {folder.path / 'deployed'}",
-                    soft_wrap=True,
-                )
+            for caption, cells in device_tables(rows).items():
+                console.print(terminal_table(caption, cells))
+            console.print(
+                f"dense models, for AutoModelForCausalLM.from_pretrained, in {folder.path / 'deployed'}",
+                soft_wrap=True,
+            )
     return rows

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from twist_fl.architectures import ARCHITECTURES
 from twist_fl.blocks import KINDS, Layout
@@ -21,7 +20,7 @@ from twist_fl.config import ConfigError, DeviceConfig
 from twist_fl.cost import BYTES_PER_PARAM, state_bytes
 from twist_fl.division import blocks_per_layer, legal_sizes, ticket_sizes
 from twist_fl.family import padding_token
-from twist_fl.files import new_folder
+from twist_fl.files import new_folder, save_tensors
 from twist_fl.modeling_subnet import SUBNETS
 from twist_fl.subnet import State, fold_scale, subnet_sizes
 from twist_fl.tokenizer import copy_tokenizer
@@ -146,8 +145,7 @@ def export_ticket(ticket: Ticket, folder: Path, tokenizer_folder: Path | None) -
         _write_json(_export_config(ticket), making / "config.json")
         _write_json(_generation_config(ticket), making / "generation_config.json")
         _write_json(_about(ticket), making / "twist.json")
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in ticket.params.items()}
-        save_file(tensors, making / "model.safetensors", metadata={"format": "pt"})
+        save_tensors({name: tensor.detach() for name, tensor in ticket.params.items()}, making / "model.safetensors")
         (making / MODEL_CODE).write_bytes((resources.files("twist_fl") / MODEL_CODE).read_bytes())
         if tokenizer_folder:
             architecture = ARCHITECTURES[ticket.model_config["model_type"]]

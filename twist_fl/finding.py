@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from shlex import quote
 
 from twist_fl.checks import ConfigError
 from twist_fl.hub import beside, expanded
@@ -53,7 +54,7 @@ def finished_runs(paths: Iterable[Path]) -> list[Path]:
         if not finished:
             raise ConfigError(
                 f"{path} holds {len(inside)} runs and none is finished: go on with `twist-fl train --resume "
-                f"{listed(inside[:1])}`, for example"
+                f"{quote(listed(inside[:1]))}`, for example"
             )
         found += finished
     return list(dict.fromkeys(found))

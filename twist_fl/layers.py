@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any, get_type_hints
 
 import yaml
@@ -44,7 +45,7 @@ def _preset_file(preset: str) -> Path:
         return conf_dir() / f"{preset}.yaml"
     if file.is_dir():
         if is_run(file):
-            raise ConfigError(f"{preset} is a run: go on with it by `twist-fl train --resume {preset}`")
+            raise ConfigError(f"{preset} is a run: go on with it by `twist-fl train --resume {quote(preset)}`")
         if runs := runs_in(file):
             raise ConfigError(f"{preset} holds runs: name one, {listed(runs)}")
         found = sorted(inside.name for inside in (*file.glob("*.yaml"), *file.glob("*.yml")))

@@ -20,6 +20,7 @@ from rich.table import Table
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import Config, ConfigError
 from twist_fl.finding import no_run, runs_in
+from twist_fl.progress import waits_for
 from twist_fl.shares import ShareError, blocks_of_share
 
 _COLDEST, _HOTTEST = 0.01, 100
@@ -104,8 +105,8 @@ def tickets(
     places: Sequence[str] = (),
 ) -> None:
     """Perplexity of random tickets of several sizes."""
-    with console.status("loading torch and the run"):
-        _, job, state = load_final(path, places)
+    waits_for(console, "loading torch and the run")
+    _, job, state = load_final(path, places)
     from twist_fl.division import blocks_per_layer, ticket_sizes
     from twist_fl.evaluate import ticket_distribution
 
@@ -146,8 +147,8 @@ def generate(
         raise ConfigError("the prompt is empty: give --prompt at least one token to continue")
     if temperature and not _COLDEST <= temperature <= _HOTTEST:
         raise ConfigError(f"--temperature {temperature:g} must be 0 (the likeliest token), or {_COLDEST} to {_HOTTEST}")
-    with console.status("loading torch and the model"):
-        model, tokenizer = _model_and_tokenizer(path, size, seed, trust_remote_code)
+    waits_for(console, "loading torch and the model")
+    model, tokenizer = _model_and_tokenizer(path, size, seed, trust_remote_code)
     import torch
 
     from twist_fl.family import padding_token

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,16 @@ class Measuring:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Ctrl-C is for who asks
         )
         atexit.register(self.close)
 
     def ask(self, request: Request, scratch: Path) -> Any:
         """What the fork reported. Raises RuntimeError with the end of what it said if it fails."""
         assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(json.dumps(request | {"scratch": str(scratch)}) + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended: the answer says so
+            self._process.stdin.write(json.dumps(request | {"scratch": str(scratch)}) + "\n")
+            self._process.stdin.flush()
         status = self._process.stdout.readline().strip() or f"the measuring process's, {self._process.wait()}"
         if status != "0":
             words = (scratch / _WORDS).read_text(errors="replace") if (scratch / _WORDS).exists() else ""

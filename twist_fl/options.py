@@ -18,6 +18,35 @@ Places = Annotated[
     list[str] | None,
     typer.Argument(help="data.path=NEW (or data.tokenizer=NEW) if the run's text has moved; its hash is checked."),
 ]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        help="Go on with the run in this folder; train.rounds=200 trains it longer, data.path=NEW "
+        "says where its text is now."
+    ),
+]
+Local = Annotated[
+    bool,
+    typer.Option(
+        "--local",
+        help="Without Flower, in this process, one worker after another: starts in seconds, "
+        "for quick trials. The same weights.",
+    ),
+]
+Devices = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="An edge device as NAME=LIMIT or NAME=LIMIT,LIMIT; repeat for more. Limits: 3.5MB of memory (kB, GB, "
+        "MiB too), 20ms or 0.5s a token, 1/4 or 25% of the blocks. Default: three devices."
+    ),
+]
+RootCertificates = Annotated[
+    Path | None, typer.Option(help="CA certificate (PEM) of the SuperLink; default: the system's.")
+]
+PrivateKey = Annotated[Path | None, typer.Option(help="This node's key, registered with `flwr supernode register`.")]
+TrustedEntities = Annotated[
+    Path | None, typer.Option(help="YAML file of public keys: run only apps that one of them has signed.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -34,3 +63,13 @@ def new_folder(text: str, *names: str) -> Any:
 def new_file(text: str) -> Any:
     """An option for a file that is written: no folder may stand there."""
     return typer.Option(dir_okay=False, help=text)
+
+
+Save = Annotated[
+    Path | None,
+    new_folder("Also put each pruned model in a folder METHOD-SIZE below this one."),
+]
+Page = Annotated[
+    Path | None,
+    new_file("A Markdown page whose <!-- table: NAME --> places are filled, too."),
+]

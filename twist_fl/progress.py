@@ -33,6 +33,12 @@ class _Bar(Progress):
             yield Text("  " + self.note)
 
 
+def waits_for(console: Console, what: str) -> None:
+    """A line that says it on a terminal, and stays: a text that is read shows its own progress below."""
+    if console.is_terminal:
+        console.print(f"{what} ...", style="dim", soft_wrap=True)
+
+
 class Running(Protocol):
     """What may end before the run does."""
 

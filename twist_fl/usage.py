@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from importlib.metadata import version
 from platform import python_version
+from shlex import quote
 
 import click
 
@@ -77,7 +78,7 @@ def _instead(error: click.NoSuchOption, words: Sequence[str]) -> str:
         setting = f"{found[0]}={_value(name, words)}"
         if takes:
             return f"; settings are key=value: did you mean {setting}?"
-        return f"; {found[0]} is a setting, for `twist-fl train ... {setting}`"
+        return f"; {found[0]} is a setting, for `twist-fl train ... {quote(setting)}`"
     if any(name.lstrip("-") in (param.name, *_PRESETS) for param in params) and context:
         return f": its first word is that, twist-fl {context.info_name} {_value(name, words)}"
     if close := closest(name, options):
