@@ -21,6 +21,7 @@ from twist_fl.machine import check_simulation
 from twist_fl.progress import RunProgress
 from twist_fl.results import refuse_other_settings
 from twist_fl.story import results_text
+from twist_fl.trackers import check_trackers
 
 INTERRUPTED = 130
 DEVICES = "deployed devices, as they measured it"
@@ -33,6 +34,7 @@ def train(console: Console, preset: str, overrides: list[str], strict: bool = Tr
     """
     config = load_config(preset, overrides, strict)
     check_simulation(config)
+    check_trackers(config)
     folder = RunFolder(Path(config.dir or f"runs/{config.name}"))
     folder.refuse_second_run()
     config.dir = str(folder.path)
@@ -127,6 +129,7 @@ def resume(console: Console, path: Path) -> RunFolder:
     folder = RunFolder(path)
     config = folder.job().config
     check_simulation(config)
+    check_trackers(config)
     if folder.events("done"):
         console.print(f"{folder.path} is finished; nothing to do")
         return folder
