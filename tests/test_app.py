@@ -130,7 +130,7 @@ def test_a_network_is_rounds_run(small: tuple[str, ...], tmp_path: Path, monkeyp
         output = running.run({"preset": "demo", "overrides": overrides, "run-dir": str(folder.path)}, PATIENCE)
         logs = "".join([output, *(running.node_log(i).read_text() for i in range(2))])
     assert [event["event"] for event in folder.events()][-1:] == ["done"], logs
-    said = re.search(r"^round 1 of 1  loss [\d.]+  sent [\d.]+ kB, received [\d.]+ kB  [\d.]+ s$", output, re.M)
+    said = re.search(r"^round 1 of 1  loss [\d.]+  sent [\d.]+ MB, received [\d.]+ MB  [\d.]+ s$", output, re.M)
     assert said, output
     assert re.search(r"^perplexity: full model [\d.,]+; random tickets, mean: 2/4 [\d.,]+$", output, re.M), output
     assert f"finished; results in {folder.results_file}" in output

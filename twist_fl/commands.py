@@ -24,6 +24,7 @@ from twist_fl.machine import check_simulation, check_training
 from twist_fl.measuring import measuring
 from twist_fl.progress import RunProgress, waits_for
 from twist_fl.story import results_text
+from twist_fl.trackers import check_trackers
 
 if TYPE_CHECKING:
     from twist_fl.job import Job
@@ -37,6 +38,7 @@ def train(console: Console, preset: str, overrides: list[str], strict: bool = Tr
     `strict`: also if an override changes nothing. Overrides that several runs share may be for one of them.
     """
     config = load_config(preset, overrides, strict)
+    check_trackers(config)
     folder = RunFolder(Path(config.dir or f"runs/{config.name}"))
     folder.refuse_second_run()
     config.dir = str(folder.path)
@@ -127,6 +129,7 @@ def resume(console: Console, path: Path, overrides: Sequence[str] = (), local: b
     if continued.finished:
         console.print(_what_next(folder), soft_wrap=True)
         return folder
+    check_trackers(job.config)
     waits_for(console, "loading torch, checking the run's text")
     job.text.open()
     (check_training if local else check_simulation)(job.config)

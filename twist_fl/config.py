@@ -232,6 +232,18 @@ class DeployConfig:
 
 
 @dataclass
+class LogConfig:
+    """Where else a run's events go, beside events.jsonl."""
+
+    tensorboard: bool = False
+    """Loss, perplexity, bytes, seconds, lost replies and ticket perplexities as scalars in the run's folder
+    tensorboard; needs the package: pip install 'twist-fl[tensorboard]'."""
+    tracker: str | None = None
+    """For other trackers: module:function, called once with the configuration (a dict) and the run's folder (a Path);
+    what it returns is called with every event (a dict), where the server runs."""
+
+
+@dataclass
 class Config:
     name: str = "run"
     algorithm: Algorithm = "twist"
@@ -250,6 +262,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     flower: FlowerConfig = field(default_factory=FlowerConfig)
     deploy: DeployConfig = field(default_factory=DeployConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 def load_config(

@@ -30,6 +30,7 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     "results": {"full": float, "tickets": list[dict[str, float]]},
     "failed": {"error": str},
     "device": {"name": str},
+    "tracker": {"name": str, "error": str},
 }  # fmt: skip
 """What an event of a kind has, or with a question mark may have, if a line is to be one. A float may be an integer."""
 _LAST = ("ticket", "results", "done", "failed")

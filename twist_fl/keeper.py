@@ -10,6 +10,7 @@ from twist_fl.checkpoint import RunFolder
 from twist_fl.cost import moment_bytes, round_bytes, training_bytes
 from twist_fl.job import Job
 from twist_fl.rounds import RunState, plan
+from twist_fl.trackers import listen
 from twist_fl.worker import Task
 
 
@@ -24,6 +25,7 @@ class Keeper:
     def begin(self, state: RunState) -> None:
         """Forget what the log says beyond `state`, and write the run's plan."""
         job, tasks = self.job, plan(self.job, state)
+        listen(job.config, self.folder)
         self.folder.rewind(
             state.round,
             "start",

@@ -63,9 +63,9 @@ def final_results(job: Job, state: RunState, folder: RunFolder, threads: int | N
 
 
 def portable_config(config: Config) -> dict[str, Any]:
-    """The configuration without this machine's folders: of a local path, its last part."""
+    """The configuration without this machine's folders (of a local path, its last part) and trackers."""
     fields: Any = OmegaConf.to_container(OmegaConf.structured(config))
-    del fields["dir"]
+    del fields["dir"], fields["log"]
     for section, key in (("data", "path"), ("data", "tokenizer"), ("model", "pretrained")):
         value = fields[section][key]
         if value and Path(value).is_absolute():

@@ -18,6 +18,7 @@ from twist_fl.results import final_results
 from twist_fl.shelf import MomentShelf, keep_moments, moment_folder, take_moments
 from twist_fl.story import Follower, lines, warnings
 from twist_fl.strategy import TwistStrategy
+from twist_fl.trackers import check_trackers
 from twist_fl.worker import Worker
 
 
@@ -36,6 +37,7 @@ def open_run(run_dir: str, preset: str, overrides: str) -> tuple[RunFolder, Job]
     config = load_config(preset or None, _words(overrides), strict=True)
     if config.dir and not Path(config.dir).expanduser().is_absolute():
         raise ConfigError(f"dir={config.dir!r} must be an absolute path: Flower runs the app in another folder")
+    check_trackers(config)
     folder = RunFolder(Path(run_dir or config.dir or f"~/twist_fl_runs/{config.name}"))
     job = make_job(config)
     folder.create(job)

@@ -242,6 +242,8 @@ def warnings(event: Event) -> Iterator[str]:
     """What an event says that somebody may have to look after."""
     if event["event"] == "nodes":
         yield from (f"a node is not ready: {reason}" for reason in event["failed"])
+    if event["event"] == "tracker":
+        yield f"log.tracker={event['name']!r} failed, the run goes on without: {event['error']}"
     if event["event"] == "round":
         for worker, reason in event["dropped"].items():
             yield f"round {event['round']}: worker {worker} did not count: {reason}"
