@@ -255,7 +255,7 @@ def test_a_glob(tmp_path: Path) -> None:
     write(tmp_path / "deep" / "c.txt", ["y" * 2500])
     assert "never" not in "".join(everything(found(tmp_path / "**" / "*.txt")))
     assert "y" * 100 in "".join(everything(found(tmp_path / "**" / "*.txt")))
-    with pytest.raises(ConfigError, match=r"\*\.rst' matches nothing"):
+    with pytest.raises(ConfigError, match=r"\*\.rst' matches nothing; in .*: a\.txt, b\.log, deep"):
         found(tmp_path / "*.rst")
 
 
@@ -388,6 +388,12 @@ def test_the_column_with_the_text(tmp_path: Path) -> None:
         found(file, column="bdy")
     with pytest.raises(ConfigError, match=r"data\.column='year' of .* holds no strings; columns: title"):
         found(file, column="year")
+
+
+def test_rows_without_text(tmp_path: Path) -> None:
+    (tmp_path / "vocabulary.json").write_text(json.dumps({f"token{number}": number for number in range(20)}))
+    with pytest.raises(ConfigError, match=r"has no column of strings; columns: token0 \(int64\), .* and 8 more$"):
+        found(tmp_path)
 
 
 # The hub

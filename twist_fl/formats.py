@@ -13,7 +13,7 @@ import io
 import shutil
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -87,15 +87,30 @@ def text_column(schema: Any, column: str | None, where: str) -> str:
 
     kinds = {field.name: str(field.type) for field in schema}
     strings = [field.name for field in schema if types.is_string(field.type) or types.is_large_string(field.type)]
-    listed = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+    listed = some([f"{name[:40]} ({kind[:40]})" for name, kind in kinds.items()], 12)
     if column is not None and column not in kinds:
         raise ConfigError(f"data.column={column!r} is not in {where}{nearest(column, kinds)}; columns: {listed}")
     if column is not None and column not in strings:
         raise ConfigError(f"data.column={column!r} of {where} holds no strings; columns: {listed}")
     found = column or ("text" if "text" in strings else strings[0] if len(strings) == 1 else None)
     if found is None:
-        raise ConfigError(f"which column of {where} is the text? Give data.column; columns: {listed}")
+        raise ConfigError(
+            f"which column of {where} is the text? Give data.column; columns: {listed}"
+            if strings
+            else f"{where} has no column of strings; columns: {listed}"
+        )
     return found
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """Listed, the first of them."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in a line that is not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 400 else f"{text[:400]}..."
 
 
 def _ending(file: Path) -> str:
@@ -109,14 +124,15 @@ def _open(file: Path) -> IO[bytes]:
 
 @contextmanager
 def _readable(file: Path, kind: str) -> Iterator[None]:
-    """Turns what a library says of a file that it cannot read into a ConfigError with its first line."""
+    """Turns what a library says of a file that it cannot read into a ConfigError."""
     try:
         yield
     except ConfigError:
         raise
     except (OSError, ValueError, EOFError, zlib.error) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ConfigError(f"{str(file)!r} cannot be read as {kind} ({reason}): mend it, or move it away") from error
+        raise ConfigError(
+            f"{str(file)!r} cannot be read as {kind} ({one_line(error)}): mend it, or move it away"
+        ) from error
 
 
 def _chunks(file: Path) -> Iterator[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from twist_fl import builtin_text
 from twist_fl.checks import ConfigError
 from twist_fl.config import DataConfig
-from twist_fl.formats import Part, dataset_part, file_part, kind
+from twist_fl.formats import Part, dataset_part, file_part, kind, one_line, some
 from twist_fl.hub import beside, expanded, is_path, prepare_hub, reachable
 from twist_fl.meter import Meter
 from twist_fl.pieces import Piece, Source, held_out, lines, pieces, running_documents, survey
@@ -25,7 +25,6 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SIDES = ("train", "test", "neither")
 _CARD = re.compile(r"---\n(?:(?!---).*\n)*?configs:")
 """The beginning of a data set's README.md that says which files are which split of which configuration."""
-_SHOWN = 5
 
 
 def find_source(config: DataConfig, meter: Meter) -> Source:
@@ -109,7 +108,7 @@ def _hub(config: DataConfig) -> list[Part]:
         with reachable(where):
             raise
     except (ValueError, datasets.exceptions.DatasetsError) as error:  # it lists the configurations there are
-        raise ConfigError(f"{where}, data.name={name}: {_one_line(error)}") from error
+        raise ConfigError(f"{where}, data.name={name}: {one_line(error)}") from error
     return [dataset_part(split, str(key), config.column, where) for key, split in found.items()]
 
 
@@ -134,20 +133,20 @@ def _text_files(config: DataConfig, meter: Meter) -> list[tuple[str, Path]]:
     for name, file in found:
         kinds[kind(file)].append((name, file))
     if not kinds["rows"] and not kinds["text"]:
-        what = f": {_some(kinds['other'])}. txt, md, jsonl, json, csv, parquet and arrow are read" if found else ""
+        what = (
+            f": {some([name for name, _ in kinds['other']])}. txt, md, jsonl, json, csv, parquet and arrow are read"
+            if found
+            else ""
+        )
         raise ConfigError(f"data.path={config.path!r} holds no text{what}")
     chosen = max(("text", "rows"), key=lambda each: sum(file.stat().st_size for _, file in kinds[each]))
     if left := [each for other, files in kinds.items() if other != chosen for each in files]:
         aside = "data.path may be a glob" if len(left) > len(kinds["other"]) else "no text"
-        meter.say(f"data.path={config.path!r}: {len(kinds[chosen])} files are read; left out: {_some(left)} ({aside})")
+        names = some([name for name, _ in left])
+        meter.say(f"data.path={config.path!r}: {len(kinds[chosen])} files are read; left out: {names} ({aside})")
     if chosen == "rows" and config.name is None:
         _refuse_several(kinds["rows"], config)
     return kinds[chosen]
-
-
-def _some(files: Sequence[tuple[str, Path]]) -> str:
-    more = f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
-    return ", ".join(name for name, _ in files[:_SHOWN]) + more
 
 
 def _files(config: DataConfig) -> list[tuple[str, Path]]:
@@ -157,8 +156,7 @@ def _files(config: DataConfig) -> list[tuple[str, Path]]:
     if glob.has_magic(given) and not path.exists():
         found = [Path(each) for each in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207 (an absolute pattern)
         if not found:
-            fixed = Path(*path.parts[: _first_magic(path)])
-            raise ConfigError(f"data.path={given!r} matches nothing{'' if fixed.is_dir() else beside(fixed)}")
+            raise ConfigError(f"data.path={given!r} matches nothing{beside(_to_first_magic(path))}")
         return [each for base in found for each in _below(base, "" if base.is_file() else base.name)]
     if not path.exists():
         raise ConfigError(f"data.path={given!r} does not exist{beside(path)}")
@@ -177,7 +175,7 @@ def _by_card(path: Path, config: DataConfig) -> list[tuple[str, Path]]:
     try:
         found: Any = load_dataset_builder(str(path), name).config.data_files
     except ValueError as error:  # it lists the configurations there are
-        raise ConfigError(f"data.path={config.path!r}, data.name={name}: {_one_line(error)}") from error
+        raise ConfigError(f"data.path={config.path!r}, data.name={name}: {one_line(error)}") from error
     return [(str(split), Path(file)) for split, files in found.items() for file in files]
 
 
@@ -190,16 +188,12 @@ def _configuration(path: Path, config: DataConfig) -> Path:
         return path
     raise ConfigError(
         f"data.name={config.name!r} is no folder in data.path={config.path!r}{nearest(config.name or '', names)}; "
-        f"there: {', '.join(names) or 'no folder'}"
+        f"there: {some(names) or 'no folder'}"
     )
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _first_magic(path: Path) -> int:
-    return next(i for i, part in enumerate(path.parts) if glob.has_magic(part))
+def _to_first_magic(path: Path) -> Path:
+    return Path(*path.parts[: 1 + next(i for i, part in enumerate(path.parts) if glob.has_magic(part))])
 
 
 def _below(path: Path, prefix: str = "") -> list[tuple[str, Path]]:
@@ -216,7 +210,7 @@ def _refuse_several(files: Sequence[tuple[str, Path]], config: DataConfig) -> No
     with_train -= {"data"}
     if len(with_train) > 1:
         raise ConfigError(
-            f"data.path={config.path!r} has several configurations, {', '.join(sorted(with_train))}: choose one with "
+            f"data.path={config.path!r} has several configurations, {some(sorted(with_train))}: choose one with "
             "data.name"
         )
 
@@ -231,7 +225,7 @@ def _divide(parts: Sequence[Part], config: DataConfig, meter: Meter) -> tuple[li
             meter.say(f"data.path={config.path!r} has no test split: {test[0].name} stands in for it")
     chosen = (config.train_glob, config.test_glob) != (DataConfig.train_glob, DataConfig.test_glob)
     if len(parts) > 1 and chosen and not (train and test):
-        what = "files" if any("." in part.name for part in parts) else f"splits ({', '.join(p.name for p in parts)})"
+        what = "files" if any("." in part.name for part in parts) else f"splits ({some([part.name for part in parts])})"
         raise ConfigError(
             f"of the {len(parts)} {what} of data.path={config.path!r}, data.train_glob={config.train_glob!r} matches "
             f"{len(train)} and data.test_glob={config.test_glob!r} {len(test)}: give both so that each matches, or none"
