@@ -14,10 +14,14 @@ import pytest
 import torch
 from hypothesis import settings
 
+from twist_fl import cli, commands
 from twist_fl.blocks import Layout
 from twist_fl.config import load_config
 from twist_fl.job import Job, make_job
 from twist_fl.subnet import State
+
+Run = Callable[..., tuple[int, str, str]]
+"""A command in this process: its words to its exit status, standard output and standard error."""
 
 # Deterministic: the same examples on every machine, and no slow-machine failures.
 settings.register_profile("twist", deadline=None, derandomize=True, database=None, max_examples=60)
@@ -113,3 +117,35 @@ def random_state() -> Callable[..., State]:
 def small(tiny: tuple[str, ...]) -> tuple[str, ...]:
     """The tiny job for two workers, with little to evaluate."""
     return (*tiny, "train.workers=2", "eval.every=0", "eval.max_windows=4", "eval.tickets=2", "deploy.new_tokens=4")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
+    """`run("train", "demo")`: exit status, stdout and stderr of the command, in an empty folder, wide terminal."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("signal.signal", lambda *given: None)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def started(*given: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["twist-fl", *map(str, given)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    width = cli.console.width
+    cli.console.width = 200
+    yield started
+    cli.console.width = width
+
+
+@pytest.fixture
+def no_flower(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may start."""
+
+    def refuse(*given: object) -> None:
+        raise AssertionError("Flower was started")
+
+    monkeypatch.setattr(commands, "flower_run", refuse)

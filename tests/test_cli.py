@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Run
 from local_grid import LocalGrid
 from typer.testing import CliRunner
 
@@ -32,7 +33,6 @@ from twist_fl.tables import device_cells
 from twist_fl.texts import human_bytes
 
 MakeJob = Callable[..., Job]
-Run = Callable[..., tuple[int, str, str]]
 
 COMMANDS = {
     "train": ("preset", "overrides", "--resume", "--local"),
@@ -49,38 +49,6 @@ COMMANDS = {
     "node": ("--superlink", "--insecure", "--root-certificates", "--auth-supernode-private-key", "--node-config"),
     "reproduce": ("names", "--scale", "--dir", "--out", "--jobs", "--doc", "--dry-run"),
 }
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
-    """`run("train", "demo")`: exit status, stdout and stderr of the command, in an empty folder, wide terminal."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("signal.signal", lambda *given: None)
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def started(*given: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["twist-fl", *map(str, given)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        out, err = capsys.readouterr()
-        return int(ended.value.code or 0), out, err
-
-    width = cli.console.width
-    cli.console.width = 200
-    yield started
-    cli.console.width = width
-
-
-@pytest.fixture
-def no_flower(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing may start."""
-
-    def refuse(*given: object) -> None:
-        raise AssertionError("Flower was started")
-
-    monkeypatch.setattr(commands, "flower_run", refuse)
 
 
 @pytest.fixture(scope="module")

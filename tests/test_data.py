@@ -22,7 +22,9 @@ from twist_fl.config import ConfigError, DataConfig
 from twist_fl.data import Corpus, Shard, find_corpus, load_corpus, open_corpus
 from twist_fl.files import SEAL, DamagedError, read_json
 from twist_fl.job import Job, job_from_json, make_job
+from twist_fl.shelf import MomentShelf
 from twist_fl.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
+from twist_fl.worker import Worker
 
 SENTENCE = "One block is held by two workers. "
 
@@ -630,5 +632,6 @@ def test_a_worker_without_the_cache_makes_it_and_one_with_other_text_is_refused(
     assert open_corpus(expected, 4).digest in job
     monkeypatch.setenv("TWIST_FL_CACHE", str(tmp_path / os.urandom(4).hex()))
     (folder / "train.txt").write_text(30 * SENTENCE)
-    with pytest.raises(ConfigError, match=rf"is not the server's \(hash .*, expected {expected}\)"):
-        job_from_json(job)
+    other = job_from_json(job)  # which needs no text
+    with pytest.raises(ConfigError, match=rf"here is not the run's \(hash .*, expected {expected}\): give every node"):
+        Worker(other, MomentShelf(tmp_path / "moments"))  # before it is given any task

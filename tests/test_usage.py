@@ -10,8 +10,9 @@ from pathlib import Path
 
 import httpx
 import pytest
+from conftest import Run
 from huggingface_hub import constants
-from test_cli import Run, no_flower, run, trained
+from test_cli import trained
 
 from twist_fl.checks import ConfigError
 from twist_fl.config import DeviceConfig
@@ -19,7 +20,7 @@ from twist_fl.finding import finished_runs, no_run
 from twist_fl.hub import is_path, local_path, prepare_hub
 from twist_fl.limits import parse_devices
 
-__all__ = ["no_flower", "run", "trained"]  # fixtures
+__all__ = ["trained"]  # a fixture
 
 # A path, or a name on the hub
 
@@ -132,7 +133,7 @@ ASKED = {
     ("train", "--preset", "demo"): "no option --preset: its first word is that, twist-fl train demo",
     ("train", "demo", "--foo"): "twist-fl train has no option --foo; it has --resume",
     ("tickets", "x", "--seed", "3"): "seed is a setting, for `twist-fl train ... seed=3`",
-    ("tickets",): "Missing argument 'RUN': twist-fl tickets [OPTIONS] RUN; see twist-fl tickets --help",
+    ("tickets",): "Missing argument 'RUN': twist-fl tickets [OPTIONS] RUN [PLACES]...; see twist-fl tickets --help",
     ("tickets", "x", "--draws", "0"): "--draws 0 must be 1 to 100000",
     ("tickets", "x", "--draws", "ten"): "--draws 'ten' must be a whole number",
     ("tickets", "x", "--windows", "0"): "--windows 0 must be 1 or more",

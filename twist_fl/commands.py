@@ -189,7 +189,8 @@ def _require(events: list[dict[str, Any]], last: str, folder: RunFolder) -> None
         raise LaunchError(f"the run failed: {failed[0]}. Flower's log: {folder.path / 'flower.log'}")
     if not any(event["event"] == last for event in events):
         log = folder.path / "flower.log"
-        raise LaunchError(f"the run ended before its time: {why_it_ended(log)}. Flower's log: {log}")
+        why = why_it_ended(log)
+        raise LaunchError(f"the run ended before its time{f': {why}' if why else ''}. Flower's log: {log}")
 
 
 def deploy(console: Console, path: Path, devices: list[str], places: Sequence[str] = ()) -> list[dict[str, Any]]:
