@@ -272,11 +272,11 @@ def test_progress_shows_the_first_and_last_round_every_evaluation_and_all_losses
     rounds = [round_event(i, dropped={"1": "late"} if i == 3 else {}) for i in range(1, 11)]
     rounds.insert(5, event("eval", round=5, full=61.0))
     process = Process(EventLog(folder.events_file), [BEGUN], [NODES], rounds, [event("done", round=10)], [])
-    with RunProgress(console, folder, 3) as shown:
+    with RunProgress(console, folder, 3, "starting Flower") as shown:
         ends = shown.follow(process)
     assert [each["event"] for each in ends] == ["done"]
     text = out.getvalue()
-    assert "starting Flower and the workers" in text
+    assert "starting Flower" in text
     assert "twist: 10 rounds; each worker (of 2) trains" in text
     assert "round 3: worker 1 did not count: late" in text
     if not terminal:

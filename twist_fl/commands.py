@@ -165,7 +165,8 @@ def _run(console: Console, folder: RunFolder, job: Job, local: bool) -> None:
     console.print(f"run folder {folder.path}", soft_wrap=True)
     config = job.config
     try:
-        with RunProgress(console, folder, len(config.eval.sizes) * config.eval.tickets) as progress:
+        doing = "starting to train in this process" if local else "starting Flower and the workers"
+        with RunProgress(console, folder, len(config.eval.sizes) * config.eval.tickets, doing) as progress:
             if local:
                 from twist_fl.local import train_here
 

@@ -14,11 +14,12 @@ from twist_fl.files import write_text
 from twist_fl.job import Job, with_config
 from twist_fl.run_text import RunText
 from twist_fl.schedule import learning_rate
+from twist_fl.trackers import check_trackers
 
 PLACES = ("data.path", "data.tokenizer", "model.pretrained")
 """Where things lie: what is found there must be what the run began with."""
 BUDGET = ("train.rounds", "train.epochs")
-FREE = ("name", "checkpoint_every", "train.threads", "train.device", "eval.", "deploy.", "flower.")
+FREE = ("name", "checkpoint_every", "train.threads", "train.device", "eval.", "deploy.", "flower.", "log.")
 """A key that ends with a dot is a section."""
 NOT_FREE = ("flower.wire_dtype",)
 
@@ -44,7 +45,7 @@ def go_on(folder: RunFolder, overrides: Sequence[str] = ()) -> Continued:
     """Write the settings in `overrides` into the run's folder, and find where it goes on.
 
     A finished run whose evaluation changes is evaluated again. Raises ConfigError for a setting that would make it
-    another run, for a budget that is already spent, or while a server is at work in the folder.
+    another run, a budget that is already spent, a tracker that is not here, or while a server is at work in the folder.
     """
     before = folder.job()
     job = _changed(before, overrides, (*PLACES, *BUDGET, *FREE)) if overrides else before
@@ -54,6 +55,7 @@ def go_on(folder: RunFolder, overrides: Sequence[str] = ()) -> Continued:
             f" ({trained / job.rounds_per_interval:g} intervals)" if job.rounds_per_interval > 1 else ""
         )
         raise ConfigError(f"{' '.join(overrides)} is {job.num_rounds} rounds, and {spent} are trained: give more")
+    check_trackers(job.config)
     note = ""
     with folder.lock("server"):
         if job.total_batches > before.total_batches and before.ends_short and trained == before.num_rounds:

@@ -49,12 +49,12 @@ class Running(Protocol):
 class RunProgress:
     """Follows one run: what it waits for, its rounds, then its ticket evaluation."""
 
-    def __init__(self, console: Console, folder: RunFolder, total_tickets: int) -> None:
+    def __init__(self, console: Console, folder: RunFolder, total_tickets: int, doing: str = "starting") -> None:
         self.console, self.total_tickets = console, total_tickets
         self._follower = Follower(folder.events_file)
         for _ in self._follower.look():
             pass  # what is there already is not news
-        self._doing = "starting Flower and the workers"
+        self._doing = doing
         self._bar = _Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
