@@ -129,7 +129,6 @@ def resume(console: Console, path: Path, overrides: Sequence[str] = (), local: b
     if continued.finished:
         console.print(_what_next(folder), soft_wrap=True)
         return folder
-    check_trackers(job.config)
     waits_for(console, "loading torch, checking the run's text")
     job.text.open()
     (check_training if local else check_simulation)(job.config)
