@@ -370,3 +370,18 @@ def test_a_finished_run_needs_no_nodes(tiny_job: MakeJob, tmp_path: Path) -> Non
     assert_same_run(ended, whole)
     assert folder.results_file.is_file()
     assert [event["event"] for event in folder.events()][-1] == "done"
+
+
+@pytest.mark.parametrize("content", [b"", b"[1", b"\xff", b'{"config": "x', b"[" * 100_000, b"[]", b"{}"])
+def test_a_job_that_is_damaged_is_called_so(content: bytes, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.job_file.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"^{folder.job_file} is damaged: .*Restore it from a copy of the run$"):
+        folder.job()
+
+
+@pytest.mark.parametrize("content", [b"", b"[1", b"\xff", b"[" * 100_000, b"[]"])
+def test_results_that_are_damaged_are_called_so(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_bytes(content)
+    with pytest.raises(files.DamagedError, match=r"results\.json is damaged: .*Restore it, or remove it$"):
+        files.read_json(tmp_path / "results.json", dict)

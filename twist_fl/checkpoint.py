@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from twist_fl.config import ConfigError
 from twist_fl.events import EventLog
-from twist_fl.files import check_seal, new_folder, remove_unfinished, save_tensors, write_text
+from twist_fl.files import DamagedError, check_seal, new_folder, remove_unfinished, save_tensors, write_text
 from twist_fl.finding import no_run
 from twist_fl.hub import expanded
 from twist_fl.locks import holder, locked
@@ -95,7 +95,12 @@ class RunFolder:
         self.check_run()
         from twist_fl.job import job_from_json
 
-        return job_from_json(self.job_file.read_text())
+        try:
+            return job_from_json(self.job_file.read_text(encoding="utf-8"))
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise DamagedError(f"{self.job_file} is damaged: {error}. Restore it from a copy of the run") from error
 
     def log(self, event: str, **fields: Any) -> None:
         """Append one line to the run's log, with its time."""

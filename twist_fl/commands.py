@@ -82,7 +82,7 @@ def demo(console: Console, directory: Path, overrides: list[str]) -> None:
 
 def _deployed(folder: RunFolder) -> list[dict[str, Any]]:
     file = folder.path / "deployed.json"
-    rows: list[dict[str, Any]] = read_json(file) if file.is_file() else []
+    rows: list[dict[str, Any]] = read_json(file, list) if file.is_file() else []
     return rows
 
 
@@ -144,7 +144,7 @@ def resume(console: Console, path: Path, overrides: Sequence[str] = (), local: b
 
 def _what_next(folder: RunFolder) -> str:
     """Of a finished run: that it is finished, and what can be done with it."""
-    results, run = read_json(folder.results_file), shlex.quote(str(folder.path))
+    results, run = read_json(folder.results_file, dict), shlex.quote(str(folder.path))
     return (
         f"{folder.path} is finished: {results['rounds']} rounds, {results_text(results)}. Next:\n"
         f"  twist-fl train --resume {run} train.rounds={2 * _budget(results)}   trains it longer\n"
@@ -178,7 +178,7 @@ def _run(console: Console, folder: RunFolder, job: Job, local: bool) -> None:
         console.print(f"\ninterrupted; {folder.saved_round} rounds are saved. Go on with:  {words}", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     _require(events, "done", folder)
-    results = read_json(folder.results_file)
+    results = read_json(folder.results_file, dict)
     lost = f"; {results['lost_replies']} replies of workers were lost" if results["lost_replies"] else ""
     console.print(f"{results_text(results)}{lost}; results in {folder.results_file}", soft_wrap=True)
 

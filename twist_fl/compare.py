@@ -81,7 +81,7 @@ def _results(folder: RunFolder) -> dict[str, Any]:
             f"{folder.path} has no results.json, so there is no run or it has not finished: "
             f"finish it with `twist-fl train --resume {quote(str(folder.path))}`"
         )
-    results: dict[str, Any] = read_json(folder.results_file)
+    results: dict[str, Any] = read_json(folder.results_file, dict)
     return results
 
 

@@ -104,8 +104,19 @@ def write_json(value: Any, path: Path) -> None:
     write_text(to_json(value, indent=1), path)
 
 
-def read_json(path: Path) -> Any:
-    return from_json(path.read_text())
+def read_json(path: Path, kind: type = object) -> Any:
+    """Raises DamagedError for what is not JSON of that kind: dict or list."""
+    try:
+        found = from_json(path.read_text(encoding="utf-8"))
+        if not isinstance(found, kind):
+            raise ValueError(f"it holds a {type(found).__name__}, not a {kind.__name__}")
+        return found
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} is damaged: {_reason(error)}. Restore it, or remove it") from error
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deep" if isinstance(error, RecursionError) else str(error)
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
