@@ -169,7 +169,7 @@ def test_a_run_is_refused_before_its_text_is_read(
     model: GPT2LMHeadModel, tiny_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resaved(tmp_path, lambda old: {"_orig_mod." + name: value for name, value in old.items()})
-    monkeypatch.setattr("twist_fl.job.load_corpus", lambda *_: pytest.fail("text was read"))
+    monkeypatch.setattr("twist_fl.run_text.load_corpus", lambda *_: pytest.fail("text was read"))
     with pytest.raises(ConfigError, match="its 28 names begin with '_orig_mod"):
         tiny_job(f"model.pretrained={tmp_path}", "data.window=8", "blueprint.undivided_last=0")
 

@@ -502,9 +502,9 @@ def test_later_layers_see_pruned_inputs(job: Job, state: State, batch_size: int)
 
 def test_a_diverged_model_is_refused(job: Job, state: State) -> None:
     bad = state | {"transformer.wpe.weight": torch.full_like(state["transformer.wpe.weight"], float("nan"))}
-    with pytest.raises(ConfigError, match=r"attn\.c_attn are not finite: the model has diverged"):
+    with pytest.raises(ConfigError, match=r"^transformer\.wpe\.weight has values that are not finite"):
         prune(job, bad, "wanda", 2, seed=0, calibration_windows=4)
-    with pytest.raises(ConfigError, match="gradients are not finite"):
+    with pytest.raises(ConfigError, match=r"^transformer\.wpe\.weight has values that are not finite"):
         prune(job, bad, "block", 2, seed=0, calibration_windows=4)
 
 

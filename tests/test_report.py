@@ -191,7 +191,7 @@ def test_the_words_are_explained_and_lower_is_better_wherever_there_is_perplexit
 def test_lost_replies_are_told_in_words(make_run: MakeRun, tmp_path: Path) -> None:
     """As the results count them; as the log does where they do not."""
     runs = [make_run("a", rounds=3), make_run("b", "algorithm=fedavg")]
-    runs[0].log(**runs[0].events("round")[0] | {"round": 4, "dropped": {"1": "late"}})
+    runs[0].log(**runs[0].events("round")[0] | {"round": 3, "dropped": {"1": "late"}})
     counted = json.loads(runs[1].results_file.read_text()) | {"lost_replies": 2}
     runs[1].results_file.write_text(json.dumps(counted))
     assert [row[-1] for row in sent_cells(comparison_table(runs))] == ["replies lost", "1", "2"]
@@ -275,7 +275,7 @@ def test_ddp_is_drawn_by_intervals(make_run: MakeRun) -> None:
 
 def test_predicted_bytes_are_those_of_each_round_where_rounds_differ(make_run: MakeRun) -> None:
     folder = make_run("a", rounds=1)
-    folder.log(**folder.events("round")[0] | {"round": 2, "predicted_bytes": 7})
+    folder.log(**folder.events("round")[0] | {"round": 1, "predicted_bytes": 7})
     (run,) = read_runs([folder])
     assert run.predicted_bytes == run.predicted_round_bytes + 7
 
@@ -404,7 +404,7 @@ def test_a_run_without_tickets_has_no_figure_of_them(make_run: MakeRun, tmp_path
 
 def test_rounds_that_failed_and_single_draws_are_drawn(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("a", draws=1, rounds=3)
-    run.log("round", round=4, loss=math.nan, dropped={"0": "late"}, seconds=1.0, bytes_down={}, bytes_up={})
+    run.log("round", round=3, loss=math.nan, dropped={"0": "late"}, seconds=1.0, bytes_down={}, bytes_up={})
     write_report([run], tmp_path / "report.html")
     words = Page((tmp_path / "report.html").read_text()).words
     assert "TwIST: 1 reply of workers did not count" in words

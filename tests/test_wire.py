@@ -375,7 +375,7 @@ def test_shared_arrays_are_made_once_a_round(job: Job, state: RunState) -> None:
 def test_a_worker_with_all_blocks_shares_no_array_with_one_that_has_some(
     tiny_job: MakeJob, random_state: RandomState
 ) -> None:
-    job = tiny_job("blueprint.num_sub=[2,4,4]")
+    job = tiny_job("blueprint.num_sub=[2,4,4]", "train.rounds=9")
     state = random_run(job, random_state)
     (_, some), (_, one), (_, other) = tasks(job, state)
     assert tensors.BLOCKS in some.array_records["params"]
@@ -646,7 +646,7 @@ def test_a_place_that_is_no_number_comes_last(partition: str, place: int) -> Non
     [
         ({"worker": 3}, "worker=3 is none of the run's clients, 0 to 2"),
         ({"worker": "../x"}, "worker='../x' is no int"),
-        ({"round": 10**30}, "is no int of at least 1"),
+        ({"round": 10**30}, "is no int of at least 0"),
         ({"num_batches": -1}, "num_batches=-1 is no int of at least 0"),
         ({"spy": 1}, "unknown field 'spy'"),
         ({"blueprint": "[" * 100_000}, "nested too deeply"),
