@@ -110,12 +110,12 @@ class Listened:
         with self.popen.stdout as lines:
             for line in lines:
                 text = line.decode(errors="replace")
-                print(text, end="", flush=True)
+                print(text, end="", file=sys.stderr, flush=True)
                 self._refusal = refusal(text, self._arguments, version("flwr")) or self._refusal
                 said = waiting(text, self._arguments)
                 if said and not self._said:
                     self._said = True
-                    print(f"twist_fl: {said}", flush=True)
+                    print(f"twist_fl: {said}", file=sys.stderr, flush=True)
 
     def heard(self) -> None:
         """Wait until all that the process has said is printed."""
