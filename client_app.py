@@ -13,6 +13,7 @@ app = ClientApp()
 @app.query()
 def connect(message: Message, context: Context) -> Message:
     """Build the worker, so that what is wrong with this node shows before training starts."""
+    wire.check_flower(message.content)
     worker = serve.worker_for(wire.job_of(message.content))
     partition = context.node_config.get("partition-id", context.node_id)
     return Message(wire.answer(message.content, worker.job.run_id, partition), reply_to=message)

@@ -55,6 +55,15 @@ def test_a_simulation_is_rounds_run(finished: RunFolder, tmp_path: Path) -> None
     assert results["commit"] == commit()
 
 
+def test_status_shows_a_finished_run(finished: RunFolder) -> None:
+    done = twist_fl("status", finished.path.parent)
+    assert done.returncode == 0, done.stderr
+    first, *facts = done.stdout.splitlines()
+    assert first == f"{finished.path}: finished"
+    assert "  rounds     2 of 2" in facts
+    assert any(re.match("  results    perplexity: full model ", fact) for fact in facts)
+
+
 def test_nothing_of_a_finished_run_is_left(finished: RunFolder) -> None:
     assert processes_of(finished) == []
     assert not (finished.path / "flower").exists()  # Flower's own state

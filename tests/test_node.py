@@ -325,6 +325,16 @@ def test_a_supernode_that_cannot_start_ends_the_node(capfd: pytest.CaptureFixtur
     assert "does not point to a file" in capfd.readouterr().err
 
 
+def test_a_supernode_that_is_refused_ends_the_node_with_plain_words(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    key = tmp_path / "node0"
+    key.write_text("no key")
+    with pytest.raises(LaunchError, match=rf"^--auth-supernode-private-key {key} is not the private key of a node: "):
+        node.run_node(["--superlink", "127.0.0.1:1", "--auth-supernode-private-key", str(key)])
+    assert "Exit Code: 302" in capfd.readouterr().err  # Flower's own words stand above
+
+
 def test_the_options_are_flowers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given: list[list[str]] = []
     monkeypatch.chdir(tmp_path)

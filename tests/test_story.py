@@ -88,7 +88,7 @@ def test_every_event_in_words(events: list[dict[str, Any]], expected: list[str])
     assert said(*events) == expected
 
 
-def test_time_left_is_at_the_pace_of_the_last_rounds_with_what_is_between_them() -> None:
+def test_time_left_is_at_the_pace_of_the_rounds_with_what_is_between_them() -> None:
     story = told(BEGUN, *(round_event(i, second=3 * i) for i in range(1, 5)))
     assert (story.round_seconds, story.seconds_left) == (1.5, 18.0)
     again = event("start", 50, round=4, **START)  # the time that the run stood still does not count
@@ -163,6 +163,10 @@ FAILED = event("failed", error="NoWorkersError: all are gone")
         ([BEGUN, event("waiting", nodes=1, wanted=2)], None, "server", "waiting for 1 node: 1 of 2 here"),
         ([BEGUN, NODES], None, "server", "training round 1 of 10"),
         ([BEGUN, NODES, round_event(3)], None, "server", "training round 4 of 10"),
+        ([BEGUN], None, "server", "starting round 1 of 10"),
+        ([BEGUN, round_event(3), event("evaluating", round=3)], None, "server", "evaluating after round 3 of 10"),
+        ([BEGUN, round_event(3), event("evaluating", round=3), event("eval", round=3, full=5.0)], None, "server",
+         "training round 4 of 10"),
         ([BEGUN, round_event(10)], None, "server", "evaluating the model"),
         ([BEGUN, round_event(10), event("ticket", size=2)], None, "server", "evaluating tickets of size 2"),
         ([BEGUN, round_event(3)], 2, None,

@@ -27,6 +27,7 @@ from twist_fl import tensors, transport, wire
 from twist_fl.aggregate import ReplyError
 from twist_fl.blocks import make_layout
 from twist_fl.blueprint import Blueprint, Division, draw_ticket
+from twist_fl.checks import ConfigError
 from twist_fl.cost import state_bytes
 from twist_fl.job import Job
 from twist_fl.packing import DTYPES, Packing
@@ -735,6 +736,19 @@ def test_a_node_proves_that_it_reads_the_servers_memory(tiny_job: MakeJob) -> No
 
 
 # Why a node failed
+
+
+@pytest.mark.parametrize(("there", "fits"), [("1.41.7", True), ("1.40.0", False), ("1.4.1", False), ("2.41.0", False)])
+def test_a_node_of_another_flower_says_so_when_it_is_asked(
+    there: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = wire.question("{}", None)
+    monkeypatch.setattr("twist_fl.wire.version", lambda name: there)
+    if fits:
+        wire.check_flower(asked)
+        return
+    with pytest.raises(ConfigError, match=rf"^this node has Flower {there} and the server 1\.41\..* on the node$"):
+        wire.check_flower(asked)
 
 
 @pytest.mark.parametrize(

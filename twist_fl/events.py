@@ -25,6 +25,7 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     "nodes": {"nodes": int, "failed": list[str], "shared_memory?": int},
     "round": {"round": int, "loss": float, "seconds": float, "dropped": dict[str, str], "notes?": dict[str, str],
               "bytes_down": _SIZES, "bytes_up": _SIZES, "bytes_via?": _SIZES},
+    "evaluating": {"round": int},
     "eval": {"round": int, "full": float, "subnets?": float},
     "ticket": {"size": int},
     "results": {"full": float, "tickets": list[dict[str, float]]},

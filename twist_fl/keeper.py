@@ -69,6 +69,7 @@ class Keeper:
 
     def _evaluate(self, state: RunState, blueprints: Sequence[Blueprint]) -> None:
         """Perplexity of the full model and of the round's subnets."""
+        self.folder.log("evaluating", round=state.round)
         job, size = self.job, self.job.config.eval.batch_size
         windows = self._corpus.test[: job.config.eval.watch_windows]
         full = self._models.load_sliced(full_blueprint(job.layout), state.params)

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from multiprocessing import Pipe
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from twist_fl.checks import LaunchError
 from twist_fl.config import ConfigError
 from twist_fl.guard import stop_tree
 from twist_fl.launch import free_port
+from twist_fl.refusals import refusal, waiting
 
 if TYPE_CHECKING:
     from twist_fl.executor import TaskSource
@@ -53,10 +55,10 @@ def run_node(arguments: list[str]) -> None:
     with supernode(arguments) as (process, address, secret):
         source = TaskSource(address, secret)
         try:
-            _serve(source, process, address)
+            _serve(source, process.popen, address)
         finally:
             source.close()
-        raise LaunchError(f"the SuperNode ended with status {process.poll()}; its own words are above")
+        raise process.ended()
 
 
 def check_flower() -> None:
@@ -74,7 +76,7 @@ def _script(role: str, *words: str) -> list[str]:
 
 
 @contextmanager
-def supernode(arguments: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], str, bytes]]:
+def supernode(arguments: list[str]) -> Iterator[tuple[Listened, str, bytes]]:
     """A SuperNode that leaves its messages to others: its process, its loopback address, the secret for tasks."""
     port, secret = free_port(), secrets.token_bytes(32)
     with TemporaryDirectory(prefix="twist-fl-node-") as folder:  # 0700
@@ -82,27 +84,62 @@ def supernode(arguments: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], s
         file.write_bytes(secret)
         words = [*arguments, "--isolation", "process", "--host", _HOST, "--port", str(port)]
         command = _script("supernode", *words, "--superexec-auth-secret-file", str(file))
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = Listened(command, arguments)
         try:
             _wait_until_listening(process, port)
             file.unlink()
             yield process, f"{_HOST}:{port}", secret
         finally:
-            stop_tree(process)
+            stop_tree(process.popen)
+            process.heard()
 
 
-def _wait_until_listening(process: subprocess.Popen[bytes], port: int) -> None:
+class Listened:
+    """A SuperNode's process. What it prints is printed on; plain words follow where that says why it cannot join."""
+
+    def __init__(self, command: list[str], arguments: list[str]) -> None:
+        self._arguments, self._refusal, self._said = arguments, "", False
+        self.popen = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        self._listener = Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def _listen(self) -> None:
+        assert self.popen.stdout
+        with self.popen.stdout as lines:
+            for line in lines:
+                text = line.decode(errors="replace")
+                print(text, end="", file=sys.stderr, flush=True)
+                self._refusal = refusal(text, self._arguments, version("flwr")) or self._refusal
+                said = waiting(text, self._arguments)
+                if said and not self._said:
+                    self._said = True
+                    print(f"twist_fl: {said}", file=sys.stderr, flush=True)
+
+    def heard(self) -> None:
+        """Wait until all that the process has said is printed."""
+        self._listener.join()
+
+    def ended(self) -> LaunchError:
+        """Why it did, once it has."""
+        status = self.popen.wait()
+        self.heard()
+        return LaunchError(self._refusal or f"the SuperNode ended with status {status}; its own words are above")
+
+
+def _wait_until_listening(process: Listened, port: int) -> None:
     """Until this very process, and not another that took the port, listens. Raises LaunchError."""
     deadline = time.monotonic() + _START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.popen.poll() is None and time.monotonic() < deadline:
         with suppress(psutil.NoSuchProcess):
-            sockets = psutil.Process(process.pid).net_connections("tcp")
+            sockets = psutil.Process(process.popen.pid).net_connections("tcp")
             if any(socket.status == psutil.CONN_LISTEN and socket.laddr.port == port for socket in sockets):
                 return
         time.sleep(_LOOK_SECONDS / 2)
-    if process.poll() is None:
+    if process.popen.poll() is None:
         raise LaunchError(f"the SuperNode did not listen on {_HOST}:{port} within {_START_SECONDS} s")
-    raise LaunchError(f"the SuperNode ended with status {process.poll()}; its own words are above")
+    raise process.ended()
 
 
 class Executor:

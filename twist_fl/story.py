@@ -40,10 +40,12 @@ class Story:
         self.tickets: dict[int, int] = {}
         """By size: how many have been evaluated."""
         self.results: Event = {}
+        self._last_end: datetime | None = None
         self.last: datetime | None = None
         """The time of the last event."""
         self._recent: deque[float] = deque(maxlen=_RECENT)
-        self._ends: deque[datetime] = deque(maxlen=_RECENT)
+        self._first: tuple[int, datetime] | None = None
+        """The first round since the run was started, and when it ended."""
 
     def add(self, event: Event) -> None:
         """What comes next."""
@@ -54,6 +56,7 @@ class Story:
             "asked": self._on_asked,
             "nodes": self._on_nodes,
             "round": self._on_round,
+            "evaluating": self._on_evaluating,
             "eval": self._on_eval,
             "ticket": self._on_ticket,
             "results": self._on_results,
@@ -67,8 +70,8 @@ class Story:
         self.start, self.ended = event, None
         self.round, self.num_rounds = event["round"], event["num_rounds"]
         self.tickets, self.results = {}, {}
-        self._ends.clear()
-        self.state = "looking for nodes"
+        self._first = None
+        self.state = f"starting round {self.round + 1} of {self.num_rounds}"
 
     def _on_waiting(self, event: Event) -> None:
         self.state = waiting_text(event)
@@ -93,13 +96,18 @@ class Story:
         for worker, reason in event["dropped"].items():
             self.lost[worker] = (self.lost.get(worker, (0, ""))[0] + 1, reason)
         self._recent.append(self.seconds)
-        if self.last:
-            self._ends.append(self.last)
+        self._last_end = self.last
+        if self.last and not self._first:
+            self._first = (self.round, self.last)
         self._next()
+
+    def _on_evaluating(self, event: Event) -> None:
+        self.state = f"evaluating after round {event['round']} of {self.num_rounds}"
 
     def _on_eval(self, event: Event) -> None:
         subnets = f" (subnets {perplexity_text(event['subnets'])})" if "subnets" in event else ""
         self.perplexity = perplexity_text(event["full"]) + subnets
+        self._next()
 
     def _on_ticket(self, event: Event) -> None:
         self.tickets[event["size"]] = self.tickets.get(event["size"], 0) + 1
@@ -123,12 +131,12 @@ class Story:
 
     @property
     def seconds_left(self) -> float | None:
-        """Until the last round is done, at the pace of the last ones with what was between them."""
+        """Until the last round is done, at the pace since the run was started, with what was between the rounds."""
         if self.ended or not self._recent:
             return None
         pace = median(self._recent)
-        if len(self._ends) > 1:
-            pace = (self._ends[-1] - self._ends[0]).total_seconds() / (len(self._ends) - 1)
+        if self._first and self._last_end and self.round > self._first[0]:
+            pace = (self._last_end - self._first[1]).total_seconds() / (self.round - self._first[0])
         return pace * (self.num_rounds - self.round)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from twist_fl import transport
 from twist_fl.aggregate import ReplyError
 from twist_fl.blueprint import Blueprint
+from twist_fl.checks import ConfigError
 from twist_fl.job import Job
 from twist_fl.outside import Field, plain, read_exactly
 from twist_fl.packing import Packing
@@ -67,10 +69,22 @@ def job_of(content: RecordDict) -> str:
 
 def question(job_json: str, token: Segment | None) -> RecordDict:
     """Asks a node to build its worker, and with a token whether it shares this machine."""
-    content = RecordDict({"job": ConfigRecord({"json": job_json})})
+    content = RecordDict(
+        {"job": ConfigRecord({"json": job_json}), "flower": ConfigRecord({"version": version("flwr")})}
+    )
     if token is not None:
         content["segment"] = ConfigRecord(asdict(token.handle()))
     return content
+
+
+def check_flower(content: RecordDict) -> None:
+    """Raises ConfigError if the server that asks has another minor version of Flower than this node.
+
+    Flower's SuperLink lets such a node in; what either sends, the other may not understand.
+    """
+    here, there = version("flwr"), str(content.config_records["flower"]["version"])
+    if here.split(".")[:2] != there.split(".")[:2]:
+        raise ConfigError(f"this node has Flower {here} and the server {there}: install flwr=={there} on the node")
 
 
 def answer(content: RecordDict, run_id: str, partition: object) -> RecordDict:
