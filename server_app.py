@@ -7,7 +7,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from twist_fl.checkpoint import RunFolder
-from twist_fl.config import ConfigError
+from twist_fl.errors import ConfigError
 from twist_fl.going_on import at_places
 from twist_fl.serve import open_run, train_run
 from twist_fl.ship import deploy_run

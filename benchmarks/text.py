@@ -25,7 +25,7 @@ import psutil
 from common import save, show
 
 from twist_fl.builtin_text import documents
-from twist_fl.machine import usable_cores
+from twist_fl.cores import usable_cores
 from twist_fl.tokenizer import train_tokenizer
 
 OURS = """

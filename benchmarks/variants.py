@@ -21,7 +21,8 @@ import torch
 from transformers import GPT2Config
 
 from twist_fl.blocks import make_layout
-from twist_fl.blueprint import Division, draw_ticket, full_blueprint
+from twist_fl.dividing import Division
+from twist_fl.drawing import draw_ticket, full_blueprint
 from twist_fl.config import TrainConfig
 from twist_fl.cost import BYTES_PER_PARAM, round_bytes
 from twist_fl.masked import MaskedModel

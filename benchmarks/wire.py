@@ -23,7 +23,7 @@ import torch
 from common import save, show
 
 from twist_fl import evaluate, wire
-from twist_fl.blueprint import full_blueprint
+from twist_fl.drawing import full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import load_config
 from twist_fl.division import ticket_sizes

@@ -15,8 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twist_fl.aggregate import ReplyError, StreamingMean, check_state, coverage_debt
-from twist_fl.blocks import KINDS, Layout, make_layout
-from twist_fl.blueprint import Blueprint, Division, draw_round, full_blueprint
+from twist_fl.architectures import KINDS
+from twist_fl.blocks import Layout, make_layout
+from twist_fl.blueprint import Blueprint
+from twist_fl.dividing import Division
+from twist_fl.drawing import draw_round, full_blueprint
 from twist_fl.job import Job
 from twist_fl.rounds import RoundMean, RunState, plan, start
 from twist_fl.subnet import State, slice_state

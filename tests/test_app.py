@@ -14,7 +14,7 @@ from app_runs import PATIENCE, assert_is_rounds_run, processes_of, twist_fl
 from transformers import AutoModelForCausalLM
 
 from twist_fl import ship
-from twist_fl.blueprint import draw_ticket, full_blueprint
+from twist_fl.drawing import draw_ticket, full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import DeviceConfig
 from twist_fl.data import cache_dir

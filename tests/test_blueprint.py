@@ -14,17 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twist_fl.blocks import KINDS, Kind, Layout, make_layout
-from twist_fl.blueprint import (
-    Blueprint,
-    Debt,
-    Division,
-    Scale,
-    Setting,
-    draw_round,
-    draw_ticket,
-    full_blueprint,
-)
+from twist_fl.architectures import KINDS, Kind
+from twist_fl.blocks import Layout, make_layout
+from twist_fl.blueprint import Blueprint, Scale
+from twist_fl.dividing import Debt, Division, Setting
+from twist_fl.drawing import draw_round, draw_ticket, full_blueprint
 from twist_fl.policies import algorithm_1
 
 NUM_LAYERS = 6
@@ -142,7 +136,7 @@ def test_a_draw_depends_on_its_coordinates_only(seed: int, round_: int, num_sub:
 
 FRESH = """
 from test_blueprint import equal, layout_of
-from twist_fl.blueprint import draw_round, draw_ticket
+from twist_fl.drawing import draw_round, draw_ticket
 print(*(b.digest for b in draw_round(layout_of(), equal(4, 4), 11, 5)), end=" ")
 print(draw_ticket(layout_of(), equal(4, 4), (3, 5), 11, 2).digest)
 """

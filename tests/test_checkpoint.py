@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from twist_fl.errors import DamagedError
+
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from twist_fl import checkpoint, files, serve, shelf
 from twist_fl.checkpoint import RunFolder
-from twist_fl.config import ConfigError
+from twist_fl.errors import ConfigError
 from twist_fl.family import config_from_dict
 from twist_fl.job import Job
 from twist_fl.rounds import RunState, run, start
@@ -383,5 +385,5 @@ def test_a_job_that_is_damaged_is_called_so(content: bytes, tmp_path: Path) -> N
 @pytest.mark.parametrize("content", [b"", b"[1", b"\xff", b"[" * 100_000, b"[]"])
 def test_results_that_are_damaged_are_called_so(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_bytes(content)
-    with pytest.raises(files.DamagedError, match=r"results\.json is damaged: .*Restore it, or remove it$"):
+    with pytest.raises(DamagedError, match=r"results\.json is damaged: .*Restore it, or remove it$"):
         files.read_json(tmp_path / "results.json", dict)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from twist_fl.trained import chosen_sizes
+
 import json
 import re
 import shutil
@@ -17,9 +19,11 @@ from local_grid import LocalGrid
 from typer.testing import CliRunner
 
 from twist_fl import cli, commands, look, serve, ship
-from twist_fl.blueprint import Blueprint, draw_ticket
+from twist_fl.blueprint import Blueprint
+from twist_fl.drawing import draw_ticket
 from twist_fl.checkpoint import RunFolder
-from twist_fl.config import Config, ConfigError, DeviceConfig, from_yaml
+from twist_fl.config import Config, DeviceConfig, from_yaml
+from twist_fl.errors import ConfigError
 from twist_fl.deploy import export_ticket, make_ticket, ticket_memory_bytes
 from twist_fl.edge import EdgeReport
 from twist_fl.evaluate import ticket_distribution
@@ -482,8 +486,8 @@ def test_tickets_that_cannot_be(given: tuple[str, ...], reason: str, run: Run, t
 def test_a_run_without_ticket_sizes_needs_some(tiny_job: MakeJob) -> None:
     job = tiny_job("eval.sizes=[]")
     with pytest.raises(ConfigError, match=r"the run has eval\.sizes=\[\]: give sizes, for example --sizes 8,6,4"):
-        look.chosen_sizes(job, None)
-    assert look.chosen_sizes(job, [2, 1]) == [2, 1]
+        chosen_sizes(job, None)
+    assert chosen_sizes(job, [2, 1]) == [2, 1]
 
 
 def test_generate_from_a_run(run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from twist_fl.config import Config, ConfigError, DeviceConfig, from_yaml, load_config, presets, to_yaml
+from twist_fl.config import Config, DeviceConfig, from_yaml, load_config, presets, to_yaml
+from twist_fl.errors import ConfigError
 from twist_fl.job import Job
 
 

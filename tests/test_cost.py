@@ -12,7 +12,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from twist_fl import cost
 from twist_fl.blocks import make_layout
-from twist_fl.blueprint import Assign, Division, Policy, Setting, draw_round
+from twist_fl.dividing import Assign, Division, Policy, Setting
+from twist_fl.drawing import draw_round
 from twist_fl.subnet import build_model
 from twist_fl.train import next_token_loss
 

@@ -14,7 +14,7 @@ from flwr.app import Message
 from local_grid import Answer, LocalGrid, assert_same_run, failing, same
 from transformers import AutoModelForCausalLM
 
-from twist_fl.blueprint import full_blueprint
+from twist_fl.drawing import full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.cost import round_bytes
 from twist_fl.job import Job

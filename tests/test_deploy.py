@@ -16,8 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 
 from twist_fl import deploy, edge
 from twist_fl.blocks import Layout, make_layout
-from twist_fl.blueprint import Blueprint, Division, draw_ticket, full_blueprint
-from twist_fl.config import ConfigError, DeviceConfig, load_config
+from twist_fl.blueprint import Blueprint
+from twist_fl.dividing import Division
+from twist_fl.drawing import draw_ticket, full_blueprint
+from twist_fl.errors import ConfigError
+from twist_fl.config import DeviceConfig, load_config
 from twist_fl.deploy import (
     Ticket,
     export_ticket,

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
-from twist_fl.blueprint import Division, draw_ticket, full_blueprint
+from twist_fl.dividing import Division
+from twist_fl.drawing import draw_ticket, full_blueprint
 from twist_fl.data import Windows
 from twist_fl.division import ticket_sizes
 from twist_fl.evaluate import mean_nll, perplexity, subnet_perplexity, ticket_distribution

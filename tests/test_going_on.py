@@ -14,7 +14,7 @@ from local_grid import LocalGrid, assert_same_run
 
 from twist_fl import serve
 from twist_fl.checkpoint import RunFolder
-from twist_fl.config import ConfigError
+from twist_fl.errors import ConfigError
 from twist_fl.going_on import at_places, go_on
 from twist_fl.job import Job, job_from_json
 from twist_fl.local import train_local

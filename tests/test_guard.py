@@ -16,7 +16,7 @@ from app_runs import PATIENCE
 
 from twist_fl import guard
 from twist_fl.checkpoint import RunFolder
-from twist_fl.config import ConfigError
+from twist_fl.errors import ConfigError
 
 COMMAND = """
 import subprocess, sys, time

@@ -19,7 +19,10 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
     if "app" not in path.relative_to(PACKAGE).parts
 }
-LIGHT = [f"twist_fl.{name}" for name in ("config", "architectures", "blocks", "policies", "blueprint", "cost")]
+LIGHT = [
+    f"twist_fl.{name}"
+    for name in ("config", "architectures", "blocks", "policies", "dividing", "blueprint", "drawing", "cost")
+]
 CORE = [
     *LIGHT,
     *(

@@ -13,8 +13,8 @@ from flwr.app import ConfigRecord, RecordDict
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from twist_fl import ship
-from twist_fl.blueprint import full_blueprint
-from twist_fl.checks import ConfigError
+from twist_fl.drawing import full_blueprint
+from twist_fl.errors import ConfigError
 from twist_fl.config import DeviceConfig
 from twist_fl.deploy import export_ticket, make_ticket
 from twist_fl.job import Job, job_from_json

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from twist_fl.blocks import Layout, make_layout
-from twist_fl.checks import ConfigError
+from twist_fl.errors import ConfigError
 from twist_fl.family import folder_config
 from twist_fl.files import new_folder
 from twist_fl.job import Job

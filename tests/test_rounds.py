@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from twist_fl.blueprint import Blueprint, full_blueprint
-from twist_fl.config import ConfigError
+from twist_fl.blueprint import Blueprint
+from twist_fl.drawing import full_blueprint
+from twist_fl.errors import ConfigError
 from twist_fl.evaluate import perplexity
 from twist_fl.job import Job
 from twist_fl.rounds import RoundMean, RunState, dispatch, plan, run, start, twist_round

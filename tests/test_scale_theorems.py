@@ -8,8 +8,11 @@ import pytest
 import torch
 from transformers import GPT2Config
 
-from twist_fl.blocks import KINDS, Kind, make_layout
-from twist_fl.blueprint import Division, Scale, draw_ticket, full_blueprint
+from twist_fl.architectures import KINDS, Kind
+from twist_fl.blocks import make_layout
+from twist_fl.dividing import Division
+from twist_fl.blueprint import Scale
+from twist_fl.drawing import draw_ticket, full_blueprint
 from twist_fl.subnet import ModelCache, State
 
 D_MODEL, BLOCKS, LAYERS = 192, 12, 3

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from twist_fl import progress, status
 from twist_fl.checkpoint import RunFolder
-from twist_fl.config import ConfigError
+from twist_fl.errors import ConfigError
 from twist_fl.events import EventLog, EventReader
 from twist_fl.locks import is_locked, locked
 from twist_fl.progress import RunProgress

@@ -13,8 +13,10 @@ from families import UNEVEN_GPT2 as CONFIG
 from families import UNEVEN_LAYOUT as LAYOUT
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
-from twist_fl.blocks import KINDS
-from twist_fl.blueprint import Blueprint, Division, Scale, Setting, draw_round, draw_ticket, full_blueprint
+from twist_fl.architectures import KINDS
+from twist_fl.blueprint import Blueprint, Scale
+from twist_fl.dividing import Division, Setting
+from twist_fl.drawing import draw_round, draw_ticket, full_blueprint
 from twist_fl.subnet import (
     ModelCache,
     State,

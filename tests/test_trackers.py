@@ -12,7 +12,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from twist_fl.checkpoint import RunFolder
-from twist_fl.config import Config, ConfigError, load_config
+from twist_fl.config import Config, load_config
+from twist_fl.errors import ConfigError
 from twist_fl.job import Job
 from twist_fl.local import train_local
 from twist_fl.story import warnings

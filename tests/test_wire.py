@@ -26,8 +26,10 @@ from transformers import GPT2Config
 from twist_fl import tensors, transport, wire
 from twist_fl.aggregate import ReplyError
 from twist_fl.blocks import make_layout
-from twist_fl.blueprint import Blueprint, Division, draw_ticket
-from twist_fl.checks import ConfigError
+from twist_fl.blueprint import Blueprint
+from twist_fl.dividing import Division
+from twist_fl.drawing import draw_ticket
+from twist_fl.errors import ConfigError
 from twist_fl.cost import state_bytes
 from twist_fl.job import Job
 from twist_fl.packing import DTYPES, Packing

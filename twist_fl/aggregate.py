@@ -19,8 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from twist_fl.blocks import KINDS, Layout, Param, runs
-from twist_fl.blueprint import Blueprint, Debt, Division
+from twist_fl.architectures import KINDS
+from twist_fl.blocks import Layout, Param, runs
+from twist_fl.blueprint import Blueprint
+from twist_fl.dividing import Debt, Division
 from twist_fl.subnet import State
 from twist_fl.threads import PIECE, for_each, pieces, ranges
 

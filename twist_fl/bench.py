@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from twist_fl.checks import ConfigError, LaunchError
+from twist_fl.errors import ConfigError, LaunchError
 from twist_fl.config import conf_dir
 from twist_fl.suggest import nearest
 

@@ -10,16 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
-from typing import TYPE_CHECKING
 
-from twist_fl.architectures import KINDS as KINDS  # noqa: PLC0414 (the names the package imports from here)
-from twist_fl.architectures import Blocks as Blocks  # noqa: PLC0414
-from twist_fl.architectures import Kind as Kind  # noqa: PLC0414
-from twist_fl.architectures import ModelDict, architecture_of, sizes_of
-from twist_fl.architectures import Row as Row  # noqa: PLC0414
-
-if TYPE_CHECKING:
-    from twist_fl.blueprint import Blueprint
+from twist_fl.architectures import KINDS, Blocks, Kind, ModelDict, Row, architecture_of, sizes_of
+from twist_fl.blueprint import Blueprint
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from twist_fl.config import ConfigError
+from twist_fl.errors import ConfigError
 from twist_fl.events import EventLog
-from twist_fl.files import DamagedError, check_seal, new_folder, remove_unfinished, save_tensors, write_text
+from twist_fl.errors import DamagedError
+from twist_fl.files import check_seal, new_folder, remove_unfinished, save_tensors, write_text
 from twist_fl.finding import no_run
 from twist_fl.hub import expanded
 from twist_fl.locks import holder, locked
@@ -27,7 +28,7 @@ from twist_fl.tokenizer import copy_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from twist_fl.blocks import Kind
+    from twist_fl.architectures import Kind
     from twist_fl.job import Job
     from twist_fl.rounds import RunState
     from twist_fl.subnet import State

@@ -3,6 +3,8 @@ checked where that is read (`job.py`)."""
 
 from __future__ import annotations
 
+from twist_fl.errors import ConfigError
+
 import re
 from collections.abc import Callable, Iterator, Sequence
 from math import inf
@@ -11,12 +13,8 @@ from typing import Any
 from twist_fl.architectures import ARCHITECTURES
 
 
-class ConfigError(ValueError):
-    """The user's configuration cannot be run; the message names the value, the constraint and the fix."""
 
 
-class LaunchError(RuntimeError):
-    """Flower did not start, or the run did not finish; the message names the log to read."""
 
 
 # Written so that NaN fails each.

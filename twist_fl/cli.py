@@ -13,8 +13,9 @@ from rich.console import Console
 
 from twist_fl import options
 from twist_fl.bench import BENCHES
-from twist_fl.checks import LaunchError
-from twist_fl.config import ConfigError, presets
+from twist_fl.errors import LaunchError
+from twist_fl.errors import ConfigError
+from twist_fl.config import presets
 from twist_fl.joining import node_arguments
 from twist_fl.usage import block_counts, explain, versions
 
@@ -247,9 +248,9 @@ def reproduce(
 @app.command()
 def keys() -> None:
     """List every setting with its default and what it means, as YAML to begin a preset from."""
-    from twist_fl import look
+    from twist_fl import keys as settings
 
-    look.keys(console)
+    settings.keys(console)
 
 
 @app.command()

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from twist_fl.cells import markdown, terminal_table
 from twist_fl.checkpoint import RunFolder
-from twist_fl.checks import LaunchError
+from twist_fl.errors import LaunchError
 from twist_fl.config import load_config
 from twist_fl.files import read_json, write_text
 from twist_fl.finding import finished_runs
@@ -200,7 +200,7 @@ def deploy(console: Console, path: Path, devices: list[str], places: Sequence[st
     parse_devices(devices)
     measuring(1)  # loads torch for the measurements while this process loads it to plan
     waits_for(console, "loading torch and the run")
-    from twist_fl.look import load_final
+    from twist_fl.trained import load_final
     from twist_fl.ship import deploy_here, devices_of, plan_device
 
     folder, job, _ = load_final(path, places)

@@ -8,7 +8,7 @@ from shlex import quote
 from typing import Any
 
 from twist_fl.checkpoint import RunFolder
-from twist_fl.config import ConfigError
+from twist_fl.errors import ConfigError
 from twist_fl.files import read_json
 from twist_fl.texts import duration_text as duration_text  # noqa: PLC0414 (whoever compares runs writes these, too)
 from twist_fl.texts import perplexity_text as perplexity_text  # noqa: PLC0414

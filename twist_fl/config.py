@@ -13,7 +13,7 @@ from typing import Literal
 from omegaconf import OmegaConf
 
 from twist_fl import loading
-from twist_fl.checks import ConfigError as ConfigError  # noqa: PLC0414 (the name users import)
+from twist_fl.errors import ConfigError as ConfigError  # noqa: PLC0414 (the name users import)
 from twist_fl.layers import conf_dir as conf_dir  # noqa: PLC0414
 from twist_fl.layers import presets as presets  # noqa: PLC0414
 

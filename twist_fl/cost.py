@@ -7,8 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from twist_fl.blocks import KINDS, Layout
-from twist_fl.blueprint import Blueprint, Division, draw_round, draw_ticket, full_blueprint
+from twist_fl.architectures import KINDS
+from twist_fl.blocks import Layout
+from twist_fl.blueprint import Blueprint
+from twist_fl.dividing import Division
+from twist_fl.drawing import draw_round, draw_ticket, full_blueprint
 
 BYTES_PER_PARAM = 4
 TRAINING_BYTES_PER_PARAM = 16

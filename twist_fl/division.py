@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from twist_fl.blocks import Layout
-from twist_fl.blueprint import Division, Sizes
+from twist_fl.dividing import Division, Sizes
 from twist_fl.config import BlueprintConfig, Config
 
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from twist_fl.files import read_json, write_json
-from twist_fl.machine import usable_cores
+from twist_fl.cores import usable_cores
 from twist_fl.meter import Meter
 from twist_fl.pieces import Piece, Source
 

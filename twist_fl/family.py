@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twist_fl.architectures import ARCHITECTURES, sizes_of
-from twist_fl.config import Config, ConfigError, ModelConfig
+from twist_fl.config import Config, ModelConfig
+from twist_fl.errors import ConfigError
 from twist_fl.finding import listed, runs_in
 from twist_fl.hub import local_path, reachable
 from twist_fl.outside import Field, plain, read_fields, shown

@@ -5,6 +5,8 @@ A sealed folder also says what must be in it: SHA256SUMS has a hash of every fil
 
 from __future__ import annotations
 
+from twist_fl.errors import DamagedError
+
 import ctypes
 import errno
 import hashlib
@@ -18,7 +20,7 @@ from math import inf, isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twist_fl.checks import ConfigError
+from twist_fl.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
 SEAL = "SHA256SUMS"
 
 
-class DamagedError(ConfigError):
-    """A file is not what was written; the message names it and what to do."""
 
 
 def write_text(text: str, path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from shlex import quote
 
-from twist_fl.checks import ConfigError
+from twist_fl.errors import ConfigError
 from twist_fl.hub import beside, expanded
 
 _SHOWN = 8

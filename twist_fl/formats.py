@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
-from twist_fl.checks import ConfigError
+from twist_fl.errors import ConfigError
 from twist_fl.suggest import nearest
 
 _BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {

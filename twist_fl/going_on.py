@@ -8,7 +8,8 @@ from typing import Any
 
 from twist_fl.blocks import make_layout
 from twist_fl.checkpoint import RunFolder
-from twist_fl.config import Config, ConfigError, load_config
+from twist_fl.config import Config, load_config
+from twist_fl.errors import ConfigError
 from twist_fl.family import model_config
 from twist_fl.files import write_text
 from twist_fl.job import Job, with_config

@@ -9,8 +9,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from twist_fl.blocks import Kind, Param
-from twist_fl.blueprint import Scores, full_blueprint
+from twist_fl.architectures import Kind
+from twist_fl.blocks import Param
+from twist_fl.dividing import Scores
+from twist_fl.drawing import full_blueprint
 from twist_fl.data import Windows
 from twist_fl.job import Job
 from twist_fl.subnet import State

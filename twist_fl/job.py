@@ -12,10 +12,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from twist_fl import machine
-from twist_fl.blocks import KINDS, Layout, make_layout
-from twist_fl.blueprint import Blueprint, Debt, Division, Scale, Scores, draw_round, full_blueprint
+from twist_fl.cores import usable_cores
+from twist_fl.architectures import KINDS
+from twist_fl.blocks import Layout, make_layout
+from twist_fl.blueprint import Blueprint, Scale
+from twist_fl.dividing import Debt, Division, Scores
+from twist_fl.drawing import draw_round, full_blueprint
 from twist_fl.checks import check_name
-from twist_fl.config import Config, ConfigError, from_yaml, to_yaml
+from twist_fl.config import Config, from_yaml, to_yaml
+from twist_fl.errors import ConfigError
 from twist_fl.data import Corpus, Shard
 from twist_fl.division import make_division, ticket_sizes
 from twist_fl.family import config_from_dict, model_config
@@ -194,7 +199,7 @@ def with_config(job: Job, config: Config, text: RunText) -> Job:
 
 
 def _set_threads(config: Config) -> None:
-    config.train.threads = config.train.threads or max(1, machine.usable_cores() // config.train.workers)
+    config.train.threads = config.train.threads or max(1, usable_cores() // config.train.workers)
 
 
 def _job(config: Config, model: Mapping[str, Any], text: RunText, run_id: str) -> Job:

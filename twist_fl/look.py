@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from twist_fl.trained import chosen_sizes, load_final
+
 import ast
 import inspect
 import sys
@@ -18,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from twist_fl.checkpoint import RunFolder
-from twist_fl.config import Config, ConfigError
+from twist_fl.config import Config
+from twist_fl.errors import ConfigError
 from twist_fl.finding import no_run, runs_in
 from twist_fl.progress import waits_for
 from twist_fl.shares import ShareError, blocks_of_share
@@ -26,74 +29,16 @@ from twist_fl.shares import ShareError, blocks_of_share
 _COLDEST, _HOTTEST = 0.01, 100
 
 
-def load_final(path: Path, places: Sequence[str] = ()) -> tuple[RunFolder, Any, Any]:
-    """A run's folder, job and newest state; `places` say where its text is now. Raises ConfigError if it has no
-    checkpoint yet."""
-    folder = RunFolder(path)
-    folder.check_run()
-    from twist_fl.going_on import at_places
-
-    job = at_places(folder.job(), places)
-    state = folder.load()
-    if state is None:
-        raise ConfigError(f"{folder.path} has no checkpoint yet: let it train for checkpoint_every rounds")
-    return folder, job.scored(state.scores), state
 
 
-def chosen_sizes(job: Any, given: Sequence[int] | ShareError | None) -> list[int]:
-    """The ticket sizes given, else the run's. Raises ConfigError if a size is impossible, or the run has none."""
-    from twist_fl.division import blocks_per_layer, ticket_sizes
-
-    if isinstance(given, ShareError):
-        of = blocks_per_layer(job.layout, job.division)
-        raise ConfigError(blocks_of_share(given, of, "blocks of a divided layer"))
-    sizes: list[int] = list(given or job.config.eval.sizes)
-    if not sizes:
-        raise ConfigError("the run has eval.sizes=[]: give sizes, for example --sizes 8,6,4")
-    try:
-        for size in sizes:
-            ticket_sizes(job.layout, job.division, size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    return sizes
 
 
-def keys(console: Console) -> None:
-    """Every setting with its default, its choices and what it means, as YAML that a preset may begin from."""
-    console.print("\n".join(_explained(Config())), highlight=False, markup=False, soft_wrap=True)
 
 
-def _explained(section: Any, indent: str = "") -> Iterator[str]:
-    hints, notes = get_type_hints(type(section)), _notes()[type(section).__name__]
-    for field in fields(section):
-        value, hint = getattr(section, field.name), hints[field.name]
-        choices = ", ".join(map(str, get_args(hint))) if get_origin(hint) is Literal else ""
-        for text in filter(None, (notes.get(field.name), choices and f"One of {choices}.")):
-            yield from wrap(text, 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
-        if is_dataclass(value):
-            yield f"{indent}{field.name}:"
-            yield from _explained(value, indent + "  ")
-        else:
-            plain = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
-            yield f"{indent}{field.name}: {plain}"
 
 
-@cache
-def _notes() -> dict[str, dict[str, str]]:
-    """What stands below each setting in config.py, by class and name."""
-    classes = [
-        node
-        for node in ast.parse(inspect.getsource(sys.modules[Config.__module__])).body
-        if isinstance(node, ast.ClassDef)
-    ]
-    return {made.name: dict(_below(made.body)) for made in classes}
 
 
-def _below(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
-    for setting, note in pairwise(body):
-        match setting, note:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                yield name, " ".join(text.split())
 
 
 def tickets(
@@ -187,7 +132,7 @@ def _model_and_tokenizer(path: Path, size: int | None, seed: int, trust_remote_c
 
 
 def _of_run(path: Path, size: int | None, seed: int) -> tuple[Any, Any]:
-    from twist_fl.blueprint import draw_ticket, full_blueprint
+    from twist_fl.drawing import draw_ticket, full_blueprint
     from twist_fl.division import ticket_sizes
     from twist_fl.tokenizer import load_tokenizer
 

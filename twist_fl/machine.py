@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
+from twist_fl.cores import usable_cores
+
 import os
 from pathlib import Path
 
 import psutil
 
-from twist_fl.config import Config, ConfigError
+from twist_fl.config import Config
+from twist_fl.errors import ConfigError
 
 
-def usable_cores() -> int:
-    """CPU cores this process may use: its affinity, and the quota of its control group."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, _quota(Path("/sys/fs/cgroup/cpu.max"), cores)))
 
 
-def _quota(file: Path, unlimited: int) -> int:
-    if not file.is_file():
-        return unlimited
-    quota, period = file.read_text().split()
-    return unlimited if quota == "max" else int(quota) // int(period)
 
 
 def check_memory(num_params: int, what: str) -> None:

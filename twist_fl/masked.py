@@ -12,8 +12,10 @@ from collections.abc import Mapping
 import torch
 from transformers import PreTrainedModel
 
-from twist_fl.blocks import KINDS, Kind, Layout
-from twist_fl.blueprint import Blueprint, Scale, full_blueprint
+from twist_fl.architectures import KINDS, Kind
+from twist_fl.blocks import Layout
+from twist_fl.blueprint import Blueprint, Scale
+from twist_fl.drawing import full_blueprint
 from twist_fl.subnet import ModelCache, attach_factors
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-from twist_fl.checks import ConfigError
+from twist_fl.errors import ConfigError
 from twist_fl.family import folder_config
 from twist_fl.files import SEAL, check_seal
 from twist_fl.modeling_subnet import SUBNETS

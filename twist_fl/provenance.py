@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from twist_fl import __version__
-from twist_fl.machine import usable_cores
+from twist_fl.cores import usable_cores
 
 
 def provenance() -> dict[str, Any]:

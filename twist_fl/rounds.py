@@ -12,7 +12,7 @@ from math import isfinite
 from pathlib import Path
 
 from twist_fl.aggregate import LARGEST, Memory, ReplyError, StreamingMean, check_state, coverage_debt
-from twist_fl.blueprint import Debt, Scores
+from twist_fl.dividing import Debt, Scores
 from twist_fl.importance import score_blocks
 from twist_fl.job import Job
 from twist_fl.outer import OuterState, new_outer, outer_step

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from twist_fl.config import ConfigError, DataConfig
+from twist_fl.errors import ConfigError
+from twist_fl.config import DataConfig
 from twist_fl.data import Corpus, find_corpus, load_corpus
-from twist_fl.files import DamagedError
+from twist_fl.errors import DamagedError
 
 
 class RunText:

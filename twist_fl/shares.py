@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any, NoReturn
 
 from twist_fl.architectures import ARCHITECTURES
-from twist_fl.checks import ConfigError
+from twist_fl.errors import ConfigError
 from twist_fl.hub import expanded
 
 DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d", "-"))

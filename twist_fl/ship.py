@@ -13,10 +13,12 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from twist_fl import edge, tensors, wire
-from twist_fl.blueprint import Blueprint, draw_ticket
+from twist_fl.blueprint import Blueprint
+from twist_fl.drawing import draw_ticket
 from twist_fl.checkpoint import RunFolder
 from twist_fl.checks import check_name
-from twist_fl.config import ConfigError, DeviceConfig
+from twist_fl.errors import ConfigError
+from twist_fl.config import DeviceConfig
 from twist_fl.data import cache_dir
 from twist_fl.deploy import (
     Ticket,

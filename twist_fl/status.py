@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from twist_fl.config import ConfigError
+from twist_fl.errors import ConfigError
 from twist_fl.locks import is_locked
 from twist_fl.story import Follower, held_text, lines, nodes_text, results_text, round_text, warnings
 from twist_fl.texts import count, duration_text

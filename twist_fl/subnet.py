@@ -18,9 +18,10 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from twist_fl.blocks import KINDS, Layout, Param, runs
+from twist_fl.architectures import KINDS
+from twist_fl.blocks import Layout, Param, runs
 from twist_fl.blueprint import Blueprint, Scale
-from twist_fl.config import ConfigError
+from twist_fl.errors import ConfigError
 from twist_fl.modeling_subnet import SUBNETS
 from twist_fl.threads import for_each, pieces
 

@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from twist_fl.machine import usable_cores
+from twist_fl.cores import usable_cores
 
 Item = TypeVar("Item")
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from twist_fl.checks import ConfigError
+from twist_fl.errors import ConfigError
 from twist_fl.events import Event
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from twist_fl import transport
 from twist_fl.aggregate import ReplyError
 from twist_fl.blueprint import Blueprint
-from twist_fl.checks import ConfigError
+from twist_fl.errors import ConfigError
 from twist_fl.job import Job
 from twist_fl.outside import Field, plain, read_exactly
 from twist_fl.packing import Packing

@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from twist_fl.blocks import KINDS, Layout
-from twist_fl.blueprint import Blueprint, Division, Scale, full_blueprint
+from twist_fl.architectures import KINDS
+from twist_fl.blocks import Layout
+from twist_fl.blueprint import Blueprint, Scale
+from twist_fl.dividing import Division
+from twist_fl.drawing import full_blueprint
 from twist_fl.cells import Cells, turned
 from twist_fl.checkpoint import RunFolder
 from twist_fl.compare import perplexity_text
@@ -21,7 +24,7 @@ from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
 from twist_fl.experiments.shared import of_perplexity
-from twist_fl.look import load_final
+from twist_fl.trained import load_final
 from twist_fl.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
 from twist_fl.words import LOWER
 

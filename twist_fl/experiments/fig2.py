@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from transformers import GPT2Config
 
 from twist_fl.blocks import make_layout
-from twist_fl.blueprint import Division, draw_ticket
+from twist_fl.dividing import Division
+from twist_fl.drawing import draw_ticket
 from twist_fl.cells import Cells
 from twist_fl.cost import training_gib
 from twist_fl.experiments.experiment import Data, Experiment

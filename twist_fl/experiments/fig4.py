@@ -8,7 +8,7 @@ from statistics import fmean, median, stdev
 
 from matplotlib.figure import Figure
 
-from twist_fl.blueprint import Setting
+from twist_fl.dividing import Setting
 from twist_fl.cells import Cells
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task

@@ -12,7 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from twist_fl.blueprint import Setting
+from twist_fl.dividing import Setting
 from twist_fl.cells import Cells
 from twist_fl.compare import MISSING, perplexity_text
 from twist_fl.experiments.experiment import Data, Experiment

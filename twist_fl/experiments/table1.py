@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from twist_fl.blueprint import Setting
+from twist_fl.dividing import Setting
 from twist_fl.cells import Cells
 from twist_fl.compare import MISSING, perplexity_text, spread_text
 from twist_fl.experiments.experiment import Data, Experiment

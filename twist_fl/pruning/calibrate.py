@@ -18,8 +18,8 @@ import torch
 from torch import nn
 
 from twist_fl.blocks import Layout, Param
-from twist_fl.blueprint import Division
-from twist_fl.config import ConfigError
+from twist_fl.dividing import Division
+from twist_fl.errors import ConfigError
 from twist_fl.data import Windows
 
 Statistic = Callable[[torch.Tensor], torch.Tensor]

@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import torch
 
-from twist_fl.checks import ConfigError
+from twist_fl.errors import ConfigError
 from twist_fl.pruning.calibrate import Inputs, Say
 from twist_fl.pruning.choose import counts, lowest_of_all
 
