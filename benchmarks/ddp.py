@@ -28,11 +28,11 @@ from steps import ddp_steps, random_model, subnet_steps
 from torch import distributed
 
 from twist_fl.blueprint import Blueprint
-from twist_fl.dividing import Division, Setting
-from twist_fl.drawing import draw_round
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import load_config
 from twist_fl.cost import state_bytes, step_flops
+from twist_fl.dividing import Division, Setting
+from twist_fl.drawing import draw_round
 from twist_fl.job import Job, job_from_json, make_job
 from twist_fl.launch import flower_run
 from twist_fl.memory import Peak

@@ -24,11 +24,11 @@ from common import GPT2_SIZES, gpt2_config, job_without_text, round_mean, save, 
 
 from twist_fl import transport, wire
 from twist_fl.blocks import make_layout
-from twist_fl.dividing import Division
-from twist_fl.drawing import draw_round
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import load_config
 from twist_fl.cost import state_bytes, step_flops, training_gib
+from twist_fl.dividing import Division
+from twist_fl.drawing import draw_round
 from twist_fl.job import Job, make_job
 from twist_fl.launch import flower_run
 from twist_fl.memory import Peak

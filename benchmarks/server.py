@@ -31,10 +31,10 @@ from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 from twist_fl.aggregate import Memory, StreamingMean, check_state
 from twist_fl.blocks import Layout, make_layout
 from twist_fl.blueprint import Blueprint
+from twist_fl.cores import usable_cores
 from twist_fl.dividing import Division
 from twist_fl.drawing import draw_round
 from twist_fl.files import save_tensors, write_text
-from twist_fl.cores import usable_cores
 from twist_fl.provenance import provenance
 from twist_fl.subnet import State, copy_all, slice_state, take_slice
 from twist_fl.threads import threads

@@ -21,10 +21,10 @@ import torch
 from transformers import GPT2Config
 
 from twist_fl.blocks import make_layout
-from twist_fl.dividing import Division
-from twist_fl.drawing import draw_ticket, full_blueprint
 from twist_fl.config import TrainConfig
 from twist_fl.cost import BYTES_PER_PARAM, round_bytes
+from twist_fl.dividing import Division
+from twist_fl.drawing import draw_ticket, full_blueprint
 from twist_fl.masked import MaskedModel
 from twist_fl.subnet import ModelCache, slice_state
 from twist_fl.train import train_interval

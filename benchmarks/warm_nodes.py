@@ -19,10 +19,10 @@ from typing import Any
 from common import save, show
 
 from twist_fl.blocks import make_layout
-from twist_fl.dividing import Division
-from twist_fl.drawing import draw_round
 from twist_fl.checkpoint import RunFolder
 from twist_fl.cost import state_bytes
+from twist_fl.dividing import Division
+from twist_fl.drawing import draw_round
 from twist_fl.loopback import NodeCommand, network, stock_node, warm_node
 
 NUM_NODES = 2

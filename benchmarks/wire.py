@@ -23,10 +23,10 @@ import torch
 from common import save, show
 
 from twist_fl import evaluate, wire
-from twist_fl.drawing import full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import load_config
 from twist_fl.division import ticket_sizes
+from twist_fl.drawing import full_blueprint
 from twist_fl.job import Job, make_job
 from twist_fl.rounds import RoundMean, RunState, plan, start
 from twist_fl.shelf import MomentShelf

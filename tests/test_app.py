@@ -14,11 +14,11 @@ from app_runs import PATIENCE, assert_is_rounds_run, processes_of, twist_fl
 from transformers import AutoModelForCausalLM
 
 from twist_fl import ship
-from twist_fl.drawing import draw_ticket, full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import DeviceConfig
 from twist_fl.data import cache_dir
 from twist_fl.deploy import make_ticket, ticket_memory_bytes
+from twist_fl.drawing import draw_ticket, full_blueprint
 from twist_fl.evaluate import perplexity
 from twist_fl.job import Job
 from twist_fl.loopback import network, stock_node

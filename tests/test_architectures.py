@@ -17,16 +17,15 @@ from families import CONFIGS, CONTEXT, FAMILIES, FFN_BLOCKS, LAYERS, LAYOUTS, VO
 from transformers import AutoModelForCausalLM, BertConfig, PreTrainedModel
 
 from twist_fl.aggregate import StreamingMean
-from twist_fl.architectures import ARCHITECTURES
-from twist_fl.architectures import KINDS
+from twist_fl.architectures import ARCHITECTURES, KINDS
 from twist_fl.blocks import make_layout
 from twist_fl.blueprint import Blueprint
-from twist_fl.dividing import Division
-from twist_fl.drawing import draw_round, draw_ticket, full_blueprint
-from twist_fl.errors import ConfigError
 from twist_fl.config import ModelConfig, TrainConfig
 from twist_fl.deploy import make_ticket, ticket_memory_bytes
+from twist_fl.dividing import Division
+from twist_fl.drawing import draw_round, draw_ticket, full_blueprint
 from twist_fl.edge import receive_ticket
+from twist_fl.errors import ConfigError
 from twist_fl.family import config_from_dict, padding_token
 from twist_fl.job import Job, job_from_json
 from twist_fl.measuring import quiet_environment

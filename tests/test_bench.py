@@ -21,9 +21,9 @@ from torch import distributed
 from wire import round_by_wire
 
 from twist_fl import bench, performance, performance_plots
+from twist_fl.cost import state_bytes
 from twist_fl.drawing import full_blueprint
 from twist_fl.errors import ConfigError, LaunchError
-from twist_fl.cost import state_bytes
 from twist_fl.job import Job
 from twist_fl.packing import Packing
 from twist_fl.plots import styled

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from twist_fl.errors import DamagedError
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from twist_fl import checkpoint, files, serve, shelf
 from twist_fl.checkpoint import RunFolder
-from twist_fl.errors import ConfigError
+from twist_fl.errors import ConfigError, DamagedError
 from twist_fl.family import config_from_dict
 from twist_fl.job import Job
 from twist_fl.rounds import RunState, run, start

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from twist_fl.trained import chosen_sizes
-
 import json
 import re
 import shutil
@@ -18,14 +16,14 @@ from conftest import Run
 from local_grid import LocalGrid
 from typer.testing import CliRunner
 
-from twist_fl import cli, commands, look, serve, ship
+from twist_fl import cli, commands, serve, ship
 from twist_fl.blueprint import Blueprint
-from twist_fl.drawing import draw_ticket
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import Config, DeviceConfig, from_yaml
-from twist_fl.errors import ConfigError
 from twist_fl.deploy import export_ticket, make_ticket, ticket_memory_bytes
+from twist_fl.drawing import draw_ticket
 from twist_fl.edge import EdgeReport
+from twist_fl.errors import ConfigError
 from twist_fl.evaluate import ticket_distribution
 from twist_fl.job import Job
 from twist_fl.limits import parse_devices
@@ -35,6 +33,7 @@ from twist_fl.strategy import NoWorkersError
 from twist_fl.subnet import ModelCache
 from twist_fl.tables import device_cells
 from twist_fl.texts import human_bytes
+from twist_fl.trained import chosen_sizes
 
 MakeJob = Callable[..., Job]
 

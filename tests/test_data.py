@@ -18,11 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twist_fl import data, encode, pieces
-from twist_fl.errors import ConfigError
 from twist_fl.config import DataConfig
 from twist_fl.data import Corpus, Shard, find_corpus, load_corpus, open_corpus
+from twist_fl.errors import ConfigError, DamagedError
 from twist_fl.files import SEAL, read_json
-from twist_fl.errors import DamagedError
 from twist_fl.job import Job, job_from_json, make_job
 from twist_fl.shelf import MomentShelf
 from twist_fl.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer

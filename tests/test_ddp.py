@@ -14,9 +14,9 @@ from flwr.app import Message
 from local_grid import Answer, LocalGrid, assert_same_run, failing, same
 from transformers import AutoModelForCausalLM
 
-from twist_fl.drawing import full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.cost import round_bytes
+from twist_fl.drawing import full_blueprint
 from twist_fl.job import Job
 from twist_fl.rounds import RoundMean, RunState, dispatch, plan, run, start
 from twist_fl.shelf import MomentShelf

@@ -17,9 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from twist_fl import deploy, edge
 from twist_fl.blocks import Layout, make_layout
 from twist_fl.blueprint import Blueprint
-from twist_fl.dividing import Division
-from twist_fl.drawing import draw_ticket, full_blueprint
-from twist_fl.errors import ConfigError
 from twist_fl.config import DeviceConfig, load_config
 from twist_fl.deploy import (
     Ticket,
@@ -30,8 +27,11 @@ from twist_fl.deploy import (
     ticket_digest,
     ticket_memory_bytes,
 )
+from twist_fl.dividing import Division
 from twist_fl.division import legal_sizes
+from twist_fl.drawing import draw_ticket, full_blueprint
 from twist_fl.edge import EdgeReport, decode, measure, measure_here, receive_ticket
+from twist_fl.errors import ConfigError
 from twist_fl.evaluate import perplexity
 from twist_fl.family import model_config
 from twist_fl.measuring import quiet_environment

@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
-from twist_fl.dividing import Division
-from twist_fl.drawing import draw_ticket, full_blueprint
 from twist_fl.data import Windows
+from twist_fl.dividing import Division
 from twist_fl.division import ticket_sizes
+from twist_fl.drawing import draw_ticket, full_blueprint
 from twist_fl.evaluate import mean_nll, perplexity, subnet_perplexity, ticket_distribution
 from twist_fl.job import Job
 from twist_fl.subnet import State, load_state

@@ -18,9 +18,9 @@ from matplotlib.patches import Rectangle
 from transformers import GPT2Config
 
 from twist_fl.blocks import make_layout
+from twist_fl.cells import MAX_COLUMNS
 from twist_fl.dividing import Division, Setting
 from twist_fl.drawing import draw_round
-from twist_fl.cells import MAX_COLUMNS
 from twist_fl.errors import ConfigError
 from twist_fl.experiments import fig2, fig5, fig6, shared, table1
 from twist_fl.experiments.catalog import PAPER

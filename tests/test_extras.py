@@ -23,12 +23,12 @@ from twist_fl import rounds
 from twist_fl.architectures import KINDS
 from twist_fl.blocks import make_layout
 from twist_fl.blueprint import Blueprint
-from twist_fl.dividing import Division
-from twist_fl.drawing import draw_ticket, full_blueprint
 from twist_fl.cells import MAX_COLUMNS
 from twist_fl.checkpoint import RunFolder
-from twist_fl.errors import ConfigError
 from twist_fl.cost import moment_bytes, round_bytes
+from twist_fl.dividing import Division
+from twist_fl.drawing import draw_ticket, full_blueprint
+from twist_fl.errors import ConfigError
 from twist_fl.evaluate import mean_nll
 from twist_fl.experiments import ablation, failure, finetune, real_cost, recipe, sweep, theorem
 from twist_fl.experiments.experiment import Experiment

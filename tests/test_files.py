@@ -13,8 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twist_fl.files import SEAL, check_seal, new_file, new_folder, remove_unfinished, save_tensors
 from twist_fl.errors import DamagedError
+from twist_fl.files import SEAL, check_seal, new_file, new_folder, remove_unfinished, save_tensors
 
 
 def fill(folder: Path, text: str = "old") -> Path:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twist_fl.errors import ConfigError
 from twist_fl.config import Config, load_config
+from twist_fl.errors import ConfigError
 from twist_fl.suggest import CHOICE_SYNONYMS, KEY_SYNONYMS, setting_paths, settings_like
 
 SHARES = {

@@ -24,10 +24,9 @@ from typer.testing import CliRunner
 
 from twist_fl import node
 from twist_fl.checkpoint import RunFolder
-from twist_fl.errors import LaunchError
 from twist_fl.cli import app
-from twist_fl.errors import ConfigError
 from twist_fl.environment import private_environment
+from twist_fl.errors import ConfigError, LaunchError
 from twist_fl.guard import stop_tree
 from twist_fl.launch import free_port
 from twist_fl.loopback import Network, network, warm_node

@@ -14,8 +14,8 @@ from local_grid import LocalGrid, assert_same_run, same
 from torch import nn
 
 from twist_fl.checkpoint import RunFolder
-from twist_fl.errors import ConfigError
 from twist_fl.config import load_config
+from twist_fl.errors import ConfigError
 from twist_fl.job import Job
 from twist_fl.outer import OuterState, outer_step
 from twist_fl.rounds import RunState, run, start, twist_round

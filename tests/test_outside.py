@@ -13,10 +13,10 @@ from flwr.app import ConfigRecord, RecordDict
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from twist_fl import ship
-from twist_fl.drawing import full_blueprint
-from twist_fl.errors import ConfigError
 from twist_fl.config import DeviceConfig
 from twist_fl.deploy import export_ticket, make_ticket
+from twist_fl.drawing import full_blueprint
+from twist_fl.errors import ConfigError
 from twist_fl.job import Job, job_from_json
 from twist_fl.opening import open_model
 from twist_fl.pruning.methods import METHODS, prune

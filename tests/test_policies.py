@@ -19,9 +19,9 @@ from local_grid import LocalGrid, assert_same_run, same
 from twist_fl.architectures import KINDS
 from twist_fl.blocks import Layout, make_layout
 from twist_fl.blueprint import Blueprint
+from twist_fl.checkpoint import RunFolder
 from twist_fl.dividing import Division, Policy, Scores
 from twist_fl.drawing import draw_round, draw_ticket
-from twist_fl.checkpoint import RunFolder
 from twist_fl.errors import ConfigError
 from twist_fl.evaluate import ticket_distribution
 from twist_fl.importance import block_scores, score_blocks

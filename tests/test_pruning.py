@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from twist_fl import cli
+from twist_fl.checkpoint import RunFolder
 from twist_fl.dividing import Scores
 from twist_fl.drawing import draw_ticket, full_blueprint
-from twist_fl.checkpoint import RunFolder
 from twist_fl.errors import ConfigError
 from twist_fl.evaluate import perplexity, ticket_distribution
 from twist_fl.importance import block_scores

@@ -27,8 +27,8 @@ from twist_fl.cells import MAX_COLUMNS, fit, markdown, narrow, turned
 from twist_fl.checkpoint import RunFolder
 from twist_fl.compare import comparison_table, duration_text, read_runs
 from twist_fl.conclusions import conclusions
-from twist_fl.errors import ConfigError
 from twist_fl.config import load_config
+from twist_fl.errors import ConfigError
 from twist_fl.report import figures, write_report
 from twist_fl.tables import (
     device_tables,

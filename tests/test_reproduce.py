@@ -17,8 +17,8 @@ from rich.console import Console
 
 from twist_fl import local, rounds
 from twist_fl.checkpoint import RunFolder
-from twist_fl.errors import ConfigError, LaunchError
 from twist_fl.config import load_config
+from twist_fl.errors import ConfigError, LaunchError
 from twist_fl.experiments.catalog import EXPERIMENTS
 from twist_fl.experiments.lab import SCALES, Lab, measure, train
 from twist_fl.experiments.pages import write_page

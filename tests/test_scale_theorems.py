@@ -10,8 +10,8 @@ from transformers import GPT2Config
 
 from twist_fl.architectures import KINDS, Kind
 from twist_fl.blocks import make_layout
-from twist_fl.dividing import Division
 from twist_fl.blueprint import Scale
+from twist_fl.dividing import Division
 from twist_fl.drawing import draw_ticket, full_blueprint
 from twist_fl.subnet import ModelCache, State
 

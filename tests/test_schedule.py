@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, get_scheduler
 
 from twist_fl.checkpoint import RunFolder
-from twist_fl.errors import ConfigError
 from twist_fl.config import TrainConfig, load_config
+from twist_fl.errors import ConfigError
 from twist_fl.job import Job
 from twist_fl.rounds import run, start
 from twist_fl.schedule import learning_rate, learning_rates

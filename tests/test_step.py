@@ -12,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from twist_fl import subnet
-from twist_fl.errors import ConfigError
 from twist_fl.config import TrainConfig, load_config
+from twist_fl.errors import ConfigError
 from twist_fl.job import Job
 from twist_fl.precision import check_precision, product_precision
 from twist_fl.rounds import dispatch, plan, run, start

@@ -16,10 +16,10 @@ from local_grid import Answer, Bend, LocalGrid, assert_same_run, changed, failin
 
 from twist_fl import tensors, transport, wire
 from twist_fl.aggregate import coverage_debt
-from twist_fl.drawing import full_blueprint
 from twist_fl.checkpoint import RunFolder
-from twist_fl.errors import ConfigError
 from twist_fl.cost import moment_bytes, round_bytes, state_bytes
+from twist_fl.drawing import full_blueprint
+from twist_fl.errors import ConfigError
 from twist_fl.evaluate import perplexity, subnet_perplexity
 from twist_fl.exchange import exchange
 from twist_fl.job import Job

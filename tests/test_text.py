@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from twist_fl import pieces as pieces_module
-from twist_fl.errors import ConfigError
 from twist_fl.config import DataConfig
+from twist_fl.errors import ConfigError
 from twist_fl.meter import Meter
 from twist_fl.pieces import Piece, Source, held_out, lines, pieces, running_documents
 from twist_fl.sources import find_source

@@ -14,8 +14,8 @@ from conftest import Run
 from huggingface_hub import constants
 from test_cli import trained
 
-from twist_fl.errors import ConfigError
 from twist_fl.config import DeviceConfig
+from twist_fl.errors import ConfigError
 from twist_fl.finding import finished_runs, no_run
 from twist_fl.hub import is_path, local_path, prepare_hub
 from twist_fl.limits import parse_devices

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 
 from twist_fl.aggregate import ReplyError
 from twist_fl.blueprint import Blueprint, Scale
+from twist_fl.checkpoint import RunFolder
+from twist_fl.cost import moment_bytes, round_bytes
 from twist_fl.dividing import Division, Setting
 from twist_fl.drawing import draw_ticket, full_blueprint
-from twist_fl.checkpoint import RunFolder
 from twist_fl.errors import ConfigError
-from twist_fl.cost import moment_bytes, round_bytes
 from twist_fl.job import Job
 from twist_fl.masked import MaskedModel
 from twist_fl.rounds import RoundMean, RunState, dispatch, own_last, plan, run, start

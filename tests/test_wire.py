@@ -27,10 +27,10 @@ from twist_fl import tensors, transport, wire
 from twist_fl.aggregate import ReplyError
 from twist_fl.blocks import make_layout
 from twist_fl.blueprint import Blueprint
+from twist_fl.cost import state_bytes
 from twist_fl.dividing import Division
 from twist_fl.drawing import draw_ticket
 from twist_fl.errors import ConfigError
-from twist_fl.cost import state_bytes
 from twist_fl.job import Job
 from twist_fl.packing import DTYPES, Packing
 from twist_fl.rounds import RunState, dispatch, plan, start

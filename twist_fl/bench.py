@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from twist_fl.errors import ConfigError, LaunchError
 from twist_fl.config import conf_dir
+from twist_fl.errors import ConfigError, LaunchError
 from twist_fl.suggest import nearest
 
 BENCHES = {

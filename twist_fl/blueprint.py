@@ -67,15 +67,3 @@ class Blueprint:
     def digest(self) -> str:
         """SHA-256 of the blueprint: equal-sized slices of different blocks are told apart by it alone."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
-
-
-
-
-
-
-
-
-
-
-
-

@@ -16,9 +16,8 @@ from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from twist_fl.errors import ConfigError
+from twist_fl.errors import ConfigError, DamagedError
 from twist_fl.events import EventLog
-from twist_fl.errors import DamagedError
 from twist_fl.files import check_seal, new_folder, remove_unfinished, save_tensors, write_text
 from twist_fl.finding import no_run
 from twist_fl.hub import expanded

@@ -3,19 +3,13 @@ checked where that is read (`job.py`)."""
 
 from __future__ import annotations
 
-from twist_fl.errors import ConfigError
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from math import inf
 from typing import Any
 
 from twist_fl.architectures import ARCHITECTURES
-
-
-
-
-
+from twist_fl.errors import ConfigError
 
 # Written so that NaN fails each.
 _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {

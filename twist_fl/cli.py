@@ -13,9 +13,8 @@ from rich.console import Console
 
 from twist_fl import options
 from twist_fl.bench import BENCHES
-from twist_fl.errors import LaunchError
-from twist_fl.errors import ConfigError
 from twist_fl.config import presets
+from twist_fl.errors import ConfigError, LaunchError
 from twist_fl.joining import node_arguments
 from twist_fl.usage import block_counts, explain, versions
 

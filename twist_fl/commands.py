@@ -13,8 +13,8 @@ from rich.console import Console
 
 from twist_fl.cells import markdown, terminal_table
 from twist_fl.checkpoint import RunFolder
-from twist_fl.errors import LaunchError
 from twist_fl.config import load_config
+from twist_fl.errors import LaunchError
 from twist_fl.files import read_json, write_text
 from twist_fl.finding import finished_runs
 from twist_fl.guard import clear_stale
@@ -200,8 +200,8 @@ def deploy(console: Console, path: Path, devices: list[str], places: Sequence[st
     parse_devices(devices)
     measuring(1)  # loads torch for the measurements while this process loads it to plan
     waits_for(console, "loading torch and the run")
-    from twist_fl.trained import load_final
     from twist_fl.ship import deploy_here, devices_of, plan_device
+    from twist_fl.trained import load_final
 
     folder, job, _ = load_final(path, places)
     wanted = devices_of(job, devices)

@@ -12,12 +12,12 @@ from rich.table import Column, Table
 
 from twist_fl.architectures import KINDS
 from twist_fl.blocks import Layout, make_layout
-from twist_fl.dividing import Division
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import Config, ModelConfig, load_config
-from twist_fl.errors import ConfigError
 from twist_fl.cost import PAPER_EXCHANGES, Group, RunCost, groups, run_cost
+from twist_fl.dividing import Division
 from twist_fl.division import blocks_per_layer, legal_sizes, make_division, ticket_sizes
+from twist_fl.errors import ConfigError
 from twist_fl.family import model_config, scratch_fields
 from twist_fl.texts import human_bytes
 

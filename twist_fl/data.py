@@ -22,10 +22,9 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from twist_fl.errors import ConfigError
 from twist_fl.config import DataConfig
 from twist_fl.encode import SPLITS, tokenise
-from twist_fl.errors import DamagedError
+from twist_fl.errors import ConfigError, DamagedError
 from twist_fl.files import check_seal, new_folder, read_json, write_json
 from twist_fl.meter import Meter
 from twist_fl.pieces import Source

@@ -13,16 +13,15 @@ from typing import Any
 
 import torch
 
-from twist_fl.architectures import ARCHITECTURES
-from twist_fl.architectures import KINDS
+from twist_fl.architectures import ARCHITECTURES, KINDS
 from twist_fl.blocks import Layout
 from twist_fl.blueprint import Blueprint, Scale
-from twist_fl.dividing import Division
-from twist_fl.drawing import draw_ticket
-from twist_fl.errors import ConfigError
 from twist_fl.config import DeviceConfig
 from twist_fl.cost import BYTES_PER_PARAM, state_bytes
+from twist_fl.dividing import Division
 from twist_fl.division import blocks_per_layer, legal_sizes, ticket_sizes
+from twist_fl.drawing import draw_ticket
+from twist_fl.errors import ConfigError
 from twist_fl.family import padding_token
 from twist_fl.files import new_folder, save_tensors
 from twist_fl.modeling_subnet import SUBNETS

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from twist_fl.blocks import Layout
-from twist_fl.dividing import Division, Sizes
 from twist_fl.config import BlueprintConfig, Config
+from twist_fl.dividing import Division, Sizes
 
 
 def make_division(config: Config) -> Division:

@@ -22,9 +22,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from twist_fl.blocks import make_layout
 from twist_fl.blueprint import Blueprint
-from twist_fl.drawing import full_blueprint
 from twist_fl.data import Windows
 from twist_fl.deploy import Ticket, export_ticket, make_ticket, ticket_digest
+from twist_fl.drawing import full_blueprint
 from twist_fl.evaluate import perplexity
 from twist_fl.measuring import Request, measuring, serve
 from twist_fl.memory import peak_bytes, start_peak

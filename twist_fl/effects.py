@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from twist_fl.errors import ConfigError
 from twist_fl.checks import shown
+from twist_fl.errors import ConfigError
 
 Reason = Callable[[Any], str | None]
 """Of a configuration: why the keys beside it change nothing, or None."""

@@ -16,8 +16,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from twist_fl.files import read_json, write_json
 from twist_fl.cores import usable_cores
+from twist_fl.files import read_json, write_json
 from twist_fl.meter import Meter
 from twist_fl.pieces import Piece, Source
 

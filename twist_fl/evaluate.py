@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from twist_fl.blueprint import Blueprint
+from twist_fl.data import Windows
 from twist_fl.dividing import Division
 from twist_fl.drawing import draw_ticket
-from twist_fl.data import Windows
 from twist_fl.subnet import ModelCache
 from twist_fl.train import next_token_loss
 

@@ -5,8 +5,6 @@ A sealed folder also says what must be in it: SHA256SUMS has a hash of every fil
 
 from __future__ import annotations
 
-from twist_fl.errors import DamagedError
-
 import ctypes
 import errno
 import hashlib
@@ -20,14 +18,12 @@ from math import inf, isfinite, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twist_fl.errors import ConfigError
+from twist_fl.errors import DamagedError
 
 if TYPE_CHECKING:
     import torch
 
 SEAL = "SHA256SUMS"
-
-
 
 
 def write_text(text: str, path: Path) -> None:

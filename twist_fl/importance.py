@@ -11,9 +11,9 @@ from torch import nn
 
 from twist_fl.architectures import Kind
 from twist_fl.blocks import Param
+from twist_fl.data import Windows
 from twist_fl.dividing import Scores
 from twist_fl.drawing import full_blueprint
-from twist_fl.data import Windows
 from twist_fl.job import Job
 from twist_fl.subnet import State
 from twist_fl.train import next_token_loss

@@ -12,17 +12,17 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from twist_fl import machine
-from twist_fl.cores import usable_cores
 from twist_fl.architectures import KINDS
 from twist_fl.blocks import Layout, make_layout
 from twist_fl.blueprint import Blueprint, Scale
-from twist_fl.dividing import Debt, Division, Scores
-from twist_fl.drawing import draw_round, full_blueprint
 from twist_fl.checks import check_name
 from twist_fl.config import Config, from_yaml, to_yaml
-from twist_fl.errors import ConfigError
+from twist_fl.cores import usable_cores
 from twist_fl.data import Corpus, Shard
+from twist_fl.dividing import Debt, Division, Scores
 from twist_fl.division import make_division, ticket_sizes
+from twist_fl.drawing import draw_round, full_blueprint
+from twist_fl.errors import ConfigError
 from twist_fl.family import config_from_dict, model_config
 from twist_fl.outside import Field, read_fields
 from twist_fl.run_text import RunText

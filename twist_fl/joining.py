@@ -6,8 +6,8 @@ import re
 import tomllib
 from pathlib import Path
 
-from twist_fl.errors import ConfigError
 from twist_fl.checks import shown
+from twist_fl.errors import ConfigError
 from twist_fl.hub import beside, expanded
 
 DEFAULT_PORT = 8000

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from twist_fl import evaluate
 from twist_fl.blueprint import Blueprint
-from twist_fl.drawing import full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.cost import moment_bytes, round_bytes, training_bytes
+from twist_fl.drawing import full_blueprint
 from twist_fl.job import Job
 from twist_fl.rounds import RunState, plan
 from twist_fl.trackers import listen

@@ -19,12 +19,12 @@ import httpx
 import psutil
 
 from twist_fl.checkpoint import RunFolder
-from twist_fl.errors import LaunchError
 from twist_fl.config import Config, conf_dir
+from twist_fl.cores import usable_cores
 from twist_fl.environment import private_environment
+from twist_fl.errors import LaunchError
 from twist_fl.guard import clear_stale, ended, flower_home, ray_folder
 from twist_fl.machine import cpus_per_worker
-from twist_fl.cores import usable_cores
 
 _START_SECONDS = 60
 _LOOK_SECONDS = 0.25

@@ -11,8 +11,8 @@ from typing import Any, get_type_hints
 import yaml
 from omegaconf import OmegaConf
 
-from twist_fl.errors import ConfigError
 from twist_fl.checks import shown
+from twist_fl.errors import ConfigError
 from twist_fl.finding import is_run, listed, runs_in
 from twist_fl.suggest import meant, nearest, setting_paths
 from twist_fl.values import convert, item_schema

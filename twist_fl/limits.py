@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from twist_fl.errors import ConfigError
 from twist_fl.checks import check_device, check_name, shown
 from twist_fl.config import DeviceConfig
+from twist_fl.errors import ConfigError
 from twist_fl.shares import share_of
 
 _NUMBER = r"(?P<number>\d+\.?\d*|\.\d+)"

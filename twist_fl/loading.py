@@ -9,9 +9,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from twist_fl.errors import ConfigError
 from twist_fl.checks import check_values
 from twist_fl.effects import check_effects
+from twist_fl.errors import ConfigError
 from twist_fl.hub import check_folder, expanded, is_path, local_path
 from twist_fl.layers import as_mapping, keys_of, parse_yaml, read_overrides, read_preset, typed
 from twist_fl.shares import ShareError, refuse_share

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from twist_fl.checkpoint import RunFolder
+from twist_fl.cores import usable_cores
 from twist_fl.errors import LaunchError
 from twist_fl.keeper import Keeper
-from twist_fl.cores import usable_cores
 from twist_fl.results import final_results
 from twist_fl.rounds import plan, start, twist_round
 from twist_fl.shelf import MomentShelf, keep_moments, moment_folder, take_moments

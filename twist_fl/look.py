@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
-from twist_fl.trained import chosen_sizes, load_final
-
-import ast
-import inspect
-import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
-from functools import cache
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
-from textwrap import wrap
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
-from twist_fl.checkpoint import RunFolder
-from twist_fl.config import Config
 from twist_fl.errors import ConfigError
 from twist_fl.finding import no_run, runs_in
 from twist_fl.progress import waits_for
-from twist_fl.shares import ShareError, blocks_of_share
+from twist_fl.shares import ShareError
+from twist_fl.trained import chosen_sizes, load_final
 
 _COLDEST, _HOTTEST = 0.01, 100
-
-
-
-
-
-
-
-
-
-
-
-
 
 
 def tickets(
@@ -132,8 +109,8 @@ def _model_and_tokenizer(path: Path, size: int | None, seed: int, trust_remote_c
 
 
 def _of_run(path: Path, size: int | None, seed: int) -> tuple[Any, Any]:
-    from twist_fl.drawing import draw_ticket, full_blueprint
     from twist_fl.division import ticket_sizes
+    from twist_fl.drawing import draw_ticket, full_blueprint
     from twist_fl.tokenizer import load_tokenizer
 
     folder, job, state = load_final(path)

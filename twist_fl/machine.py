@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from twist_fl.cores import usable_cores
-
-import os
-from pathlib import Path
-
 import psutil
 
 from twist_fl.config import Config
+from twist_fl.cores import usable_cores
 from twist_fl.errors import ConfigError
-
-
-
-
 
 
 def check_memory(num_params: int, what: str) -> None:

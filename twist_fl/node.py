@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING
 import httpx
 import psutil
 
-from twist_fl.errors import LaunchError
-from twist_fl.errors import ConfigError
+from twist_fl.errors import ConfigError, LaunchError
 from twist_fl.guard import stop_tree
 from twist_fl.launch import free_port
 from twist_fl.refusals import refusal, waiting

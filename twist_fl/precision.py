@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from twist_fl.errors import ConfigError
 from twist_fl.config import Precision
+from twist_fl.errors import ConfigError
 
 
 def check_precision(precision: Precision, device: str) -> None:

@@ -21,8 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from twist_fl.blocks import Layout
-from twist_fl.errors import ConfigError
 from twist_fl.checks import check_name
+from twist_fl.errors import ConfigError
 from twist_fl.files import SEAL, check_seal
 from twist_fl.outside import Field, read_fields
 from twist_fl.subnet import State

@@ -10,15 +10,15 @@ import torch
 from omegaconf import OmegaConf
 
 from twist_fl import evaluate
-from twist_fl.drawing import full_blueprint
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import Config
-from twist_fl.errors import ConfigError
+from twist_fl.cores import usable_cores
 from twist_fl.data import load_corpus
 from twist_fl.division import blocks_per_layer, ticket_sizes
+from twist_fl.drawing import full_blueprint
+from twist_fl.errors import ConfigError
 from twist_fl.files import write_json
 from twist_fl.job import Job
-from twist_fl.cores import usable_cores
 from twist_fl.provenance import provenance
 from twist_fl.rounds import RunState
 

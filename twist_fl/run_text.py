@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from twist_fl.errors import ConfigError
 from twist_fl.config import DataConfig
 from twist_fl.data import Corpus, find_corpus, load_corpus
-from twist_fl.errors import DamagedError
+from twist_fl.errors import ConfigError, DamagedError
 
 
 class RunText:

@@ -10,8 +10,8 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from twist_fl.checkpoint import RunFolder
-from twist_fl.errors import ConfigError
 from twist_fl.config import load_config
+from twist_fl.errors import ConfigError
 from twist_fl.events import Event
 from twist_fl.going_on import go_on
 from twist_fl.job import Job, job_from_json, make_job

@@ -14,10 +14,8 @@ from flwr.serverapp import Grid
 
 from twist_fl import edge, tensors, wire
 from twist_fl.blueprint import Blueprint
-from twist_fl.drawing import draw_ticket
 from twist_fl.checkpoint import RunFolder
 from twist_fl.checks import check_name
-from twist_fl.errors import ConfigError
 from twist_fl.config import DeviceConfig
 from twist_fl.data import cache_dir
 from twist_fl.deploy import (
@@ -29,6 +27,8 @@ from twist_fl.deploy import (
     ticket_memory_bytes,
 )
 from twist_fl.division import blocks_per_layer, legal_sizes, ticket_sizes
+from twist_fl.drawing import draw_ticket
+from twist_fl.errors import ConfigError
 from twist_fl.exchange import exchange
 from twist_fl.files import write_json
 from twist_fl.job import Job

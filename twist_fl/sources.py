@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from twist_fl import builtin_text
-from twist_fl.errors import ConfigError
 from twist_fl.config import DataConfig
+from twist_fl.errors import ConfigError
 from twist_fl.formats import Part, dataset_part, file_part, kind, one_line, some
 from twist_fl.hub import beside, expanded, is_path, prepare_hub, reachable
 from twist_fl.meter import Meter

@@ -20,11 +20,11 @@ from twist_fl import tensors, transport, wire
 from twist_fl.actors import RESTARTS
 from twist_fl.aggregate import ReplyError
 from twist_fl.checkpoint import RunFolder
+from twist_fl.cores import usable_cores
 from twist_fl.errors import ConfigError
 from twist_fl.exchange import exchange
 from twist_fl.job import Job
 from twist_fl.keeper import Keeper
-from twist_fl.cores import usable_cores
 from twist_fl.packing import Packing
 from twist_fl.rounds import RoundMean, RunState, dispatch, plan, start
 from twist_fl.shelf import MomentShelf, moment_folder

@@ -11,8 +11,8 @@ from shlex import quote
 import click
 
 from twist_fl import __version__
-from twist_fl.errors import ConfigError
 from twist_fl.config import Config
+from twist_fl.errors import ConfigError
 from twist_fl.shares import ShareError, is_share, share_of
 from twist_fl.suggest import closest, nearest, settings_like, settings_named
 from twist_fl.values import split_list

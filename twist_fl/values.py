@@ -12,8 +12,8 @@ from dataclasses import is_dataclass
 from math import inf, isfinite
 from typing import Any, Literal, Union, get_args, get_origin
 
-from twist_fl.errors import ConfigError
 from twist_fl.checks import shown
+from twist_fl.errors import ConfigError
 from twist_fl.shares import DASHES, ShareError, is_share, share_of
 from twist_fl.suggest import choice
 

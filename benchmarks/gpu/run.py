@@ -34,12 +34,12 @@ from transformers import AutoTokenizer, GPT2Config
 from twist_fl import evaluate
 from twist_fl.blocks import make_layout
 from twist_fl.blueprint import Blueprint
-from twist_fl.dividing import Division, Setting
-from twist_fl.drawing import draw_round, full_blueprint
 from twist_fl.checkpoint import RunFolder
-from twist_fl.errors import ConfigError
 from twist_fl.config import Precision, load_config
 from twist_fl.cost import step_flops
+from twist_fl.dividing import Division, Setting
+from twist_fl.drawing import draw_round, full_blueprint
+from twist_fl.errors import ConfigError
 from twist_fl.job import Job
 from twist_fl.memory import Peak
 from twist_fl.precision import check_precision

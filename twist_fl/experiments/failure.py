@@ -13,19 +13,19 @@ from matplotlib.figure import Figure
 from twist_fl.architectures import KINDS
 from twist_fl.blocks import Layout
 from twist_fl.blueprint import Blueprint, Scale
-from twist_fl.dividing import Division
-from twist_fl.drawing import full_blueprint
 from twist_fl.cells import Cells, turned
 from twist_fl.checkpoint import RunFolder
 from twist_fl.compare import perplexity_text
+from twist_fl.dividing import Division
 from twist_fl.division import blocks_per_layer
+from twist_fl.drawing import full_blueprint
 from twist_fl.evaluate import Tickets, perplexity
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
 from twist_fl.experiments.shared import of_perplexity
-from twist_fl.trained import load_final
 from twist_fl.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
+from twist_fl.trained import load_final
 from twist_fl.words import LOWER
 
 LOST = [0, 1, 2, 3, 4, 6, 8, 9]

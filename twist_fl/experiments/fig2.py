@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from transformers import GPT2Config
 
 from twist_fl.blocks import make_layout
-from twist_fl.dividing import Division
-from twist_fl.drawing import draw_ticket
 from twist_fl.cells import Cells
 from twist_fl.cost import training_gib
+from twist_fl.dividing import Division
+from twist_fl.drawing import draw_ticket
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab
 from twist_fl.plots import figure_of, looks_of

@@ -8,8 +8,8 @@ from statistics import fmean, median, stdev
 
 from matplotlib.figure import Figure
 
-from twist_fl.dividing import Setting
 from twist_fl.cells import Cells
+from twist_fl.dividing import Setting
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
 from twist_fl.experiments.runs import DDP, twist

@@ -12,9 +12,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from twist_fl.dividing import Setting
 from twist_fl.cells import Cells
 from twist_fl.compare import MISSING, perplexity_text
+from twist_fl.dividing import Setting
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
 from twist_fl.experiments.runs import twist

@@ -8,10 +8,10 @@ from matplotlib.figure import Figure
 from transformers import GPT2Config
 
 from twist_fl.blocks import make_layout
-from twist_fl.dividing import Division, Setting
-from twist_fl.drawing import draw_ticket
 from twist_fl.cells import Cells
 from twist_fl.cost import step_flops
+from twist_fl.dividing import Division, Setting
+from twist_fl.drawing import draw_ticket
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
 from twist_fl.experiments.latency import FULL, MEASURE, shape_name, subnet

@@ -10,10 +10,10 @@ from typing import Any, get_args
 import torch
 
 from twist_fl.blueprint import Blueprint
-from twist_fl.dividing import Setting
-from twist_fl.drawing import draw_ticket, full_blueprint
 from twist_fl.checkpoint import RunFolder
+from twist_fl.dividing import Setting
 from twist_fl.division import ticket_sizes
+from twist_fl.drawing import draw_ticket, full_blueprint
 from twist_fl.experiments.lab import measure
 from twist_fl.experiments.runs import DDP
 from twist_fl.experiments.shared import BLOCKS, label

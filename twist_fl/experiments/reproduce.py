@@ -12,17 +12,17 @@ from rich.console import Console
 
 from twist_fl import plots
 from twist_fl.cells import Cells, markdown, terminal_table
-from twist_fl.errors import ConfigError
 from twist_fl.commands import resume as resume_run
 from twist_fl.commands import train
 from twist_fl.config import Config
+from twist_fl.cores import usable_cores
+from twist_fl.errors import ConfigError
 from twist_fl.experiments.catalog import EXPERIMENTS
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import SCALES, TRAIN, Lab, Task
 from twist_fl.experiments.pages import write_page
 from twist_fl.experiments.runner import Pool, check
 from twist_fl.files import read_json, write_json, write_text
-from twist_fl.cores import usable_cores
 from twist_fl.performance import fill, origin
 from twist_fl.provenance import provenance
 from twist_fl.suggest import nearest, settings_named

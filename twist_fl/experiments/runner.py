@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from twist_fl.errors import LaunchError
 from twist_fl.compare import duration_text
+from twist_fl.errors import LaunchError
 from twist_fl.events import EventReader
 from twist_fl.experiments.lab import SCALES, TRAIN, Lab, Task
 from twist_fl.experiments.measures import MEASURES

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from twist_fl.dividing import Setting
 from twist_fl.compare import size_label
+from twist_fl.dividing import Setting
 from twist_fl.errors import ConfigError
 from twist_fl.experiments.lab import Lab, Task, measure
 from twist_fl.words import LOWER

@@ -8,9 +8,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from twist_fl.dividing import Setting
 from twist_fl.cells import Cells
 from twist_fl.compare import MISSING, perplexity_text, spread_text
+from twist_fl.dividing import Setting
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
 from twist_fl.experiments.runs import DDP, twist

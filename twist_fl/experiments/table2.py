@@ -7,9 +7,9 @@ from typing import Any
 from transformers import GPT2Config
 
 from twist_fl.blocks import make_layout
-from twist_fl.dividing import Division, Setting
 from twist_fl.cells import Cells
 from twist_fl.cost import PAPER_EXCHANGES, run_cost
+from twist_fl.dividing import Division, Setting
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
 from twist_fl.experiments.latency import FULL, MEASURE, SIZES, shape_name

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from twist_fl.blocks import Layout, Param
+from twist_fl.data import Windows
 from twist_fl.dividing import Division
 from twist_fl.errors import ConfigError
-from twist_fl.data import Windows
 
 Statistic = Callable[[torch.Tensor], torch.Tensor]
 """Of the inputs (N, in) of a matrix over N tokens; additive over tokens."""

@@ -11,19 +11,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from twist_fl.drawing import full_blueprint
-from twist_fl.errors import ConfigError
 from twist_fl.data import Windows
 from twist_fl.division import blocks_per_layer
+from twist_fl.drawing import full_blueprint
+from twist_fl.errors import ConfigError
 from twist_fl.evaluate import perplexity
 from twist_fl.files import write_json
 from twist_fl.job import Job
-from twist_fl.trained import chosen_sizes, load_final
 from twist_fl.provenance import provenance
 from twist_fl.pruning.methods import METHODS, prune, pruned_perplexities, save_pruned, sparsity
 from twist_fl.results import portable_config
 from twist_fl.shares import ShareError
 from twist_fl.suggest import nearest
+from twist_fl.trained import chosen_sizes, load_final
 
 Row = dict[str, Any]
 _COLUMNS = ("method", "blocks", "perplexity", "sparsity", "seconds", "peak MB", "tokens")

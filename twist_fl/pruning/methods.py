@@ -19,11 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from twist_fl.blueprint import Blueprint, Scale
-from twist_fl.drawing import draw_ticket, full_blueprint
-from twist_fl.errors import ConfigError
 from twist_fl.data import Windows
 from twist_fl.deploy import export_ticket, make_ticket
 from twist_fl.division import blocks_per_layer, ticket_sizes
+from twist_fl.drawing import draw_ticket, full_blueprint
+from twist_fl.errors import ConfigError
 from twist_fl.evaluate import perplexity, ticket_distribution
 from twist_fl.files import new_folder
 from twist_fl.importance import block_scores
