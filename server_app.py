@@ -1,4 +1,4 @@
-"""Flower's ServerApp: glue. The work is in twist_fl/serve.py and twist_fl/strategy.py."""
+"""Flower's ServerApp: glue. The work is in twist_fl/federation/apps.py and twist_fl/federation/strategy.py."""
 
 import shlex
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from twist_fl.checkpoint import RunFolder
-from twist_fl.errors import ConfigError
-from twist_fl.going_on import at_places
-from twist_fl.serve import open_run, train_run
-from twist_fl.ship import deploy_run
+from twist_fl.federation.apps import open_run, train_run
+from twist_fl.federation.shipping import deploy_run
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.runs.resume import at_places
+from twist_fl.system.errors import ConfigError
 
 app = ServerApp()
 

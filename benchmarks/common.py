@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from transformers import GPT2Config
 
-from twist_fl.blocks import make_layout
-from twist_fl.config import load_config
-from twist_fl.files import write_text
-from twist_fl.job import Job, make_job
+from twist_fl.blueprint.blocks import make_layout
+from twist_fl.config.schema import load_config
 from twist_fl.rounds import RoundMean, RunState
-from twist_fl.worker import Task
+from twist_fl.system.files import write_text
+from twist_fl.training.job import Job, make_job
+from twist_fl.training.worker import Task
 
 GPT2_SIZES = {
     "small": {"n_embd": 768, "n_layer": 12, "n_head": 12},

@@ -27,15 +27,15 @@ from common import save, show
 from steps import ddp_steps, random_model, subnet_steps
 from torch import distributed
 
-from twist_fl.blueprint import Blueprint
-from twist_fl.checkpoint import RunFolder
-from twist_fl.config import load_config
-from twist_fl.cost import state_bytes, step_flops
-from twist_fl.dividing import Division, Setting
-from twist_fl.drawing import draw_round
-from twist_fl.job import Job, job_from_json, make_job
-from twist_fl.launch import flower_run
-from twist_fl.memory import Peak
+from twist_fl.blueprint.blueprint import Blueprint
+from twist_fl.blueprint.cost import state_bytes, step_flops
+from twist_fl.blueprint.division import Division, Setting
+from twist_fl.blueprint.drawing import draw_round
+from twist_fl.config.schema import load_config
+from twist_fl.federation.simulation import flower_run
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.system.memory import Peak
+from twist_fl.training.job import Job, job_from_json, make_job
 
 SETTINGS: tuple[Setting, ...] = ("attn", "ffn", "both")
 SIZES = (10, 8, 6, 4)

@@ -22,19 +22,19 @@ from typing import Any
 import torch
 from common import GPT2_SIZES, gpt2_config, job_without_text, round_mean, save, show
 
-from twist_fl import transport, wire
-from twist_fl.blocks import make_layout
-from twist_fl.checkpoint import RunFolder
-from twist_fl.config import load_config
-from twist_fl.cost import state_bytes, step_flops, training_gib
-from twist_fl.dividing import Division
-from twist_fl.drawing import draw_round
-from twist_fl.job import Job, make_job
-from twist_fl.launch import flower_run
-from twist_fl.memory import Peak
-from twist_fl.packing import Packing
+from twist_fl.blueprint.blocks import make_layout
+from twist_fl.blueprint.cost import state_bytes, step_flops, training_gib
+from twist_fl.blueprint.division import Division
+from twist_fl.blueprint.drawing import draw_round
+from twist_fl.config.schema import load_config
+from twist_fl.federation import transport, wire
+from twist_fl.federation.packing import Packing
+from twist_fl.federation.simulation import flower_run
 from twist_fl.rounds import RunState, plan
-from twist_fl.worker import Reply, Task
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.system.memory import Peak
+from twist_fl.training.job import Job, make_job
+from twist_fl.training.worker import Reply, Task
 
 TINY = """
     model.n_layer=5 model.n_head=12 model.n_embd=48 model.n_positions=32 data.vocab_size=512 data.window=32

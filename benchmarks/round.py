@@ -22,16 +22,16 @@ from typing import Any
 import torch
 from common import copy_bandwidth, flops_per_second, gpt2_config, job_without_text, round_mean, save, seconds_of, show
 
-from twist_fl import transport, wire
-from twist_fl.config import TrainConfig
-from twist_fl.cost import step_flops
-from twist_fl.job import Job
-from twist_fl.packing import Packing
+from twist_fl.blueprint.cost import step_flops
+from twist_fl.config.schema import TrainConfig
+from twist_fl.federation import transport, wire
+from twist_fl.federation.packing import Packing
+from twist_fl.federation.tensors import handle_of
+from twist_fl.model.subnet import get_state
 from twist_fl.rounds import RunState, plan
-from twist_fl.subnet import get_state
-from twist_fl.tensors import handle_of
-from twist_fl.train import train_interval
-from twist_fl.worker import Reply, Task
+from twist_fl.training.interval import train_interval
+from twist_fl.training.job import Job
+from twist_fl.training.worker import Reply, Task
 
 SERVER, WORKER, BOTH = "server", "worker", "both"
 

@@ -28,16 +28,16 @@ import torch
 from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 from flwr.serverapp.strategy.strategy_utils import aggregate_arrayrecords
 
-from twist_fl.aggregate import Memory, StreamingMean, check_state
-from twist_fl.blocks import Layout, make_layout
-from twist_fl.blueprint import Blueprint
-from twist_fl.cores import usable_cores
-from twist_fl.dividing import Division
-from twist_fl.drawing import draw_round
-from twist_fl.files import save_tensors, write_text
-from twist_fl.provenance import provenance
-from twist_fl.subnet import State, copy_all, slice_state, take_slice
-from twist_fl.threads import threads
+from twist_fl.blueprint.blocks import Layout, make_layout
+from twist_fl.blueprint.blueprint import Blueprint
+from twist_fl.blueprint.division import Division
+from twist_fl.blueprint.drawing import draw_round
+from twist_fl.model.subnet import State, copy_all, slice_state, take_slice
+from twist_fl.system.cores import usable_cores
+from twist_fl.system.files import save_tensors, write_text
+from twist_fl.system.provenance import provenance
+from twist_fl.system.threads import threads
+from twist_fl.training.aggregate import Memory, StreamingMean, check_state
 
 GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_head": 12, "n_layer": 12, "vocab_size": 50257, "n_positions": 1024}
 

@@ -22,8 +22,8 @@ import torch
 from common import save, show
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from twist_fl.config import TrainConfig
-from twist_fl.train import train_interval
+from twist_fl.config.schema import TrainConfig
+from twist_fl.training.interval import train_interval
 
 PLAIN = 10**9
 """More tokens than any batch has: one chunk, the model's own loss."""

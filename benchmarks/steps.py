@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from twist_fl.blocks import Layout
-from twist_fl.blueprint import Blueprint
-from twist_fl.config import TrainConfig
-from twist_fl.drawing import full_blueprint
-from twist_fl.job import Job
-from twist_fl.precision import forward_precision, product_precision
-from twist_fl.train import make_optimizer, next_token_loss, train_interval
+from twist_fl.blueprint.blocks import Layout
+from twist_fl.blueprint.blueprint import Blueprint
+from twist_fl.blueprint.drawing import full_blueprint
+from twist_fl.config.schema import TrainConfig
+from twist_fl.training.interval import make_optimizer, next_token_loss, train_interval
+from twist_fl.training.job import Job
+from twist_fl.training.precision import forward_precision, product_precision
 
 
 class LossOf(nn.Module):

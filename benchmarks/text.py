@@ -24,14 +24,14 @@ from typing import Any
 import psutil
 from common import save, show
 
-from twist_fl.builtin_text import documents
-from twist_fl.cores import usable_cores
-from twist_fl.tokenizer import train_tokenizer
+from twist_fl.data.builtin_text import documents
+from twist_fl.data.tokenizer import train_tokenizer
+from twist_fl.system.cores import usable_cores
 
 OURS = """
-from twist_fl.config import DataConfig
-from twist_fl.data import load_corpus
-from twist_fl.tokenizer import load_tokenizer
+from twist_fl.config.schema import DataConfig
+from twist_fl.data.corpus import load_corpus
+from twist_fl.data.tokenizer import load_tokenizer
 load_tokenizer(folder)
 begin()
 corpus = load_corpus(DataConfig(source="files", path=file, tokenizer=folder, window=128))
@@ -39,7 +39,7 @@ end(128 * (len(corpus.train) + len(corpus.test)))
 """
 RIVAL = """
 import datasets
-from twist_fl.tokenizer import load_tokenizer
+from twist_fl.data.tokenizer import load_tokenizer
 tokenizer = load_tokenizer(folder)
 datasets.disable_progress_bars()
 begin()

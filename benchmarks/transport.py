@@ -31,17 +31,17 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 from transformers import GPT2Config
 
-from twist_fl import serve, wire
-from twist_fl.blocks import make_layout
-from twist_fl.checkpoint import RunFolder
-from twist_fl.config import load_config
-from twist_fl.cost import round_bytes
-from twist_fl.files import write_text
-from twist_fl.job import Job, make_job
-from twist_fl.provenance import provenance
-from twist_fl.strategy import TwistStrategy
-from twist_fl.subnet import get_state, take_back
-from twist_fl.worker import Reply
+from twist_fl.blueprint.blocks import make_layout
+from twist_fl.blueprint.cost import round_bytes
+from twist_fl.config.schema import load_config
+from twist_fl.federation import apps, wire
+from twist_fl.federation.strategy import TwistStrategy
+from twist_fl.model.subnet import get_state, take_back
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.system.files import write_text
+from twist_fl.system.provenance import provenance
+from twist_fl.training.job import Job, make_job
+from twist_fl.training.worker import Reply
 
 VOCAB, POSITIONS, LAYERS, HEADS, HELD = 50_257, 1_024, 12, 12, 4
 
@@ -85,7 +85,7 @@ def client_app() -> ClientApp:
 
     @app.query()
     def connect(message: Message, context: Context) -> Message:
-        worker = serve.worker_for(wire.job_of(message.content))
+        worker = apps.worker_for(wire.job_of(message.content))
         partition = str(context.node_config["partition-id"])
         return Message(wire.answer(message.content, worker.job.run_id, partition), reply_to=message)
 
@@ -93,7 +93,7 @@ def client_app() -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         """All of a round but the training."""
         torch.set_num_threads(1)
-        worker = serve.worker_for(wire.job_of(message.content))
+        worker = apps.worker_for(wire.job_of(message.content))
         started = time.perf_counter()
         parcel = wire.task_from_records(worker.job, message.content)
         task = parcel.task

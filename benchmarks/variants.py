@@ -20,14 +20,14 @@ import psutil
 import torch
 from transformers import GPT2Config
 
-from twist_fl.blocks import make_layout
-from twist_fl.config import TrainConfig
-from twist_fl.cost import BYTES_PER_PARAM, round_bytes
-from twist_fl.dividing import Division
-from twist_fl.drawing import draw_ticket, full_blueprint
-from twist_fl.masked import MaskedModel
-from twist_fl.subnet import ModelCache, slice_state
-from twist_fl.train import train_interval
+from twist_fl.blueprint.blocks import make_layout
+from twist_fl.blueprint.cost import BYTES_PER_PARAM, round_bytes
+from twist_fl.blueprint.division import Division
+from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
+from twist_fl.config.schema import TrainConfig
+from twist_fl.model.masked import MaskedModel
+from twist_fl.model.subnet import ModelCache, slice_state
+from twist_fl.training.interval import train_interval
 
 VARIANTS = ("true", "masked", "hybrid")
 CONFIG = GPT2Config()

@@ -18,12 +18,12 @@ from typing import Any
 
 from common import save, show
 
-from twist_fl.blocks import make_layout
-from twist_fl.checkpoint import RunFolder
-from twist_fl.cost import state_bytes
-from twist_fl.dividing import Division
-from twist_fl.drawing import draw_round
-from twist_fl.loopback import NodeCommand, network, stock_node, warm_node
+from twist_fl.blueprint.blocks import make_layout
+from twist_fl.blueprint.cost import state_bytes
+from twist_fl.blueprint.division import Division
+from twist_fl.blueprint.drawing import draw_round
+from twist_fl.federation.loopback import NodeCommand, network, stock_node, warm_node
+from twist_fl.runs.checkpoint import RunFolder
 
 NUM_NODES = 2
 TIMEOUT = 1800.0

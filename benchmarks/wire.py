@@ -22,15 +22,16 @@ from typing import Any
 import torch
 from common import save, show
 
-from twist_fl import evaluate, wire
-from twist_fl.checkpoint import RunFolder
-from twist_fl.config import load_config
-from twist_fl.division import ticket_sizes
-from twist_fl.drawing import full_blueprint
-from twist_fl.job import Job, make_job
+from twist_fl.blueprint.drawing import full_blueprint
+from twist_fl.config.schema import load_config
+from twist_fl.config.sizes import ticket_sizes
+from twist_fl.federation import wire
 from twist_fl.rounds import RoundMean, RunState, plan, start
-from twist_fl.shelf import MomentShelf
-from twist_fl.worker import Worker
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.tickets import evaluate
+from twist_fl.training.client_state import MomentShelf
+from twist_fl.training.job import Job, make_job
+from twist_fl.training.worker import Worker
 
 RIVAL = "bfloat16, weights"
 WIRES = ("float32", "bfloat16", "float16", RIVAL)

@@ -13,16 +13,16 @@ from pathlib import Path
 import psutil
 from local_grid import assert_same_run
 
-from twist_fl import guard
-from twist_fl.checkpoint import RunFolder
 from twist_fl.rounds import run, start
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.system import children
 
 PATIENCE = 300.0
 """Seconds after which a command counts as stuck: a busy machine is slow."""
 
 
 def command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "twist_fl.cli", *map(str, words)]
+    return [sys.executable, "-m", "twist_fl", *map(str, words)]
 
 
 def twist_fl(*words: object) -> subprocess.CompletedProcess[str]:
@@ -43,7 +43,7 @@ def started(*words: object) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        guard.stop_tree(process)  # type: ignore[arg-type]
+        children.stop_tree(process)  # type: ignore[arg-type]
         if process.stdout:
             process.stdout.close()
 

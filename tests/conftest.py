@@ -14,11 +14,11 @@ import pytest
 import torch
 from hypothesis import settings
 
-from twist_fl import cli, commands
-from twist_fl.blocks import Layout
-from twist_fl.config import load_config
-from twist_fl.job import Job, make_job
-from twist_fl.subnet import State
+from twist_fl.blueprint.blocks import Layout
+from twist_fl.cli import app, commands
+from twist_fl.config.schema import load_config
+from twist_fl.model.subnet import State
+from twist_fl.training.job import Job, make_job
 
 Run = Callable[..., tuple[int, str, str]]
 """A command in this process: its words to its exit status, standard output and standard error."""
@@ -131,14 +131,14 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     def started(*given: object) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["twist-fl", *map(str, given)])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            app.main()
         out, err = capsys.readouterr()
         return int(ended.value.code or 0), out, err
 
-    width = cli.console.width
-    cli.console.width = 200
+    width = app.console.width
+    app.console.width = 200
     yield started
-    cli.console.width = width
+    app.console.width = width
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import GPT2Config, PreTrainedConfig
 
-from twist_fl.blocks import Layout, make_layout
-from twist_fl.family import config_from_dict
+from twist_fl.blueprint.blocks import Layout, make_layout
+from twist_fl.model.hf_config import config_from_dict
 
 HEADS, FFN_BLOCKS, D_HEAD, NEURONS = 4, 6, 8, 5
 """Unequal on purpose: a heads-for-blocks mix-up must not pass."""

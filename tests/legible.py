@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox, BboxBase
 
-from twist_fl.plots import WIDTH
+from twist_fl.report.plots import WIDTH
 
 FONT = 10
 """Points: 11 pixels on a phone, where WIDTH inches are 358 pixels."""

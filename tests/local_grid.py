@@ -13,12 +13,12 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 import client_app
-from twist_fl import serve, tensors, transport, wire
-from twist_fl.job import Job
+from twist_fl.federation import apps, tensors, transport, wire
+from twist_fl.model.subnet import State
 from twist_fl.rounds import RunState
-from twist_fl.subnet import State
-from twist_fl.train import MOMENTS
-from twist_fl.worker import Reply, Task
+from twist_fl.training.interval import MOMENTS
+from twist_fl.training.job import Job
+from twist_fl.training.worker import Reply, Task
 
 # Every message names the task that made it; Flower sets this when it starts an app.
 TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
@@ -142,7 +142,7 @@ def changed(task: Task, message: Message, answer: Message, change: Callable[[Rep
 
 def job_of(message: Message) -> Job:
     """The job a message to a node belongs to."""
-    return serve.worker_for(wire.job_of(message.content)).job
+    return apps.worker_for(wire.job_of(message.content)).job
 
 
 def with_nan(reply: Reply) -> Reply:

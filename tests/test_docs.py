@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import typer
 
-from twist_fl.blocks import make_layout
-from twist_fl.cells import MAX_COLUMNS
-from twist_fl.cli import app
-from twist_fl.config import Config, load_config
-from twist_fl.division import make_division
-from twist_fl.family import model_config
+from twist_fl.blueprint.blocks import make_layout
+from twist_fl.cli.app import app
+from twist_fl.config.schema import Config, load_config
+from twist_fl.config.sizes import make_division
+from twist_fl.model.hf_config import model_config
+from twist_fl.report.cells import MAX_COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "gpu" / "README.md"]

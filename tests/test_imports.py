@@ -19,21 +19,23 @@ MODULES = {
     for path in PACKAGE.rglob("*.py")
     if "app" not in path.relative_to(PACKAGE).parts
 }
-LIGHT = [
-    f"twist_fl.{name}"
-    for name in ("config", "architectures", "blocks", "policies", "dividing", "blueprint", "drawing", "cost")
+ROOMS = [
+    *("system", "blueprint", "config", "data", "model", "training", "rounds", "tickets", "runs", "pruning"),
+    *("federation", "report", "experiments", "cli"),
 ]
-CORE = [
-    *LIGHT,
-    *(
-        f"twist_fl.{name}"
-        for name in (
-            *("subnet", "aggregate", "data", "builtin_text", "job", "train", "family"),
-            *("evaluate", "masked", "importance", "rounds", "shelf", "files", "modeling_subnet"),
-            *("keeper", "local", "memory", "pruning.methods", "pruning.fisher", "pruning.command"),
-        )
-    ),
-]
+"""Each imports only from those before it."""
+REFUSED = {
+    "report": {"training", "model", "data", "federation", "pruning", "rounds", "tickets"},
+    "pruning": {"runs", "rounds"},
+    "experiments": {"federation"},
+}
+"""Rooms before it that a room has no business with."""
+LIGHT = sorted(name for name in MODULES if name.split(".")[1:2] in (["blueprint"], ["config"]))
+CORE = sorted(
+    name
+    for name in MODULES
+    if name.count(".") and name.split(".")[1] in ROOMS[: ROOMS.index("federation")] and name not in LIGHT
+)
 
 
 def _is_type_checking(node: ast.AST) -> bool:
@@ -71,13 +73,24 @@ def depends_on(module: str) -> set[str]:
     return seen
 
 
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_rooms_import_only_from_those_before_them() -> None:
+    for name in MODULES.keys() - {"twist_fl", "twist_fl.__main__"}:
+        allowed = set(ROOMS[: ROOMS.index(room(name)) + 1]) - REFUSED.get(room(name), set())
+        for found in imports(MODULES[name]) & MODULES.keys() - {"twist_fl"}:
+            assert room(found) in allowed, f"{name} imports {found}"
+
+
 def test_imports_are_acyclic() -> None:
     graph = {name: imports(path) & MODULES.keys() - {name, "twist_fl"} for name, path in MODULES.items()}
     assert any(graph.values())
     list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the cycle
 
 
-@pytest.mark.parametrize("module", CORE)
+@pytest.mark.parametrize("module", [*LIGHT, *CORE])
 def test_the_core_does_not_import_flower(module: str) -> None:
     for name in {module, *depends_on(module)}:
         assert not any(found.split(".")[0] == "flwr" for found in imports(MODULES[name])), name
@@ -93,15 +106,15 @@ def test_config_blocks_blueprint_and_cost_do_not_load_torch_or_flower() -> None:
 
 
 def test_a_run_is_looked_at_without_torch_or_flower() -> None:
-    run_fresh("import sys, twist_fl.status\nassert not {'torch', 'flwr', 'transformers'} & sys.modules.keys()")
+    run_fresh("import sys, twist_fl.runs.status\nassert not {'torch', 'flwr', 'transformers'} & sys.modules.keys()")
 
 
 def test_the_core_runs_where_flower_is_not_installed() -> None:
-    run_fresh(f"import sys\nsys.modules['flwr'] = None\nimport {', '.join(CORE)}")
+    run_fresh(f"import sys\nsys.modules['flwr'] = None\nimport {', '.join([*LIGHT, *CORE])}")
 
 
 def test_the_shipped_model_file_needs_torch_and_transformers_only() -> None:
-    found = {name.split(".")[0] for name in imports(MODULES["twist_fl.modeling_subnet"])}
+    found = {name.split(".")[0] for name in imports(MODULES["twist_fl.model.modeling_subnet"])}
     assert "transformers" in found
     assert found - sys.stdlib_module_names <= {"torch", "transformers"}
 

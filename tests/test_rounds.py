@@ -14,17 +14,17 @@ import torch
 import torch.nn.functional as F
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from twist_fl.blueprint import Blueprint
-from twist_fl.drawing import full_blueprint
-from twist_fl.errors import ConfigError
-from twist_fl.evaluate import perplexity
-from twist_fl.job import Job
+from twist_fl.blueprint.blueprint import Blueprint
+from twist_fl.blueprint.drawing import full_blueprint
+from twist_fl.data.tokenizer import copy_tokenizer
+from twist_fl.model.subnet import State, attach_factors, get_state, load_state
 from twist_fl.rounds import RoundMean, RunState, dispatch, plan, run, start, twist_round
-from twist_fl.shelf import MomentShelf
-from twist_fl.subnet import State, attach_factors, get_state, load_state
-from twist_fl.tokenizer import copy_tokenizer
-from twist_fl.train import MOMENTS, Moments
-from twist_fl.worker import Worker
+from twist_fl.system.errors import ConfigError
+from twist_fl.tickets.evaluate import perplexity
+from twist_fl.training.client_state import MomentShelf
+from twist_fl.training.interval import MOMENTS, Moments
+from twist_fl.training.job import Job
+from twist_fl.training.worker import Worker
 
 MakeJob = Callable[..., Job]
 ALL_KEPT = ("train.workers=1", "blueprint.num_sub=4", "train.rounds=3", "model.dropout=0.1")

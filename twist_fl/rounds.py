@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 
-from twist_fl.aggregate import LARGEST, Memory, ReplyError, StreamingMean, check_state, coverage_debt
-from twist_fl.dividing import Debt, Scores
-from twist_fl.importance import score_blocks
-from twist_fl.job import Job
-from twist_fl.outer import OuterState, new_outer, outer_step
-from twist_fl.schedule import learning_rate
-from twist_fl.shelf import MomentShelf
-from twist_fl.subnet import State, mask_state, slice_state
-from twist_fl.train import MOMENTS, SQUARES, Moments, adam_step, zero_moments
-from twist_fl.worker import Reply, Task, Worker
+from twist_fl.blueprint.division import Debt, Scores
+from twist_fl.model.subnet import State, mask_state, slice_state
+from twist_fl.training.aggregate import LARGEST, Memory, ReplyError, StreamingMean, check_state, coverage_debt
+from twist_fl.training.client_state import MomentShelf
+from twist_fl.training.importance import score_blocks
+from twist_fl.training.interval import MOMENTS, SQUARES, Moments, adam_step, zero_moments
+from twist_fl.training.job import Job
+from twist_fl.training.outer_optimizer import OuterState, new_outer, outer_step
+from twist_fl.training.schedule import learning_rate
+from twist_fl.training.worker import Reply, Task, Worker
 
 
 @dataclass

@@ -31,23 +31,23 @@ from steps import ddp_steps, random_model, subnet_steps
 from torch import distributed
 from transformers import AutoTokenizer, GPT2Config
 
-from twist_fl import evaluate
-from twist_fl.blocks import make_layout
-from twist_fl.blueprint import Blueprint
-from twist_fl.checkpoint import RunFolder
-from twist_fl.config import Precision, load_config
-from twist_fl.cost import step_flops
-from twist_fl.dividing import Division, Setting
-from twist_fl.drawing import draw_round, full_blueprint
-from twist_fl.errors import ConfigError
-from twist_fl.job import Job
-from twist_fl.memory import Peak
-from twist_fl.precision import check_precision
-from twist_fl.provenance import provenance
+from twist_fl.blueprint.blocks import make_layout
+from twist_fl.blueprint.blueprint import Blueprint
+from twist_fl.blueprint.cost import step_flops
+from twist_fl.blueprint.division import Division, Setting
+from twist_fl.blueprint.drawing import draw_round, full_blueprint
+from twist_fl.config.schema import Precision, load_config
+from twist_fl.model.subnet import check_compiler
 from twist_fl.rounds import RoundMean, RunState, dispatch, plan, start
-from twist_fl.shelf import MomentShelf
-from twist_fl.subnet import check_compiler
-from twist_fl.worker import Worker
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.system.errors import ConfigError
+from twist_fl.system.memory import Peak
+from twist_fl.system.provenance import provenance
+from twist_fl.tickets import evaluate
+from twist_fl.training.client_state import MomentShelf
+from twist_fl.training.job import Job
+from twist_fl.training.precision import check_precision
+from twist_fl.training.worker import Worker
 
 WORKERS = 4
 PLAIN = 10**9
@@ -234,7 +234,7 @@ def flower(bench: Bench) -> dict[str, Any]:
     """The same rounds by Flower's simulation, the workers on one GPU at once."""
     if find_spec("flwr") is None or find_spec("ray") is None:
         raise LeftOutError("Flower's simulation is not installed here")
-    from twist_fl.launch import flower_run
+    from twist_fl.federation.simulation import flower_run
 
     rows = []
     share = 1 / WORKERS if bench.device.type == "cuda" else 0

@@ -9,22 +9,22 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from twist_fl.cells import Cells
-from twist_fl.checkpoint import RunFolder
-from twist_fl.compare import MISSING, perplexity_text, size_label
-from twist_fl.cost import state_bytes
-from twist_fl.division import blocks_per_layer, ticket_sizes
-from twist_fl.drawing import draw_ticket
-from twist_fl.evaluate import perplexity
+from twist_fl.blueprint.cost import state_bytes
+from twist_fl.blueprint.drawing import draw_ticket
+from twist_fl.config.sizes import blocks_per_layer, ticket_sizes
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
 from twist_fl.experiments.shared import of_perplexity
-from twist_fl.job import Job
-from twist_fl.plots import LOG_FROM, NO_LINE, figure_of, log_ticks, looks_of
-from twist_fl.texts import human_bytes
-from twist_fl.trained import load_final
-from twist_fl.words import LOWER
+from twist_fl.report.cells import Cells
+from twist_fl.report.compare import MISSING, perplexity_text, size_label
+from twist_fl.report.glossary import LOWER
+from twist_fl.report.plots import LOG_FROM, NO_LINE, figure_of, log_ticks, looks_of
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.runs.trained import load_final
+from twist_fl.system.units import human_bytes
+from twist_fl.tickets.evaluate import perplexity
+from twist_fl.training.job import Job
 
 MIXED = "blueprint.num_sub=[12,6,4,3]"
 DRAWN = (6, 3)

@@ -8,8 +8,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from twist_fl.cells import Cells
 from twist_fl.experiments.lab import Lab, Task
+from twist_fl.report.cells import Cells
 
 Data = dict[str, Any]
 

@@ -10,23 +10,23 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from twist_fl.architectures import KINDS
-from twist_fl.blocks import Layout
-from twist_fl.blueprint import Blueprint, Scale
-from twist_fl.cells import Cells, turned
-from twist_fl.checkpoint import RunFolder
-from twist_fl.compare import perplexity_text
-from twist_fl.dividing import Division
-from twist_fl.division import blocks_per_layer
-from twist_fl.drawing import full_blueprint
-from twist_fl.evaluate import Tickets, perplexity
+from twist_fl.blueprint.architectures import KINDS
+from twist_fl.blueprint.blocks import Layout
+from twist_fl.blueprint.blueprint import Blueprint, Scale
+from twist_fl.blueprint.division import Division
+from twist_fl.blueprint.drawing import full_blueprint
+from twist_fl.config.sizes import blocks_per_layer
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
 from twist_fl.experiments.shared import of_perplexity
-from twist_fl.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
-from twist_fl.trained import load_final
-from twist_fl.words import LOWER
+from twist_fl.report.cells import Cells, turned
+from twist_fl.report.compare import perplexity_text
+from twist_fl.report.glossary import LOWER
+from twist_fl.report.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.runs.trained import load_final
+from twist_fl.tickets.evaluate import Tickets, perplexity
 
 LOST = [0, 1, 2, 3, 4, 6, 8, 9]
 """Nodes lost, of as many as a layer has blocks."""

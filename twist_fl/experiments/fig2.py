@@ -8,14 +8,14 @@ from typing import Any
 from matplotlib.figure import Figure
 from transformers import GPT2Config
 
-from twist_fl.blocks import make_layout
-from twist_fl.cells import Cells
-from twist_fl.cost import training_gib
-from twist_fl.dividing import Division
-from twist_fl.drawing import draw_ticket
+from twist_fl.blueprint.blocks import make_layout
+from twist_fl.blueprint.cost import training_gib
+from twist_fl.blueprint.division import Division
+from twist_fl.blueprint.drawing import draw_ticket
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab
-from twist_fl.plots import figure_of, looks_of
+from twist_fl.report.cells import Cells
+from twist_fl.report.plots import figure_of, looks_of
 
 MODELS = {"small": (12, 12, 768), "medium": (24, 16, 1024), "large": (36, 20, 1280), "XL": (48, 25, 1600)}
 """(layers, heads, width) of GPT-2."""

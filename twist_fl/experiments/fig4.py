@@ -8,8 +8,7 @@ from statistics import fmean, median, stdev
 
 from matplotlib.figure import Figure
 
-from twist_fl.cells import Cells
-from twist_fl.dividing import Setting
+from twist_fl.blueprint.division import Setting
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
 from twist_fl.experiments.runs import DDP, twist
@@ -25,8 +24,9 @@ from twist_fl.experiments.shared import (
     ticket_rows,
     tickets,
 )
-from twist_fl.plots import NO_LINE, box, figure_of, looks_of
-from twist_fl.words import LOWER
+from twist_fl.report.cells import Cells
+from twist_fl.report.glossary import LOWER
+from twist_fl.report.plots import NO_LINE, box, figure_of, looks_of
 
 SIZES = (4, 6, 8, 10)
 TRAINED = 6

@@ -12,9 +12,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from twist_fl.cells import Cells
-from twist_fl.compare import MISSING, perplexity_text
-from twist_fl.dividing import Setting
+from twist_fl.blueprint.division import Setting
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
 from twist_fl.experiments.runs import twist
@@ -30,7 +28,9 @@ from twist_fl.experiments.shared import (
     ticket_rows,
     tickets,
 )
-from twist_fl.plots import LOG_FROM, PERPLEXITY, figure_of, log_ticks
+from twist_fl.report.cells import Cells
+from twist_fl.report.compare import MISSING, perplexity_text
+from twist_fl.report.plots import LOG_FROM, PERPLEXITY, figure_of, log_ticks
 
 SIZES = (4, 6, 8, 10)
 LABELS = tuple(map(label, SIZES))

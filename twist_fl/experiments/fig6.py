@@ -7,17 +7,17 @@ from typing import Any
 from matplotlib.figure import Figure
 from transformers import GPT2Config
 
-from twist_fl.blocks import make_layout
-from twist_fl.cells import Cells
-from twist_fl.cost import step_flops
-from twist_fl.dividing import Division, Setting
-from twist_fl.drawing import draw_ticket
+from twist_fl.blueprint.blocks import make_layout
+from twist_fl.blueprint.cost import step_flops
+from twist_fl.blueprint.division import Division, Setting
+from twist_fl.blueprint.drawing import draw_ticket
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
 from twist_fl.experiments.latency import FULL, MEASURE, shape_name, subnet
 from twist_fl.experiments.runs import DDP
 from twist_fl.experiments.shared import PAPER, about, caption
-from twist_fl.plots import COLORS, NO_LINE, figure_of
+from twist_fl.report.cells import Cells
+from twist_fl.report.plots import COLORS, NO_LINE, figure_of
 
 SIZE = 4
 SHAPES: dict[str, Setting | None] = {FULL: None} | {shape_name(s, SIZE): s for s in ("ffn", "attn", "both")}

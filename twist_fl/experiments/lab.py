@@ -12,11 +12,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from twist_fl.checkpoint import RunFolder
-from twist_fl.config import Config, load_config
-from twist_fl.dividing import Setting
-from twist_fl.errors import ConfigError
-from twist_fl.files import read_json, write_json
+from twist_fl.blueprint.division import Setting
+from twist_fl.config.schema import Config, load_config
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.system.errors import ConfigError
+from twist_fl.system.files import read_json, write_json
 
 Runner = Literal["local", "flower"]
 TRAIN = "train"

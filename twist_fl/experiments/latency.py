@@ -9,17 +9,17 @@ from typing import Any, get_args
 
 import torch
 
-from twist_fl.blueprint import Blueprint
-from twist_fl.checkpoint import RunFolder
-from twist_fl.dividing import Setting
-from twist_fl.division import ticket_sizes
-from twist_fl.drawing import draw_ticket, full_blueprint
+from twist_fl.blueprint.blueprint import Blueprint
+from twist_fl.blueprint.division import Setting
+from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
+from twist_fl.config.sizes import ticket_sizes
 from twist_fl.experiments.lab import measure
 from twist_fl.experiments.runs import DDP
 from twist_fl.experiments.shared import BLOCKS, label
-from twist_fl.job import Job
-from twist_fl.provenance import provenance
-from twist_fl.train import train_interval
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.system.provenance import provenance
+from twist_fl.training.interval import train_interval
+from twist_fl.training.job import Job
 
 SIZES = (10, 8, 6, 4)
 FULL = f"DDP {label(BLOCKS)}"

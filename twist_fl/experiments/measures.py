@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from twist_fl import evaluate
-from twist_fl.checkpoint import RunFolder
-from twist_fl.dividing import Setting
-from twist_fl.division import blocks_per_layer, ticket_sizes
+from twist_fl.blueprint.division import Setting
+from twist_fl.config.sizes import blocks_per_layer, ticket_sizes
 from twist_fl.experiments.ablation import ordered_tickets
 from twist_fl.experiments.failure import failure
 from twist_fl.experiments.latency import latency
 from twist_fl.experiments.real_cost import real_cost
 from twist_fl.experiments.theorem import norms
 from twist_fl.pruning import methods
-from twist_fl.trained import load_final
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.runs.trained import load_final
+from twist_fl.tickets import evaluate
 
 
 def tickets(folder: RunFolder, *, setting: Setting, sizes: list[int], draws: int) -> dict[str, Any]:

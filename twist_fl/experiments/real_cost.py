@@ -18,21 +18,21 @@ from matplotlib.ticker import MaxNLocator
 from safetensors.torch import load_file
 from torch import nn
 
-from twist_fl.cells import Cells
-from twist_fl.checkpoint import RunFolder
-from twist_fl.compare import perplexity_text
-from twist_fl.drawing import full_blueprint
-from twist_fl.edge import decode
-from twist_fl.errors import ConfigError
+from twist_fl.blueprint.drawing import full_blueprint
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
-from twist_fl.job import Job
-from twist_fl.plots import COLORS, MARKERS, NO_LINE, PERPLEXITY, figure_of, scale_perplexity
+from twist_fl.model.subnet import fold_scale
 from twist_fl.pruning.methods import Pruned, prune, pruned_perplexities, save_pruned
-from twist_fl.subnet import fold_scale
-from twist_fl.trained import load_final
-from twist_fl.words import LOWER
+from twist_fl.report.cells import Cells
+from twist_fl.report.compare import perplexity_text
+from twist_fl.report.glossary import LOWER
+from twist_fl.report.plots import COLORS, MARKERS, NO_LINE, PERPLEXITY, figure_of, scale_perplexity
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.runs.trained import load_final
+from twist_fl.system.errors import ConfigError
+from twist_fl.tickets.edge_client import decode
+from twist_fl.training.job import Job
 
 SIZE = 4
 CALIBRATION = 128

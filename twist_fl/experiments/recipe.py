@@ -7,16 +7,16 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from twist_fl.cells import Cells
-from twist_fl.compare import perplexity_text, size_label, spread_text
 from twist_fl.experiments import runs
 from twist_fl.experiments.ablation import MIXED, ORDERED
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure, train
 from twist_fl.experiments.shared import of_perplexity
 from twist_fl.experiments.table1 import CALIBRATION_WINDOWS
-from twist_fl.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
-from twist_fl.words import LOWER
+from twist_fl.report.cells import Cells
+from twist_fl.report.compare import perplexity_text, size_label, spread_text
+from twist_fl.report.glossary import LOWER
+from twist_fl.report.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
 
 NUM_SEEDS = 3
 SHUFFLED = (MIXED, "blueprint.assign=shuffled")

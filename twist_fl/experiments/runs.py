@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from twist_fl.dividing import Setting
+from twist_fl.blueprint.division import Setting
 from twist_fl.experiments.lab import Task, train
 
 DDP = train("ddp", "algorithm=ddp")

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-from twist_fl.compare import size_label
-from twist_fl.dividing import Setting
-from twist_fl.errors import ConfigError
+from twist_fl.blueprint.division import Setting
 from twist_fl.experiments.lab import Lab, Task, measure
-from twist_fl.words import LOWER
+from twist_fl.report.compare import size_label
+from twist_fl.report.glossary import LOWER
+from twist_fl.system.errors import ConfigError
 
 PAPER: Mapping[str, Any] = json.loads(files("twist_fl.experiments").joinpath("paper.json").read_text())
 """Numbers printed in arXiv 2511.03983."""

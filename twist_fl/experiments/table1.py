@@ -8,9 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from twist_fl.cells import Cells
-from twist_fl.compare import MISSING, perplexity_text, spread_text
-from twist_fl.dividing import Setting
+from twist_fl.blueprint.division import Setting
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
 from twist_fl.experiments.runs import DDP, twist
@@ -28,8 +26,10 @@ from twist_fl.experiments.shared import (
     ticket_rows,
     tickets,
 )
-from twist_fl.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
-from twist_fl.words import LOWER
+from twist_fl.report.cells import Cells
+from twist_fl.report.compare import MISSING, perplexity_text, spread_text
+from twist_fl.report.glossary import LOWER
+from twist_fl.report.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
 
 SIZES = (8, 6, 4, 3)
 LABELS = tuple(map(label, SIZES))

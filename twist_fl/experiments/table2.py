@@ -6,15 +6,15 @@ from typing import Any
 
 from transformers import GPT2Config
 
-from twist_fl.blocks import make_layout
-from twist_fl.cells import Cells
-from twist_fl.cost import PAPER_EXCHANGES, run_cost
-from twist_fl.dividing import Division, Setting
+from twist_fl.blueprint.blocks import make_layout
+from twist_fl.blueprint.cost import PAPER_EXCHANGES, run_cost
+from twist_fl.blueprint.division import Division, Setting
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
 from twist_fl.experiments.latency import FULL, MEASURE, SIZES, shape_name
 from twist_fl.experiments.runs import DDP
 from twist_fl.experiments.shared import BLOCKS, PAPER, about, label
+from twist_fl.report.cells import Cells
 
 WORKERS = 4
 

@@ -12,18 +12,18 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from twist_fl.architectures import KINDS, Kind
-from twist_fl.cells import Cells
-from twist_fl.checkpoint import RunFolder
-from twist_fl.data import Windows
-from twist_fl.division import blocks_per_layer, ticket_sizes
-from twist_fl.drawing import draw_ticket, full_blueprint
+from twist_fl.blueprint.architectures import KINDS, Kind
+from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
+from twist_fl.config.sizes import blocks_per_layer, ticket_sizes
+from twist_fl.data.corpus import Windows
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
-from twist_fl.job import Job
-from twist_fl.plots import NO_LINE, figure_of, looks_of
-from twist_fl.trained import load_final
+from twist_fl.report.cells import Cells
+from twist_fl.report.plots import NO_LINE, figure_of, looks_of
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.runs.trained import load_final
+from twist_fl.training.job import Job
 
 SIZES = [10, 8, 6, 4, 3]
 WINDOWS = 4

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from twist_fl.blocks import Layout, Param
-from twist_fl.data import Windows
-from twist_fl.dividing import Division
-from twist_fl.errors import ConfigError
+from twist_fl.blueprint.blocks import Layout, Param
+from twist_fl.blueprint.division import Division
+from twist_fl.data.corpus import Windows
+from twist_fl.system.errors import ConfigError
 
 Statistic = Callable[[torch.Tensor], torch.Tensor]
 """Of the inputs (N, in) of a matrix over N tokens; additive over tokens."""

@@ -6,12 +6,12 @@ from math import isfinite
 
 import numpy as np
 
-from twist_fl.architectures import KINDS
-from twist_fl.blocks import Layout
-from twist_fl.blueprint import Blueprint
-from twist_fl.dividing import Scores
-from twist_fl.drawing import full_blueprint
-from twist_fl.errors import ConfigError
+from twist_fl.blueprint.architectures import KINDS
+from twist_fl.blueprint.blocks import Layout
+from twist_fl.blueprint.blueprint import Blueprint
+from twist_fl.blueprint.division import Scores
+from twist_fl.blueprint.drawing import full_blueprint
+from twist_fl.system.errors import ConfigError
 
 
 def keep_best(layout: Layout, scores: Scores, num_sub: tuple[int, int]) -> Blueprint:

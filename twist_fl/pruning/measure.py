@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from twist_fl.memory import peak_bytes, start_peak
+from twist_fl.system.memory import peak_bytes, start_peak
 
 
 @dataclass

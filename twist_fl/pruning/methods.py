@@ -18,23 +18,23 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from twist_fl.blueprint import Blueprint, Scale
-from twist_fl.data import Windows
-from twist_fl.deploy import export_ticket, make_ticket
-from twist_fl.division import blocks_per_layer, ticket_sizes
-from twist_fl.drawing import draw_ticket, full_blueprint
-from twist_fl.errors import ConfigError
-from twist_fl.evaluate import perplexity, ticket_distribution
-from twist_fl.files import new_folder
-from twist_fl.importance import block_scores
-from twist_fl.job import Job
+from twist_fl.blueprint.blueprint import Blueprint, Scale
+from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
+from twist_fl.config.sizes import blocks_per_layer, ticket_sizes
+from twist_fl.data.corpus import Windows
+from twist_fl.data.tokenizer import copy_tokenizer
+from twist_fl.model.subnet import State, get_state, load_state
 from twist_fl.pruning import magnitude, sparsegpt, wanda, zpruner
 from twist_fl.pruning.calibrate import Inputs, Matrix, Say, Statistic, divided_matrices, draw_windows, layer_inputs
 from twist_fl.pruning.fisher import keep_best
 from twist_fl.pruning.measure import measured
-from twist_fl.subnet import State, get_state, load_state
-from twist_fl.threads import ranges
-from twist_fl.tokenizer import copy_tokenizer
+from twist_fl.system.errors import ConfigError
+from twist_fl.system.files import new_folder
+from twist_fl.system.threads import ranges
+from twist_fl.tickets.evaluate import perplexity, ticket_distribution
+from twist_fl.tickets.export import export_ticket, make_ticket
+from twist_fl.training.importance import block_scores
+from twist_fl.training.job import Job
 
 PruneMatrix = Callable[[torch.Tensor, Inputs, Fraction, Say], torch.Tensor]
 """(weight (out, in), its inputs, share to remove, where to say what is unusual) -> the pruned weight."""

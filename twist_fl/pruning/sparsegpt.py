@@ -10,9 +10,9 @@ from fractions import Fraction
 
 import torch
 
-from twist_fl.errors import ConfigError
 from twist_fl.pruning.calibrate import Inputs, Say
 from twist_fl.pruning.choose import counts, lowest_of_all
+from twist_fl.system.errors import ConfigError
 
 BLOCK = 128
 """Columns whose weights compete with each other for removal."""

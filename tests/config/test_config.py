@@ -1,0 +1,156 @@
+"""Presets, overrides and errors that teach."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from twist_fl.config.schema import Config, DeviceConfig, from_yaml, load_config, presets, to_yaml
+from twist_fl.system.errors import ConfigError
+from twist_fl.training.job import Job
+
+
+def test_defaults_are_the_papers() -> None:
+    config = load_config()
+    assert config == Config()
+    train = config.train
+    assert (train.interval, train.lr, train.beta1, train.beta2, train.weight_decay) == (15, 1e-4, 0.9, 0.999, 0.0)
+    assert (train.batch_size, train.epochs, train.workers, config.data.window) == (2, 3, 4, 1024)
+    assert (config.blueprint.undivided_first, config.blueprint.undivided_last) == (2, 2)
+    assert config.eval.tickets >= 20
+
+
+@pytest.mark.parametrize("preset", presets())
+def test_every_preset_loads_and_survives_yaml(preset: str) -> None:
+    path = [] if preset == "demo" else ["data.path=some/text"]  # a preset for files leaves the path to the user
+    config = load_config(preset, path)
+    assert config.name == preset
+    assert from_yaml(to_yaml(config)) == config
+
+
+def test_overrides_win_over_the_preset_and_later_ones_over_earlier(tmp_path: Path) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("seed: 5\ntrain: {lr: 0.01, workers: 2}\n")
+    config = load_config(str(preset), ["train.lr=0.02", "eval.sizes=[3,1]", "train.lr=0.03", "data.path=null"])
+    assert (config.seed, config.train.workers, config.train.lr, config.eval.sizes) == (5, 2, 0.03, [3, 1])
+    assert config.train.interval == Config().train.interval
+
+
+def test_round_trip_through_yaml() -> None:
+    overrides = ["blueprint.num_sub=[1,2,3,4]", "blueprint.common=[0]", "train.lr=3e-4", "model.pretrained=./a b"]
+    config = load_config(overrides=[*overrides, "deploy.devices=[{name: phone, memory_mb: 300}]", "data.name='1'"])
+    assert from_yaml(to_yaml(config)) == config
+    assert config.deploy.devices == [DeviceConfig("phone", 300.0, None, None)]
+
+
+def test_true_is_the_name_of_a_variant() -> None:
+    for overrides in ([], ["train.variant=true"], ["train.variant='true'"]):
+        config = load_config(overrides=overrides)
+        assert config.train.variant == "true"
+        assert from_yaml(to_yaml(config)) == config
+    with pytest.raises(ConfigError, match=r"train\.variant='false' must be one of true, masked, hybrid"):
+        load_config(overrides=["train.variant=false"])
+
+
+def test_of_epochs_and_rounds_the_later_counts() -> None:
+    assert load_config("demo").train.rounds == 100
+    assert load_config("demo", ["train.epochs=2"]).train.rounds is None
+    both = load_config("demo", ["train.epochs=2", "train.rounds=5"])
+    assert (both.train.epochs, both.train.rounds) == (2, 5)
+    assert from_yaml(to_yaml(both)) == both
+
+
+def test_one_number_stands_for_all_workers() -> None:
+    assert load_config(overrides=["blueprint.num_sub=3"]).blueprint.num_sub == [3]
+    assert load_config(overrides=["blueprint.num_sub_ffn=5"]).blueprint.num_sub_ffn == [5]
+    assert load_config(overrides=["eval.sizes=6,3"]).eval.sizes == [6, 3]
+
+
+REFUSED = {
+    "trian.lr=1": "unknown key 'trian.lr', did you mean 'train.lr'?",
+    "train.learning=1": "unknown key 'train.learning'",
+    "train.epoch=1": "unknown key 'train.epoch', did you mean 'train.epochs'?",
+    "blueprint.nsub=3": "unknown key 'blueprint.nsub', did you mean 'blueprint.num_sub'?",
+    "lr=1": "unknown key 'lr', did you mean 'train.lr'?",
+    "batch_size=1": "unknown key 'batch_size', did you mean 'train.batch_size' or 'eval.batch_size'?",
+    "data.path=texts": "data.path='texts' is not read with data.source=builtin: add data.source=files",
+    "qqq=1": "unknown key 'qqq'; known here: name, algorithm, seed",
+    "deploy.devices=[{memory: 3}]": "'memory_mb'",
+    "deploy.devices=[{name: tv}]": "deploy.devices 'tv' has no limit: give memory_mb, latency_ms, kappa, or several",
+    "deploy.devices=[{kappa: 1.5}]": "deploy.devices 'device': kappa=1.5 must be in (0, 1]",
+    "deploy.devices=[{latency_ms: 0, kappa: 1}]": "deploy.devices 'device': latency_ms=0 must be more than 0",
+    "deploy.devices=[{memory_mb: nan}]": "deploy.devices 'device': memory_mb=nan must be more than 0",
+    "train.lr": "override 'train.lr' is not of the form key=value",
+    "train=3": "train is a section: set one of its keys, for example train.workers=",
+    "train.lr=fast": "train.lr='fast' must be a number, for example 0.0001",
+    "train.lr.x=1": "'train.lr.x' is no key: train.lr holds one value",
+    "train.workers=2.5": "train.workers=2.5 must be a whole number: use 2 or 3",
+    "train.epochs=null": "train.epochs=null must be a whole number, for example 3",
+    "train.lr=[1,": "train.lr='[1,' must be a number, for example 0.0001",
+    "deploy.devices=[{name: tv": "is not YAML: close its brackets, or quote it",
+    "eval.sizes=few": "eval.sizes='few' must be a whole number, or several as 6,3",
+    "train.lr=${nope}": "train.lr: Interpolation key 'nope' not found",
+    "algorithm=twits": "algorithm='twits' must be one of twist, fedavg, ddp, did you mean 'twist'?",
+    "blueprint.scale=cubic": "blueprint.scale='cubic' must be one of sqrt, linear, none",
+    "seed=-1": "seed=-1 must be 0 or more",
+    "train.workers=0": "train.workers=0 must be more than 0",
+    "train.interval=-3": "train.interval=-3 must be more than 0",
+    "train.rounds=0": "train.rounds=0 must be more than 0",
+    "train.lr=nan": "train.lr=nan must be more than 0",
+    "train.beta2=1": "train.beta2=1.0 must be in [0, 1)",
+    "train.weight_decay=-1": "train.weight_decay=-1.0 must be 0 or more",
+    "data.window=1": "data.window=1 must be at least 2",
+    "data.test_fraction=1": "data.test_fraction=1.0 must be between 0 and 1",
+    "name=../other": "name: '../other' is no name for a folder",
+    "flower.gpus_per_worker=-1": "flower.gpus_per_worker=-1.0 must be 0 or more",
+    "data.source=files": "data.source=files needs data.path",
+    "model.dropout=1": "model.dropout=1.0 must be in [0, 1)",
+    "model.n_embd=100": "model.n_embd=100 must be a multiple of model.n_head=12: use 96",
+    "blueprint.undivided_first=-1": "blueprint.undivided_first=-1 must be 0 or more",
+    "blueprint.num_sub=[6,6]": "blueprint.num_sub=6,6 has 2 entries for train.workers=4",
+    "blueprint.num_sub_ffn=[]": "blueprint.num_sub_ffn=[] has 0 entries for train.workers=4",
+    "eval.every=-1": "eval.every=-1 must be 0 or more",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(REFUSED[override])):
+        load_config(overrides=[override])
+
+
+def test_an_unknown_preset_or_file() -> None:
+    with pytest.raises(ConfigError, match="no preset 'wikitxt'"):
+        load_config("wikitxt")
+    with pytest.raises(ConfigError, match=r"no file 'nowhere\.yaml'"):
+        load_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize(("text", "message"), [("- 1", "is a mapping of keys to values"), ("a: [1", "is not YAML")])
+def test_a_file_that_is_no_configuration(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(file))
+
+
+JOB_REFUSED = {
+    "data.window=33": "data.window=33 is longer than the model's context: use at most 32",
+    "blueprint.num_sub=1": "cannot cover all 4 blocks; the smallest legal N_sub for all is 2",
+    "blueprint.num_sub=5": "num_sub=5 (attn) is more than the 4 blocks",
+    "blueprint.ffn_blocks=7": "blueprint.ffn_blocks=7 does not divide the 128 FFN neurons: use 8",
+    "blueprint.undivided_first=3": "leave none of the 5 layers to divide",
+    "eval.sizes=5": "a ticket size of 5 (eval.sizes, --sizes) is impossible: choose 1 to 4",
+    "blueprint.common=[4]": "blueprint.common=[4] must be distinct block ids from 0 to 3",
+    "model.pretrained=./no/such/folder": "model.pretrained='./no/such/folder' does not exist",
+    "model.pretrained=/": "model.pretrained='/' holds no model (no config.json): give a run that has a",
+}
+
+
+@pytest.mark.parametrize("override", JOB_REFUSED)
+def test_refused_before_anything_starts(override: str, tiny_job: Callable[..., Job]) -> None:
+    with pytest.raises(ConfigError, match=re.escape(JOB_REFUSED[override])):
+        tiny_job(override)

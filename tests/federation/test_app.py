@@ -1,0 +1,151 @@
+"""The real thing, a few times: Flower's simulation, and a SuperLink with SuperNodes."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import asdict
+from math import ceil
+from pathlib import Path
+
+import pytest
+from app_runs import PATIENCE, assert_is_rounds_run, processes_of, twist_fl
+from transformers import AutoModelForCausalLM
+
+from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
+from twist_fl.config.schema import DeviceConfig
+from twist_fl.data.corpus import cache_dir
+from twist_fl.federation import shipping
+from twist_fl.federation.loopback import network, stock_node
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.system.provenance import commit
+from twist_fl.tickets.evaluate import perplexity
+from twist_fl.tickets.export import make_ticket, ticket_memory_bytes
+from twist_fl.training.job import Job
+
+# A simulation
+
+
+@pytest.fixture(scope="module")
+def finished(small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run of two rounds by the command line."""
+    folder = RunFolder(tmp_path_factory.mktemp("app") / "run")
+    done = twist_fl("train", "demo", *small, "train.optimizer_state=server", f"dir={folder.path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"^twist: 2 rounds; each worker \(of 2\) trains [\d,]+ of [\d,]+ parameters$", done.stdout, re.M)
+    assert re.search(
+        r"^perplexity: full model [\d.,]+; random tickets, mean: 2/4 [\d.,]+; results in ", done.stdout, re.M
+    )
+    assert f"results in {folder.results_file}" in done.stdout
+    return folder
+
+
+def test_a_simulation_is_rounds_run(finished: RunFolder, tmp_path: Path) -> None:
+    assert_is_rounds_run(finished, tmp_path)
+    assert [(event["answered"], event["dropped"]) for event in finished.events("round")] == [([0, 1], {})] * 2
+    assert all(event["bytes_via"]["shm"] and not event["bytes_via"]["inline"] for event in finished.events("round"))
+    assert [event["event"] for event in finished.events()][-1] == "done"
+    results = json.loads(finished.results_file.read_text())
+    job, ended = finished.job(), finished.load()
+    assert ended is not None
+    full = job.models().load_sliced(full_blueprint(job.layout), ended.params)
+    assert results["full"] == pytest.approx(perplexity(full, job.corpus.test[:4], 4), rel=1e-6)
+    assert results["rounds"] == 2
+    assert results["commit"] == commit()
+
+
+def test_status_shows_a_finished_run(finished: RunFolder) -> None:
+    done = twist_fl("status", finished.path.parent)
+    assert done.returncode == 0, done.stderr
+    first, *facts = done.stdout.splitlines()
+    assert first == f"{finished.path}: finished"
+    assert "  rounds     2 of 2" in facts
+    assert any(re.match("  results    perplexity: full model ", fact) for fact in facts)
+
+
+def test_nothing_of_a_finished_run_is_left(finished: RunFolder) -> None:
+    assert processes_of(finished) == []
+    assert not (finished.path / "flower").exists()  # Flower's own state
+    assert (finished.path / "flower.log").stat().st_size > 0
+
+
+def device_for(job: Job, name: str, size: int, latency_ms: float | None = None) -> DeviceConfig:
+    """A device whose memory a ticket of this size just fits."""
+    blueprint = draw_ticket(job.layout, job.division, (size, size), 0, 0)
+    needed = ticket_memory_bytes(job.layout, blueprint)
+    return DeviceConfig(name, ceil(needed / 1e3) / 1e3, latency_ms)
+
+
+def test_tickets_are_shipped_to_two_devices(
+    finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, ended = finished.job(), finished.load()
+    assert ended is not None
+    devices = [device_for(job, "phone", 2, latency_ms=60_000), DeviceConfig("watch", kappa=1 / 3)]
+    limits = [f"phone={devices[0].memory_mb}MB,60000ms", "watch=1/3"]
+    done = twist_fl("deploy", finished.path, *(word for limit in limits for word in ("--device", limit)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((finished.path / "deployed.json").read_text())
+    assert [(row["name"], row["size"], row["of"]) for row in rows] == [("phone", 2, 4), ("watch", 1, 4)]
+    assert [{key: row[key] for key in asdict(device)} for row, device in zip(rows, devices, strict=True)] == [
+        asdict(device) for device in devices
+    ]
+    assert [row["tried"] for row in rows] == [[{key: row[key] for key in ("size", "ms_per_token")}] for row in rows]
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for place, (row, device) in enumerate(zip(rows, devices, strict=True)):
+        blueprint = next(iter(shipping.plan_device(job, device).values()))
+        ticket = make_ticket(job.layout, ended.params, job.model_config.to_dict(), blueprint, "sqrt")
+        kept, arrived = finished.path / "deployed" / device.name, cache_dir() / "tickets" / job.run_id / device.name
+        for folder in (kept, arrived):
+            assert json.loads((folder / "twist.json").read_text())["digest"] == row["digest"] == ticket.digest
+        assert (arrived / "model.safetensors").read_bytes() == (kept / "model.safetensors").read_bytes()
+        windows = job.corpus.test[place::2][:64]  # the device's own text
+        dense = AutoModelForCausalLM.from_pretrained(arrived, trust_remote_code=True)
+        assert row["perplexity"] == pytest.approx(perplexity(dense, windows, 1), rel=1e-6)
+        subnet = job.models().load_sliced(blueprint, ended.params)
+        assert row["perplexity"] == pytest.approx(perplexity(subnet, windows, 4), rel=1e-5)
+        assert row["num_params"] == job.layout.num_params(blueprint)
+        assert 0 <= row["bytes_received"] - row["weight_bytes"] < 8_192
+        assert f"{row['perplexity']:.2f}" in done.stdout
+    assert processes_of(finished) == []
+
+
+def test_a_run_whose_workers_fail_says_why(small: tuple[str, ...], tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    done = twist_fl("train", "demo", *small, "train.lr=1e38", "train.rounds=2", f"dir={folder.path}")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "error: the run failed: NoWorkersError: round 1: no worker answered" in done.stderr
+    assert "training loss is nan" in done.stderr
+    assert f"Flower's log: {folder.path / 'flower.log'}" in done.stderr
+    assert not folder.results_file.exists()
+    assert processes_of(folder) == []
+
+
+# A network: a SuperLink and two of Flower's own SuperNodes, as on three machines
+
+
+def test_a_network_is_rounds_run(small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As between machines, tensors go inline; of another architecture: blocks are KV groups of two heads.
+
+    One round: a node starts a process for each message, which takes most of the time.
+    """
+    monkeypatch.setenv("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.1")
+    folder = RunFolder(tmp_path / "run")
+    llama = ("model.architecture=llama", "model.n_head=8", "model.n_kv_head=4")
+    overrides = " ".join((*small, *llama, "flower.transport=inline", "train.rounds=1"))
+    with network(tmp_path / "flower", 2, stock_node) as running:
+        output = running.run({"preset": "demo", "overrides": overrides, "run-dir": str(folder.path)}, PATIENCE)
+        logs = "".join([output, *(running.node_log(i).read_text() for i in range(2))])
+    assert [event["event"] for event in folder.events()][-1:] == ["done"], logs
+    said = re.search(r"^round 1 of 1  loss [\d.]+  sent [\d.]+ MB, received [\d.]+ MB  [\d.]+ s$", output, re.M)
+    assert said, output
+    assert re.search(r"^perplexity: full model [\d.,]+; random tickets, mean: 2/4 [\d.,]+$", output, re.M), output
+    assert f"finished; results in {folder.results_file}" in output
+    assert [(event["nodes"], event["shared_memory"], event["failed"]) for event in folder.events("nodes")] == [
+        (2, 0, [])
+    ]
+    assert [(event["answered"], event["dropped"]) for event in folder.events("round")] == [([0, 1], {})]
+    assert all(event["bytes_via"]["inline"] and not event["bytes_via"]["shm"] for event in folder.events("round"))
+    assert_is_rounds_run(folder, tmp_path / "oracle")

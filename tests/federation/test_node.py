@@ -1,0 +1,357 @@
+"""`twist-fl node` on a real SuperLink: the same weights, one process for all messages, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from local_grid import assert_same_run
+from typer.testing import CliRunner
+
+from twist_fl.cli.app import app
+from twist_fl.federation import node
+from twist_fl.federation.environment import private_environment
+from twist_fl.federation.loopback import Network, network, warm_node
+from twist_fl.federation.simulation import free_port
+from twist_fl.rounds import run, start
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.system.children import stop_tree
+from twist_fl.system.errors import ConfigError, LaunchError
+
+PATIENCE = 300.0
+"""Seconds after which something counts as stuck: a busy machine is slow."""
+
+
+def served_by(log: Path) -> list[tuple[int, str]]:
+    """The executor's process and the kind of each message it answered without an error."""
+    return [(int(pid), kind) for pid, kind in re.findall(r"process (\d+): (\S+) message, start-up", log.read_text())]
+
+
+def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """The node's process and all below it, which later may have lost their parent."""
+    above = psutil.Process(process.pid)
+    return [above, *above.children(recursive=True)]
+
+
+def role(process: psutil.Process) -> str:
+    words = process.cmdline()
+    return next((name for name in ("supernode", "executor") if name in words), "node")
+
+
+def until(ready: Callable[[], bool], what: object = "") -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not ready():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.05)
+
+
+# Training
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunFolder, Network]]:
+    """Three rounds on two nodes, which still run."""
+    home = tmp_path_factory.mktemp("warm")
+    folder = RunFolder(home / "run")
+    words = (*tiny, "train.workers=2", "train.rounds=3", "eval.every=0", "eval.max_windows=4", "eval.tickets=2")
+    words = (*words, "train.optimizer_state=client")
+    with network(home / "flower", 2, warm_node) as running:
+        settings = {"preset": "demo", "overrides": " ".join(words), "run-dir": str(folder.path)}
+        output = running.run(settings, PATIENCE)
+        logs = output + running.node_log(0).read_text() + running.node_log(1).read_text()
+        assert [event["event"] for event in folder.events()][-1:] == ["done"], logs
+        yield folder, running
+
+
+def test_warm_nodes_train_as_rounds_run(trained: tuple[RunFolder, Network], tmp_path: Path) -> None:
+    folder, _ = trained
+    assert [(event["answered"], event["dropped"]) for event in folder.events("round")] == [([0, 1], {})] * 3
+    (nodes,) = folder.events("nodes")
+    assert (nodes["nodes"], nodes["shared_memory"], nodes["failed"]) == (2, 2, [])
+    assert all(event["bytes_via"]["shm"] and not event["bytes_via"]["inline"] for event in folder.events("round"))
+    job, ended = folder.job(), folder.load()
+    assert ended is not None
+    assert_same_run(ended, run(job, start(job), tmp_path))
+
+
+def test_one_process_per_node_answers_every_round(trained: tuple[RunFolder, Network]) -> None:
+    _, running = trained
+    served = [served_by(running.node_log(i)) for i in range(2)]
+    assert [[kind for _, kind in node] for node in served] == [["query", "train", "train", "train"]] * 2
+    pids = [{pid for pid, _ in node} for node in served]
+    assert [len(found) for found in pids] == [1, 1]
+    assert pids[0] != pids[1]
+
+
+def test_a_task_is_given_to_nobody_without_the_secret(trained: tuple[RunFolder, Network]) -> None:
+    from twist_fl.federation.executor import TaskSource
+
+    _, running = trained
+    child = next(process for process in family(running.nodes[0]) if role(process) == "supernode")
+    listening = [found.laddr for found in child.net_connections("tcp") if found.status == psutil.CONN_LISTEN]
+    assert [address.ip for address in listening] == ["127.0.0.1"]
+    source = TaskSource(f"127.0.0.1:{listening[0].port}", b"guessed")
+    try:
+        with pytest.raises(httpx.HTTPStatusError, match="401"):
+            source.acquire()
+    finally:
+        source.close()
+
+
+def test_a_node_whose_supernode_dies_ends_and_says_so(trained: tuple[RunFolder, Network]) -> None:
+    _, running = trained
+    everyone = family(running.nodes[0])
+    assert sorted(map(role, everyone)) == ["executor", "node", "supernode"]
+    next(process for process in everyone if role(process) == "supernode").kill()
+    assert running.nodes[0].wait(PATIENCE) == 1
+    assert "the SuperNode ended with status -9" in running.node_log(0).read_text()
+    assert psutil.wait_procs(everyone, timeout=PATIENCE)[1] == []
+
+
+def test_a_killed_node_takes_its_processes_with_it(trained: tuple[RunFolder, Network]) -> None:
+    _, running = trained
+    everyone = family(running.nodes[1])
+    assert sorted(map(role, everyone)) == ["executor", "node", "supernode"]
+    running.nodes[1].kill()
+    running.nodes[1].wait()
+    assert psutil.wait_procs(everyone, timeout=PATIENCE)[1] == []
+
+
+# An app of its own: what a node does with errors and bundles
+
+PYPROJECT = """
+[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+[project]
+name = "probe"
+version = "1.0.0"
+description = ""
+license = "Apache-2.0"
+dependencies = ["flwr"]
+[tool.flwr.app]
+publisher = "twist-fl"
+fab-include = ["*.py"]
+[tool.flwr.app.components]
+serverapp = "probe_server:app"
+clientapp = "probe_client:app"
+"""
+
+PROBE_SERVER = """
+import json, time
+from pathlib import Path
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import ServerApp
+
+app = ServerApp()
+
+def ask(grid, word):
+    content = RecordDict({"ask": ConfigRecord({"word": word})})
+    (reply,) = grid.send_and_receive([Message(content, dst_node_id=list(grid.get_node_ids())[0], message_type="query")])
+    return reply.error.reason if reply.has_error() else dict(reply.content["answer"])
+
+@app.main()
+def main(grid, context):
+    while not list(grid.get_node_ids()):
+        time.sleep(0.1)
+    answers = [ask(grid, word) for word in WORDS]
+    Path(RESULT).write_text(json.dumps(answers))
+"""
+
+PROBE_CLIENT = """
+import os, sys
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+app = ClientApp()
+calls = 0
+
+@app.query()
+def query(message, context):
+    global calls
+    calls += 1
+    word = message.content["ask"]["word"]
+    if word == "raise":
+        raise ValueError("no such word")
+    if word == "die":
+        os._exit(3)
+    ours = [name for name in sys.modules if name.partition(".")[0] in ("twist_fl", "torch")]
+    answer = {"pid": os.getpid(), "calls": calls, "bundle": BUNDLE, "ours": ours, "top": "wire" in sys.modules}
+    return Message(RecordDict({"answer": ConfigRecord(answer)}), reply_to=message)
+"""
+
+
+def probe(folder: Path, bundle: str, words: list[str]) -> Path:
+    """A Flower app whose server sends `words` one after another and writes the answers to result.json."""
+    folder.mkdir()
+    (folder / "pyproject.toml").write_text(PYPROJECT)
+    server = f"WORDS, RESULT = {words!r}, {str(folder / 'result.json')!r}\n{PROBE_SERVER}"
+    (folder / "probe_server.py").write_text(server)
+    (folder / "probe_client.py").write_text(f"BUNDLE = {bundle!r}\n{PROBE_CLIENT}")
+    return folder
+
+
+def ask(running: Network, folder: Path) -> list[dict[str, object] | str]:
+    output = running.run({}, PATIENCE, folder)
+    assert (folder / "result.json").is_file(), output + running.node_log(0).read_text()
+    answers: list[dict[str, object] | str] = json.loads((folder / "result.json").read_text())
+    return answers
+
+
+def test_errors_bundles_and_interruption(tmp_path: Path) -> None:
+    """One network for all: a start costs seconds."""
+    with network(tmp_path / "flower", 1, warm_node) as running:
+        # A message that raises is answered as Flower's executor would, and the process goes on.
+        first, error, third = ask(running, probe(tmp_path / "one", "one", ["ok", "raise", "ok"]))
+        assert error == "<class 'ValueError'>:<'no such word'>"
+        assert isinstance(first, dict) and isinstance(third, dict)
+        assert (first["calls"], third["calls"]) == (1, 3)
+        assert first["pid"] == third["pid"]
+        # The app's process holds the bundle's modules and none of ours.
+        assert first["ours"] == [] and not first["top"]
+
+        # The same bundle in a new run is still loaded; another bundle gets a process of its own.
+        (again,) = ask(running, probe(tmp_path / "two", "two", ["ok"]))
+        assert isinstance(again, dict)
+        assert (again["bundle"], again["calls"]) == ("two", 1)
+        assert again["pid"] != first["pid"]
+        assert not psutil.pid_exists(int(str(first["pid"])))
+
+        # Ctrl-C.
+        everyone = family(running.nodes[0])
+        assert sorted(map(role, everyone)) == ["executor", "node", "supernode"]
+        running.nodes[0].send_signal(signal.SIGINT)
+        assert running.nodes[0].wait(PATIENCE) == 130
+        assert psutil.wait_procs(everyone, timeout=PATIENCE)[1] == []
+        assert "Traceback" not in running.node_log(0).read_text().rpartition("no such word")[2]
+
+
+# TLS and keys, by the commands in docs/nodes.md
+
+DOCS = Path(__file__).parents[2] / "docs" / "nodes.md"
+
+
+def shell(home: Path, script: str, port: int) -> str:
+    """Lines from the document, for the SuperLink on `port`."""
+    environment = private_environment(home)
+    script = script.replace("localhost:8000", f"localhost:{port}")
+    done = subprocess.run(
+        ["bash", "-ec", script],
+        cwd=home,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def begin(stack: ExitStack, home: Path, *words: str) -> tuple[subprocess.Popen[bytes], Path]:
+    """A process in `home` and its log, stopped with the stack."""
+    log = home / f"{words[0].replace('/', '_')[-20:]}-{time.monotonic_ns()}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            words, cwd=home, env=private_environment(home), stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+    stack.callback(stop_tree, process)
+    return process, log
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as found:
+        return found.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.mark.skipif(not (shutil.which("openssl") and shutil.which("ssh-keygen")), reason="needs openssl, ssh-keygen")
+def test_tls_and_keys_as_documented(tmp_path: Path) -> None:
+    certificates, key, link, register, joining, _ = re.findall(r"```sh\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    (connection,) = re.findall(r"```toml\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    home, port = tmp_path / "home", free_port()
+    home.mkdir()
+    connection = connection.replace("/absolute/path/of", str(home)).replace("localhost:8000", f"localhost:{port}")
+    (home / "config.toml").write_text(connection)
+    shell(home, certificates + key + key.replace("node0", "stranger"), port)
+    with ExitStack() as stack:
+        words = shlex.split(link.splitlines()[-1])
+        server, log = begin(stack, home, *words, "--host", "127.0.0.1", "--port", str(port))
+        until(lambda: listens(port) or server.poll() is not None)
+        assert server.poll() is None, log.read_text()
+        shell(home, register, port)
+        joining = joining.replace("\\\n", "").replace("localhost:8000", f"localhost:{port}")
+        command = shlex.split(joining)[1:]  # without `twist-fl`
+        ours = [sys.executable, "-m", "twist_fl", *command]
+
+        refused, log = begin(stack, home, *(word.replace("node0", "stranger") for word in ours))
+        assert refused.wait(PATIENCE) == 1, log.read_text()
+        assert "Failed to initialize the connection" in log.read_text()
+
+        _, log = begin(stack, home, *ours)
+        app = probe(tmp_path / "secure", "secure", ["ok"])
+        done = shell(home, f"flwr run {app} lab --stream", port)
+        assert (app / "result.json").is_file(), done + log.read_text()
+        (answer,) = json.loads((app / "result.json").read_text())
+        assert answer["bundle"] == "secure"
+
+
+# Before anything starts
+
+
+def test_another_flower_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "version", lambda package: "1.42.0")
+    with pytest.raises(ConfigError, match=r"installed is 1\.42\.0: install 'flwr==1\.41\.\*'"):
+        node.run_node(["--insecure"])
+
+
+def test_a_supernode_that_cannot_start_ends_the_node(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(LaunchError, match="the SuperNode ended with status 1; its own words are above"):
+        node.run_node(["--superlink", "127.0.0.1:1", "--root-certificates", "no/such/file"])
+    assert "does not point to a file" in capfd.readouterr().err
+
+
+def test_a_supernode_that_is_refused_ends_the_node_with_plain_words(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    key = tmp_path / "node0"
+    key.write_text("no key")
+    with pytest.raises(LaunchError, match=rf"^--auth-supernode-private-key {key} is not the private key of a node: "):
+        node.run_node(["--superlink", "127.0.0.1:1", "--auth-supernode-private-key", str(key)])
+    assert "Exit Code: 302" in capfd.readouterr().err  # Flower's own words stand above
+
+
+def test_the_options_are_flowers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given: list[list[str]] = []
+    monkeypatch.chdir(tmp_path)
+    for file in ("ca.crt", "key", "keys.yaml"):
+        Path(file).touch()
+    monkeypatch.setattr(node, "run_node", given.append)
+    secure = ["--superlink", "host:8000", "--root-certificates", "ca.crt", "--auth-supernode-private-key", "key"]
+    secure += ["--node-config", "partition-id=0 num-partitions=2", "--trusted-entities", "keys.yaml"]
+    for words in (secure, ["--insecure", "--superlink", "host:8000"]):
+        assert CliRunner().invoke(app, ["node", *words], catch_exceptions=False).exit_code == 0
+    assert given == [secure, ["--insecure", "--superlink", "host:8000"]]
+
+
+def test_the_executor_ends_with_its_line() -> None:
+    """Nobody to serve: no SuperNode, no parent's word."""
+    with node.Executor("hash", "127.0.0.1:1") as executor:
+        assert executor.alive
+        os.kill(executor._process.pid, signal.SIGTERM)
+        until(lambda: not executor.alive)
+        executor.serve("token", lambda: True)
+        assert not executor.alive

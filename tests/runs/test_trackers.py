@@ -1,0 +1,150 @@
+"""Who else hears a run's events: TensorBoard, and functions of the user's."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from twist_fl.config.schema import Config, load_config
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.runs.local import train_local
+from twist_fl.runs.story import warnings
+from twist_fl.runs.trackers import check_trackers, listen
+from twist_fl.system.errors import ConfigError
+from twist_fl.training.job import Job
+
+MODULE = """
+heard = []
+times = 0
+
+def start(config, folder):
+    heard.append((config["name"], folder))
+    return heard.append
+
+def broken(config, folder):
+    def hear(event):
+        global times
+        times += 1
+        raise ConnectionError("the tracker's server is away")
+    return hear
+
+def never(config, folder):
+    raise PermissionError("log in first")
+
+number = 5
+"""
+
+
+@pytest.fixture
+def tracker_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A module of the user's, `my_tracker`."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "my_tracker.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    import my_tracker  # type: ignore[import-not-found]
+
+    yield my_tracker
+    del sys.modules["my_tracker"]
+
+
+def config(**log: Any) -> Config:
+    return load_config(overrides=[f"log.{key}={value}" for key, value in log.items()])
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("my_tracker", "'my_tracker' is not of the form module:function, for example my_tracker:start"),
+        (":start", "':start' is not of the form module:function"),
+        ("no_such_module:start", "'no_such_module:start': No module named 'no_such_module': install it where the "
+         "server runs, or name its folder in PYTHONPATH"),
+        ("my_tracker:stop", "'my_tracker:stop': the module my_tracker has no such function"),
+        ("my_tracker:number", "'my_tracker:number': the module my_tracker has there a int, not a function"),
+    ],
+)  # fmt: skip
+def test_a_tracker_that_cannot_be_had_is_refused(name: str, reason: str, tracker_module: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^log\.tracker=") as caught:
+        check_trackers(config(tracker=f"'{name}'"))
+    assert str(caught.value).startswith(f"log.tracker={reason}")
+
+
+def test_tensorboard_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twist_fl.runs.trackers.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^log.tensorboard=true .* pip install 'twist-fl\[tensorboard\]'$"):
+        check_trackers(config(tensorboard="true"))
+    assert check_trackers(config()) == []
+
+
+def test_a_tracker_hears_every_event(tracker_module: Any, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    listen(config(tracker="my_tracker:start"), folder)
+    folder.rewind(0, "note")
+    folder.log("note", text="a")
+    assert tracker_module.heard == [("run", folder.path), *folder.events()]
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [("broken", "ConnectionError: the tracker's server is away"), ("never", "PermissionError: log in first")],
+)
+def test_an_error_in_a_tracker_ends_nothing_and_is_said_once(
+    name: str, error: str, tracker_module: Any, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    listen(config(tracker=f"my_tracker:{name}"), folder)
+    for _ in range(3):
+        folder.log("note")
+    assert [event["event"] for event in folder.events()] == ["note", "tracker", "note", "note"]
+    (event,) = folder.events("tracker")
+    assert list(warnings(event)) == [f"log.tracker='my_tracker:{name}' failed, the run goes on without: {error}"]
+    assert tracker_module.times == (3 if name == "broken" else 0)
+
+
+def read(folder: RunFolder) -> dict[str, list[tuple[int, float]]]:
+    found = EventAccumulator(str(folder.path / "tensorboard"))
+    found.Reload()
+    return {tag: [(each.step, each.value) for each in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+
+
+def assert_points(found: list[tuple[int, float]], events: list[dict[str, Any]], key: str) -> None:
+    assert [step for step, _ in found] == [event["round"] for event in events]
+    assert [value for _, value in found] == pytest.approx([event[key] for event in events])
+
+
+def test_tensorboard_has_what_the_log_says_and_no_point_twice_after_a_resume(
+    tiny_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tiny_job("log.tensorboard=true", "train.rounds=4", "checkpoint_every=2", "eval.every=2", "eval.max_windows=4")
+    folder = RunFolder(tmp_path / "run")
+    folder.create(job)
+
+    log = RunFolder.log
+
+    def die(self: RunFolder, event: str, **fields: Any) -> None:
+        log(self, event, **fields)
+        if (event, fields["round"]) == ("round", 3):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # three rounds are in the log, of which two are saved
+        patch.setattr(RunFolder, "log", die)
+        with pytest.raises(KeyboardInterrupt):
+            train_local(folder)
+    assert len(read(folder)["loss"]) == 3
+    train_local(RunFolder(folder.path))
+    found = read(folder)
+    rounds, evaluations = folder.events("round"), folder.events("eval")
+    (results,) = folder.events("results")
+    assert_points(found["loss"], rounds, "loss")
+    assert [step for step, _ in found["loss"]] == [1, 2, 3, 4]
+    assert found["replies lost"] == [(round_, 0) for round_ in (1, 2, 3, 4)]
+    assert_points(found["perplexity/full"], evaluations, "full")
+    assert [step for step, _ in found["perplexity/subnets"]] == [2, 4]
+    assert_points(found["results/full model"], [results], "full")
+    assert_points(found["results/tickets of 2/4"], [results | results["tickets"][0]], "mean")
+    assert all(math.isfinite(value) for name in ("seconds/round", "seconds/training") for _, value in found[name])

@@ -1,0 +1,156 @@
+"""What is divided, how much each worker holds, and by which policy its blocks are chosen (paper, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from twist_fl.blueprint.architectures import KINDS, Kind
+from twist_fl.blueprint.blocks import Layout, Param
+from twist_fl.blueprint.policies import EVERY_BLOCK_EVERY_ROUND
+
+Setting = Literal["attn", "ffn", "both"]
+Policy = Literal["random", "rolling", "ordered", "static", "importance"]
+TicketPolicy = Literal["random", "ordered", "importance"]
+Assign = Literal["fixed", "shuffled", "drawn"]
+Sizes = tuple[tuple[int, int], ...]
+"""(heads, FFN blocks) per divided layer, of each worker."""
+Scores = Mapping[tuple[Kind, int], tuple[float, ...]]
+"""The importance of each block of a (kind, layer): higher is more."""
+Debt = frozenset[tuple[Kind, int, int]]
+"""Blocks (kind, layer, id) whose holders all failed: they are dealt first in the next round."""
+
+_SIZES = 2
+
+
+@dataclass(frozen=True)
+class Division:
+    """What is divided, how much each worker holds, and by which policy its blocks are chosen.
+
+    `num_sub` holds sizes, (heads, FFN blocks) per divided layer: one per worker, or with `assign="drawn"` those that
+    may be drawn. A kind that `setting` leaves out is held whole, and so are the first `undivided_first` and the last
+    `undivided_last` layers. Every worker holds the common blocks (C): the ids in `common`, or with
+    `policy="importance"` the `num_common` that lead the layer's `scores`.
+    """
+
+    setting: Setting
+    num_sub: Sizes
+    undivided_first: int = 2
+    undivided_last: int = 2
+    common: tuple[int, ...] = ()
+    policy: Policy = "random"
+    assign: Assign = "fixed"
+    drawn_workers: int = 0
+    """Workers that sizes are drawn for."""
+    num_common: int = 0
+    scores: Scores | None = None
+    ticket_policy: TicketPolicy = "random"
+
+    def divides(self, kind: Kind) -> bool:
+        return self.setting in (kind, "both")
+
+    def layers(self, num_layers: int) -> range:
+        return range(self.undivided_first, num_layers - self.undivided_last)
+
+    def params(self, layout: Layout) -> list[Param]:
+        """The parameters that are divided, in the model's order."""
+        layers = self.layers(layout.num_layers)
+        return [p for p in layout.params if p.kind is not None and self.divides(p.kind) and p.layer in layers]
+
+    @property
+    def common_size(self) -> int:
+        return self.num_common if self.policy == "importance" else len(self.common)
+
+    def common_blocks(self, kind: Kind, layer: int) -> tuple[int, ...]:
+        """C of one layer."""
+        return self.by_score(kind, layer)[: self.num_common] if self.policy == "importance" else self.common
+
+    def by_score(self, kind: Kind, layer: int) -> tuple[int, ...]:
+        """The layer's blocks, most important first; equal ones by id. Raises ValueError without scores."""
+        if self.scores is None:
+            raise ValueError("blocks are to be chosen by importance, but none was scored yet")
+        scores = self.scores[kind, layer]
+        return tuple(sorted(range(len(scores)), key=lambda block: (-scores[block], block)))
+
+    def sizes(self, layout: Layout, seed: int, round_: int) -> Sizes:
+        """Each worker's (heads, FFN blocks) in a round.
+
+        Sizes that are drawn are drawn uniformly; where they have too few places for all blocks, workers in random
+        order get a size that would do for all instead, until there are enough.
+        """
+        if self.assign == "fixed":
+            return self.num_sub
+        rng = generator(seed, _SIZES, round_, 0, 0)
+        if self.assign == "shuffled":
+            return tuple(self.num_sub[i] for i in rng.permutation(len(self.num_sub)))
+        sizes = [self.num_sub[i] for i in rng.integers(len(self.num_sub), size=self.drawn_workers)]
+        for worker in rng.permutation(self.drawn_workers):
+            if self._covers(layout, sizes):
+                break
+            sizes[worker] = self._enough(layout)[0]
+        return tuple(sizes)
+
+    def _enough(self, layout: Layout) -> list[tuple[int, int]]:
+        """Sizes to draw from that have places for all blocks if every worker gets them, the largest first."""
+        largest_first = sorted(self.num_sub, key=sum, reverse=True)
+        return [size for size in largest_first if self._covers(layout, [size] * self.drawn_workers)]
+
+    def _covers(self, layout: Layout, sizes: Sequence[tuple[int, int]]) -> bool:
+        """Whether `sizes` have the places that the policy needs: N_full - |C| <= sum of (N_sub - |C|)."""
+        common = self.common_size
+        return self.policy not in EVERY_BLOCK_EVERY_ROUND or all(
+            layout.num_blocks[i] - common <= sum(size[i] - common for size in sizes)
+            for i, kind in enumerate(KINDS)
+            if self.divides(kind)
+        )
+
+    def check(self, layout: Layout, coverage: bool = True) -> None:
+        """Raises ValueError for layers or common blocks that do not exist, and as `_check_sizes` if asked to."""
+        if not self.layers(layout.num_layers):
+            raise ValueError(
+                f"blueprint.undivided_first={self.undivided_first} and undivided_last={self.undivided_last} leave "
+                f"none of the {layout.num_layers} layers to divide: make their sum at most {layout.num_layers - 1}"
+            )
+        for i, kind in enumerate(KINDS):
+            num_full = layout.num_blocks[i]
+            if not self.divides(kind):
+                continue
+            if len(set(self.common)) != len(self.common) or any(not 0 <= block < num_full for block in self.common):
+                raise ValueError(
+                    f"blueprint.common={list(self.common)} must be distinct block ids from 0 to {num_full - 1}"
+                )
+            if coverage:
+                self._check_sizes(kind, num_full, [size[i] for size in self.num_sub])
+        if coverage and self.assign == "drawn" and not self._enough(layout):
+            raise ValueError(
+                f"blueprint.num_sub: of the sizes {list(self.num_sub)} (heads, FFN blocks) none, if all "
+                f"{self.drawn_workers} workers draw it, covers all {layout.num_blocks} blocks with {self.common_size} "
+                "common ones: add a larger size"
+            )
+
+    def _check_sizes(self, kind: Kind, num_full: int, num_sub: list[int]) -> None:
+        """Raises ValueError, naming the smallest legal N_sub, if some block could go untrained (section 3.1)."""
+        num_workers, common = len(num_sub), self.common_size
+        smallest = max(common, 1, -(-(num_full + (num_workers - 1) * common) // num_workers))
+        key = "num_sub" if kind == "attn" else "num_sub_ffn or num_sub"
+        what = f"blueprint.{key}={num_sub if len(set(num_sub)) > 1 else num_sub[0]} ({kind})"
+        if max(num_sub) > num_full:
+            raise ValueError(f"{what} is more than the {num_full} blocks of a layer: use at most {num_full}")
+        if min(num_sub) < max(common, 1):
+            raise ValueError(f"{what} is below {max(common, 1)}, the blocks every worker must hold")
+        if self.policy == "rolling" and max(num_sub) == common < num_full:
+            raise ValueError(f"{what}: the {common} common blocks fill it and leave no window to roll: use more")
+        everywhere = self.policy in EVERY_BLOCK_EVERY_ROUND and self.assign != "drawn"
+        if everywhere and sum(n - common for n in num_sub) < num_full - common:
+            raise ValueError(
+                f"{what}: {num_workers} workers with {common} common blocks cannot cover all {num_full} blocks; "
+                f"the smallest legal N_sub for all is {smallest}"
+            )
+
+
+def generator(*coordinates: int) -> np.random.Generator:
+    """Randomness as a pure function of its coordinates: drawn again anywhere, after any restart, it is the same."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(coordinates)))

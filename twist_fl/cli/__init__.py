@@ -1,0 +1,1 @@
+"""The `twist-fl` command: its words, and tables on the screen."""

@@ -1,0 +1,299 @@
+"""The `twist-fl` command. What it does is imported when it is done: help and mistakes need no torch."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+
+from twist_fl.cli import options
+from twist_fl.cli.bench import BENCHES
+from twist_fl.cli.usage import block_counts, explain, versions
+from twist_fl.config.schema import presets
+from twist_fl.federation.joining import node_arguments
+from twist_fl.system.errors import ConfigError, LaunchError
+
+app = typer.Typer(
+    help="TwIST on Flower: train a transformer whose random subnets work without fine-tuning.\n\n"
+    "A first run:  twist-fl demo\n\nYour own text:  twist-fl train demo data.source=files data.path=FOLDER name=mine",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# No markup: names, paths and error texts may hold brackets.
+console = Console(markup=False)
+
+
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        typer.echo(versions())
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_versions, help="Show versions and stop.")
+    ] = False,
+) -> None:
+    """Its help is the app's."""
+
+
+@app.command()
+def train(
+    preset: Annotated[
+        str | None, typer.Argument(help=f"A preset ({', '.join(presets())}) or a YAML file.", show_default="demo")
+    ] = None,
+    overrides: options.Overrides = None,
+    resume: options.Resume = None,
+    local: options.Local = False,
+) -> None:
+    """Train with TwIST, or with algorithm=fedavg or ddp, through a Flower simulation on this machine."""
+    from twist_fl.cli import commands
+
+    if resume and preset and "=" not in preset:
+        raise ConfigError(f"a run that goes on keeps its preset: leave out {preset}")
+    if resume:
+        commands.resume(console, resume, [*filter(None, [preset]), *(overrides or [])], local)
+    else:
+        commands.train(console, "demo" if preset is None else preset, overrides or [], local=local)
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, options.new_folder("Where the two runs and the report go.", "--dir")] = Path(
+        "runs/demo"
+    ),
+    overrides: options.Overrides = None,
+) -> None:
+    """Train TwIST and FedAvg on the same budget, compare their tickets, deploy three, write a report. Minutes."""
+    from twist_fl.cli import commands
+
+    commands.demo(console, directory, overrides or [])
+
+
+@app.command()
+def status(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or a folder with runs in it.")],
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the runs end.")] = False,
+) -> None:
+    """Show where runs stand, while they train and afterwards: round, loss, bytes, lost replies, time left."""
+    from twist_fl.runs import status as looks
+
+    looks.show_status(console, runs, follow)
+
+
+@app.command()
+def tickets(
+    run: options.RunDir,
+    sizes: options.Sizes = None,
+    draws: options.Draws = 20,
+    windows: options.Windows = None,
+    places: options.Places = None,
+) -> None:
+    """Draw random subnets from a trained run and show the distribution of their perplexity."""
+    counts = block_counts(sizes)
+    from twist_fl.cli import look
+
+    look.tickets(console, run, counts, draws, windows, places or [])
+
+
+@app.command()
+def prune(
+    run: options.RunDir,
+    method: Annotated[
+        str,
+        typer.Option(help="sparsegpt, wanda, zpruner, block, se, se-unscaled, magnitude; several as a,b; or all."),
+    ] = "all",
+    sizes: options.Sizes = None,
+    windows: options.Windows = None,
+    calibration: Annotated[int, typer.Option(min=1, help="Training windows to calibrate on.")] = 128,
+    draws: options.Draws = 20,
+    out: Annotated[Path | None, options.new_file("The JSON to write; default: pruned.json in the run.")] = None,
+    save: options.Save = None,
+    places: options.Places = None,
+) -> None:
+    """Prune a trained run after training, by the methods that TwIST is compared with, and show what each costs."""
+    counts = block_counts(sizes)
+    from twist_fl.runs.checkpoint import RunFolder
+
+    RunFolder(run).check_run()
+    from twist_fl.cli.prune import chosen_methods, prune_run
+
+    prune_run(
+        console, run, chosen_methods(method), counts,
+        windows=windows, calibration=calibration, draws=draws, out=out, save=save, places=places or [],
+    )  # fmt: skip
+
+
+@app.command()
+def deploy(
+    run: options.RunDir,
+    device: options.Devices = None,
+    places: options.Places = None,
+) -> None:
+    """Ship to each device the largest ticket that meets its limits, as a small dense model, and measure it there."""
+    from twist_fl.cli import commands
+
+    commands.deploy(console, run, device or [], places or [])
+
+
+@app.command()
+def generate(
+    model: Annotated[Path, typer.Argument(help="A deployed ticket's folder, or a run's.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The module",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 60,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
+    size: Annotated[int | None, typer.Option(help="For a run: blocks per divided layer of a random ticket.")] = None,
+    seed: options.Seed = 0,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run the Python code in the model's folder: it can do anything.")
+    ] = False,
+) -> None:
+    """Continue a text with a deployed ticket, or with a trained run."""
+    from twist_fl.cli import look
+
+    look.generate(console, model, prompt, new_tokens, temperature, size, seed, trust_remote_code)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Finished runs to compare, or a folder that holds some.")],
+    out: Annotated[Path, options.new_file("The HTML file to write.")] = Path("report.html"),
+    publish: Annotated[
+        Path | None,
+        options.new_folder("Also put results, table and PNG figures in this folder, to commit or to share."),
+    ] = None,
+) -> None:
+    """Write a self-contained HTML report: table, training curves, perplexity against size, ticket distributions."""
+    from twist_fl.cli import commands
+
+    commands.report(console, runs, out)
+    if publish:
+        commands.publish(console, runs, publish)
+
+
+@app.command()
+def cost(
+    preset: Annotated[str, typer.Argument(help="A preset, a YAML file or a run's folder.")] = "gpt2-wikitext103",
+    overrides: options.Overrides = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=10**15,
+            help="Optimiser steps of the run; default: the run's, as train.rounds says, or the paper's.",
+        ),
+    ] = None,
+) -> None:
+    """Parameters, bytes and memory on paper (Appendix C): every subnet size, and a setting's own workers.
+
+    Of a run's folder, with what it measured beside.
+    """
+    from twist_fl.cli import cost_tables
+
+    cost_tables.show_cost(console, preset, overrides or [], steps)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    name: Annotated[
+        str | None, typer.Argument(help=f"{', '.join(BENCHES)}; default: all that need no data.", show_default=False)
+    ] = None,
+    results: Annotated[
+        Path | None,
+        options.new_folder("Folder for the results; default: results/performance, for docs/performance.md."),
+    ] = None,
+) -> None:
+    """Measure time, memory and bytes beside floors and rivals, in a source tree.
+
+    Other options are the script's: python benchmarks/NAME.py --help lists them.
+    """
+    from twist_fl.cli.bench import run_benches
+
+    run_benches(console, name, context.args, results)
+
+
+@app.command()
+def reproduce(
+    names: Annotated[list[str], typer.Argument(help="Experiments, or all; any key=value among them is a setting.")],
+    scale: Annotated[str, typer.Option(help="tiny (CPU, minutes), small (WikiText-2) or paper (GPT-2 124M).")] = "tiny",
+    directory: Annotated[
+        Path | None,
+        options.new_folder("The lab: runs and measurements. Default: runs/reproduce/SCALE.", "--dir"),
+    ] = None,
+    out: Annotated[Path | None, options.new_folder("Where tables and figures go. Default: the lab.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Tasks at a time. Default: one a core.")] = None,
+    doc: options.Page = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+) -> None:
+    """Make the paper's tables and figures, and ours, with the paper's numbers beside: table1, table2, fig2, fig4 ...
+
+    Finished runs and measurements are used again, an interrupted command goes on where it was.
+    """
+    from twist_fl.cli.reproduce import reproduce as run
+
+    wanted = [name for name in names if "=" not in name]
+    overrides = [name for name in names if "=" in name]
+    run(console, wanted, scale, overrides, folder=directory, out=out, jobs=jobs, dry_run=dry_run, doc=doc)
+
+
+@app.command()
+def keys() -> None:
+    """List every setting with its default and what it means, as YAML to begin a preset from."""
+    from twist_fl.cli import keys as settings
+
+    settings.keys(console)
+
+
+@app.command()
+def node(
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="The SuperLink's Fleet API.")],
+    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS: for loopback and trusted networks.")] = False,
+    root_certificates: options.RootCertificates = None,
+    auth_supernode_private_key: options.PrivateKey = None,
+    node_config: Annotated[
+        str, typer.Option(help='For example "partition-id=0 num-partitions=2".', show_default=False)
+    ] = "",
+    trusted_entities: options.TrustedEntities = None,
+) -> None:
+    """Join a Flower network as a SuperNode whose worker stays warm between rounds; see docs/nodes.md."""
+    arguments = node_arguments(
+        superlink, insecure, root_certificates, auth_supernode_private_key, node_config, trusted_entities
+    )
+    from twist_fl.federation.node import run_node
+
+    run_node(arguments)
+
+
+def _complain(error: Exception | str) -> None:
+    Console(stderr=True, markup=False).print(f"error: {error}", style="red", soft_wrap=True, highlight=False)
+
+
+def main() -> None:
+    """Entry point: what the user can mend is one line and status 2, a failed run is 1, Ctrl-C is 130."""
+    # Also when started in the background, where a shell has them ignored: nothing of a run must outlive it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # a closed terminal; nohup has it ignored
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
+    try:
+        raise SystemExit(app(prog_name="twist-fl", standalone_mode=False))
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        raise SystemExit(2) from None
+    except (click.UsageError, ConfigError) as error:
+        _complain(explain(error, sys.argv[1:]) if isinstance(error, click.UsageError) else error)
+        raise SystemExit(2) from None
+    except (LaunchError, OSError) as error:
+        file = error.filename if isinstance(error, OSError) else None
+        _complain(f"{file}: {error.strerror}" if isinstance(error, OSError) and file else error)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,0 +1,167 @@
+"""`twist-fl cost`: Appendix C of a setting, and of a run beside what it measured; no Flower here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from twist_fl.blueprint.architectures import KINDS
+from twist_fl.blueprint.blocks import Layout, make_layout
+from twist_fl.blueprint.cost import PAPER_EXCHANGES, Group, RunCost, groups, run_cost
+from twist_fl.blueprint.division import Division
+from twist_fl.config.schema import Config, ModelConfig, load_config
+from twist_fl.config.sizes import blocks_per_layer, legal_sizes, make_division, ticket_sizes
+from twist_fl.model.hf_config import model_config, scratch_fields
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.system.errors import ConfigError
+from twist_fl.system.units import human_bytes
+
+GPT2_VOCABULARY = 50_257
+
+
+def show_cost(console: Console, preset: str, overrides: list[str], steps: int | None) -> None:
+    """A line for every subnet size of a setting, then for its own workers; both countings of communication.
+
+    `preset` may be a run's folder: then what it measured stands beside. `steps`: the run's; of a setting, as many as
+    train.rounds says, or the paper's.
+    """
+    folder = RunFolder(Path(preset))
+    if not folder.job_file.is_file():
+        config = load_config(preset, overrides)
+        planned = (config.train.rounds or 0) * config.train.interval
+        _show(console, preset, config, _model_dict(config), steps or planned or PAPER_EXCHANGES)
+        return
+    if overrides:
+        raise ConfigError(f"{preset} is a run, which keeps its settings: leave out {' '.join(overrides)}")
+    job = folder.job()
+    _show(console, preset, job.config, job.model_fields, steps or job.total_batches)
+    console.print(_measured(folder, job.moments_travel))
+
+
+def _model_dict(config: Config) -> dict[str, Any]:
+    """The model's sizes without its weights; for the hub's gpt2, which are the defaults, no network is needed."""
+    if config.model.pretrained in ("gpt2", "openai-community/gpt2"):
+        return scratch_fields(ModelConfig(), GPT2_VOCABULARY)
+    if config.model.pretrained is None:
+        return scratch_fields(config.model, config.data.vocab_size)
+    return model_config(config).to_dict()
+
+
+def _show(console: Console, title: str, config: Config, model: Mapping[str, Any], steps: int) -> None:
+    ddp = config.algorithm == "ddp"
+    moments = config.train.optimizer_state == "server" and not ddp
+    rounds = steps if ddp else -(-steps // config.train.interval)
+    if config.blueprint.assign != "fixed" and rounds > _MOST_DRAWN:
+        most = _MOST_DRAWN * (1 if ddp else config.train.interval)
+        raise ConfigError(
+            f"{steps:,} steps are {rounds:,} rounds, and sizes that are {config.blueprint.assign} are counted round by "
+            f"round: use --steps {most} at most"
+        )
+    try:
+        layout, division = make_layout(model, config.blueprint.ffn_blocks), make_division(config)
+        division.check(layout, coverage=config.algorithm == "twist")
+        sizes = _of_sizes(layout, division, rounds, steps)
+        found = groups(layout, _sent(config, layout, division), config.seed, rounds, steps, _first_client(config))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    title = f"{title}, {division.setting}: one worker, {steps:,} optimiser steps"
+    console.print(_table(title, _header("blocks", moments), [_line(size, row, moments) for size, row in sizes]))
+    workers = [_line(_workers_text(layout, division, group), group.cost, moments) for group in found]
+    together = [sum(group.workers * getattr(group.cost, key) for group in found) for key in _COUNTINGS]
+    workers.append([f"all {sum(group.workers for group in found)}", "", "", *_bytes(together, moments)])
+    console.print(_table("the workers as they are set", _header("workers x blocks", moments), workers))
+    console.print(
+        "By step is how the paper's Table 2 counts, one exchange per optimiser step, for TwIST and DDP alike; here, "
+        + ("DDP does." if ddp else f"workers exchange once per interval of {config.train.interval} batches.")
+        + " Bytes are both ways. GiB are for training: weights, gradients and two moments of the largest subnet held, "
+        "without activations."
+        + ("" if moments or ddp else " train.optimizer_state=server adds the moments, twice the weights again."),
+        highlight=False,
+    )
+
+
+_MOST_DRAWN = 100_000
+_COUNTINGS = {"tb_per_step": "by step", "tb_per_interval": "by interval"}
+
+
+def _header(first: str, moments: bool) -> list[str]:
+    kinds = ("weights", "moments")[: 1 + moments]
+    return [first, "params", "GiB", *(f"{kind} {name}" for kind in kinds for name in _COUNTINGS.values())]
+
+
+def _line(first: str, cost: RunCost, moments: bool) -> list[str]:
+    weights = [getattr(cost, key) for key in _COUNTINGS]
+    return [first, f"{cost.subnet_params:,.0f}", f"{cost.memory_gib:.2f}", *_bytes(weights, moments)]
+
+
+def _bytes(weights: Sequence[float], moments: bool) -> list[str]:
+    """Of the weights (TB) by each counting and, apart from them, of the two moments that travel with them."""
+    return [human_bytes(times * tb * 1e12) for times in (1, 2)[: 1 + moments] for tb in weights]
+
+
+def _table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
+    columns = [Column(name, justify="right", no_wrap=name == "params") for name in header]
+    table = Table(*columns, title=title)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def _of_sizes(layout: Layout, division: Division, rounds: int, steps: int) -> list[tuple[str, RunCost]]:
+    """A worker's cost for every size that all workers could hold, the largest first."""
+    plain = Division(division.setting, (), division.undivided_first, division.undivided_last)
+    rows = []
+    for size in reversed(legal_sizes(layout, division)):
+        # As many workers as blocks: every size is legal for enough of them.
+        num_sub = (ticket_sizes(layout, division, size),) * max(layout.num_blocks)
+        row = run_cost(layout, replace(plain, num_sub=num_sub), rounds, steps)
+        rows.append((f"{size}/{blocks_per_layer(layout, division)}", row))
+    return rows
+
+
+def _sent(config: Config, layout: Layout, division: Division) -> Division:
+    """What workers are given: where they mask, or nothing is divided, every block."""
+    if config.algorithm == "twist" and config.train.variant != "masked":
+        return division
+    return replace(division, assign="fixed", num_sub=(layout.num_blocks,) * config.train.workers)
+
+
+def _first_client(config: Config) -> int:
+    """In the hybrid variant worker 0 is the server, which sends itself nothing."""
+    return int(config.train.variant == "hybrid")
+
+
+def _workers_text(layout: Layout, division: Division, group: Group) -> str:
+    """'4 x 6/12'; of drawn sizes '4 x 3-12/12, mean 6.3'; of kinds that differ, attention's and the FFN's."""
+    texts = []
+    for i in [i for i, kind in enumerate(KINDS) if division.divides(kind)]:
+        sizes, of = [size[i] for size in group.held], layout.num_blocks[i]
+        mean = sum(size[i] * times for size, times in group.held.items()) / sum(group.held.values())
+        drawn = f"{min(sizes)}-{max(sizes)}/{of}, mean {mean:.1f}"
+        texts.append(f"{sizes[0]}/{of}" if min(sizes) == max(sizes) else drawn)
+    return f"{group.workers} x {texts[0] if len(set(texts)) == 1 else '; FFN '.join(texts)}"
+
+
+def _measured(folder: RunFolder, moments_travel: bool) -> Table:
+    """Bytes and peak memory of the run's rounds so far, as the cost model has them and as they were."""
+    rounds = folder.events("round")
+    sent = {
+        kind: sum(each[way].get(kind, 0) for each in rounds for way in ("bytes_down", "bytes_up"))
+        for kind in ("weights", "moments", "other")
+    }
+    weights = sum(each["predicted_bytes"] for each in rounds)
+    most = {
+        key: max((each.get(key, 0) for each in rounds), default=0) for key in ("predicted_peak_bytes", "peak_bytes")
+    }
+    lines = [
+        ["weights sent", human_bytes(weights), human_bytes(sent["weights"])],
+        ["moments sent", human_bytes(2 * weights * moments_travel), human_bytes(sent["moments"])],
+        ["other sent", "", human_bytes(sent["other"])],
+        ["worker's peak memory", *(human_bytes(value) if value else "" for value in most.values())],
+    ]
+    return _table(f"{len(rounds)} rounds so far, all workers", ["", "cost model", "measured"], lines)

@@ -1,0 +1,56 @@
+"""`twist-fl keys`: every setting, with what stands below it in the schema."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
+from functools import cache
+from itertools import pairwise
+from textwrap import wrap
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+from rich.console import Console
+
+from twist_fl.config.schema import Config
+
+
+def keys(console: Console) -> None:
+    """Every setting with its default, its choices and what it means, as YAML that a preset may begin from."""
+    console.print("\n".join(_explained(Config())), highlight=False, markup=False, soft_wrap=True)
+
+
+def _explained(section: Any, indent: str = "") -> Iterator[str]:
+    hints, notes = get_type_hints(type(section)), _notes()[type(section).__name__]
+    for field in fields(section):
+        value, hint = getattr(section, field.name), hints[field.name]
+        choices = ", ".join(map(str, get_args(hint))) if get_origin(hint) is Literal else ""
+        for text in filter(None, (notes.get(field.name), choices and f"One of {choices}.")):
+            yield from wrap(text, 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
+        if is_dataclass(value):
+            yield f"{indent}{field.name}:"
+            yield from _explained(value, indent + "  ")
+        else:
+            plain = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+            yield f"{indent}{field.name}: {plain}"
+
+
+@cache
+def _notes() -> dict[str, dict[str, str]]:
+    """What stands below each setting in config/schema.py, by class and name."""
+    classes = [
+        node
+        for node in ast.parse(inspect.getsource(sys.modules[Config.__module__])).body
+        if isinstance(node, ast.ClassDef)
+    ]
+    return {made.name: dict(_below(made.body)) for made in classes}
+
+
+def _below(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
+    for setting, note in pairwise(body):
+        match setting, note:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                yield name, " ".join(text.split())

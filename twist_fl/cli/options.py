@@ -1,0 +1,75 @@
+"""Arguments and options that several commands of `cli/app.py` take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RunDir = Annotated[Path, typer.Argument(help="Folder of a trained run, for example runs/demo/twist.")]
+Sizes = Annotated[
+    str | None, typer.Option(help="Ticket sizes in blocks per divided layer, as 8,6,4; default: as the run.")
+]
+Draws = Annotated[int, typer.Option(min=1, max=100_000, help="Random tickets per size; prune: for se and se-unscaled.")]
+Windows = Annotated[int | None, typer.Option(min=1, help="Test windows to use; default: as the run.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the ticket and of the sampling.")]
+Places = Annotated[
+    list[str] | None,
+    typer.Argument(help="data.path=NEW (or data.tokenizer=NEW) if the run's text has moved; its hash is checked."),
+]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        help="Go on with the run in this folder; train.rounds=200 trains it longer, data.path=NEW "
+        "says where its text is now."
+    ),
+]
+Local = Annotated[
+    bool,
+    typer.Option(
+        "--local",
+        help="Without Flower, in this process, one worker after another: starts in seconds, "
+        "for quick trials. The same weights.",
+    ),
+]
+Devices = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="An edge device as NAME=LIMIT or NAME=LIMIT,LIMIT; repeat for more. Limits: 3.5MB of memory (kB, GB, "
+        "MiB too), 20ms or 0.5s a token, 1/4 or 25% of the blocks. Default: three devices."
+    ),
+]
+RootCertificates = Annotated[
+    Path | None, typer.Option(help="CA certificate (PEM) of the SuperLink; default: the system's.")
+]
+PrivateKey = Annotated[Path | None, typer.Option(help="This node's key, registered with `flwr supernode register`.")]
+TrustedEntities = Annotated[
+    Path | None, typer.Option(help="YAML file of public keys: run only apps that one of them has signed.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="key=value settings, for example train.lr=1e-3 blueprint.num_sub=4; `twist-fl keys` lists them."
+    ),
+]
+
+
+def new_folder(text: str, *names: str) -> Any:
+    """An option for a folder that is made: no file may stand there."""
+    return typer.Option(*names, file_okay=False, help=text)
+
+
+def new_file(text: str) -> Any:
+    """An option for a file that is written: no folder may stand there."""
+    return typer.Option(dir_okay=False, help=text)
+
+
+Save = Annotated[
+    Path | None,
+    new_folder("Also put each pruned model in a folder METHOD-SIZE below this one."),
+]
+Page = Annotated[
+    Path | None,
+    new_file("A Markdown page whose <!-- table: NAME --> places are filled, too."),
+]

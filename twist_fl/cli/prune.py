@@ -1,0 +1,143 @@
+"""`twist-fl prune`: what post-training pruning makes of a run, and what it costs. No Flower here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from twist_fl.blueprint.drawing import full_blueprint
+from twist_fl.config.shares import ShareError
+from twist_fl.config.sizes import blocks_per_layer
+from twist_fl.config.suggest import nearest
+from twist_fl.data.corpus import Windows
+from twist_fl.pruning.methods import METHODS, prune, pruned_perplexities, save_pruned, sparsity
+from twist_fl.runs.results import portable_config
+from twist_fl.runs.trained import chosen_sizes, load_final
+from twist_fl.system.errors import ConfigError
+from twist_fl.system.files import write_json
+from twist_fl.system.provenance import provenance
+from twist_fl.tickets.evaluate import perplexity
+from twist_fl.training.job import Job
+
+Row = dict[str, Any]
+_COLUMNS = ("method", "blocks", "perplexity", "sparsity", "seconds", "peak MB", "tokens")
+
+
+def chosen_methods(names: str) -> list[str]:
+    """METHODS of a list as "sparsegpt,wanda", or all. Raises ConfigError for a name that is none."""
+    if names == "all":
+        return list(METHODS)
+    chosen = names.split(",")
+    for name in chosen:
+        if name not in METHODS:
+            near = nearest(name, METHODS)
+            raise ConfigError(f"--method {name!r} is no pruning method{near}; there are {', '.join(METHODS)}, or all")
+    return chosen
+
+
+def prune_run(
+    console: Console,
+    path: Path,
+    methods: list[str],
+    sizes: Sequence[int] | ShareError | None,
+    *,
+    windows: int | None,
+    calibration: int,
+    draws: int,
+    out: Path | None,
+    save: Path | None,
+    places: Sequence[str] = (),
+) -> None:
+    """Prune the newest checkpoint of the run in `path` by every method to every size; a table, and pruned.json."""
+    folder, job, state = load_final(path, places)
+    config = job.config
+    of = blocks_per_layer(job.layout, job.division)
+    chosen = chosen_sizes(job, sizes)
+    if min(chosen) == of:
+        raise ConfigError(f"--sizes {of} is the whole layer, which leaves nothing to prune: give sizes below {of}")
+    test = job.corpus.test[: windows or config.eval.max_windows]
+    with console.status("the full model"):
+        full = perplexity(
+            job.models().load_sliced(full_blueprint(job.layout), state.params), test, config.eval.batch_size
+        )
+    rows: list[Row] = []
+    for method in methods:
+        for size in chosen:
+            with console.status(f"{method}, {size}/{of}"):
+                rows.append(_row(console, job, state.params, method, size, test, calibration, draws, save))
+    results = provenance() | {
+        "config": portable_config(config),
+        "corpus": job.text.digest,
+        "rounds": state.round,
+        "test_tokens": int(test.size),
+        "calibration_windows": calibration,
+        "full": full,
+        "rows": rows,
+    }
+    out = out or folder.path / "pruned.json"
+    write_json(results, out)
+    console.print(_table(f"{path}: round {state.round}, {test.size:,} test tokens, full model {full:.2f}", rows))
+    console.print(
+        "Seconds, peak memory and calibration tokens are spent after training, for each size anew. "
+        f"A random ticket (se) costs 0 s and 0 tokens; its perplexity is the mean ± std of {draws} draws.",
+        highlight=False,
+    )
+    console.print(f"results: {out.resolve()}", soft_wrap=True)
+
+
+def _row(
+    console: Console,
+    job: Job,
+    params: Any,
+    method: str,
+    size: int,
+    test: Windows,
+    calibration: int,
+    draws: int,
+    save: Path | None,
+) -> Row:
+    """One method at one size; a random ticket is a distribution over draws, the first of which is saved."""
+    config = job.config
+    pruned = prune(job, params, method, size, seed=config.seed, calibration_windows=calibration, say=console.print)
+    perplexities = pruned_perplexities(job, pruned, test, config.eval.batch_size, draws=draws, seed=config.seed)
+    if save is not None:
+        save_pruned(job, pruned, save / f"{method}-{size}")
+    return {
+        "method": method,
+        "size": size,
+        "of": pruned.of,
+        "scale": pruned.scale,
+        "perplexity": fmean(perplexities),
+        "std": stdev(perplexities) if len(perplexities) > 1 else None,
+        "perplexities": perplexities,
+        "sparsity": sparsity(job, pruned),
+        "seconds": pruned.seconds,
+        "peak_bytes": pruned.peak_bytes,
+        "calibration_tokens": pruned.calibration_tokens,
+        "blueprint": pruned.blueprint and json.loads(pruned.blueprint.to_json()),
+        "notes": pruned.notes,
+    }
+
+
+def _table(title: str, rows: list[Row]) -> Table:
+    table = Table(title=title)
+    for column in _COLUMNS:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        spread = "" if row["std"] is None else f" ± {row['std']:.2f}"
+        table.add_row(
+            row["method"],
+            f"{row['size']}/{row['of']}",
+            f"{row['perplexity']:.2f}{spread}",
+            f"{row['sparsity']:.4f}",
+            f"{row['seconds']:.2f}",
+            f"{row['peak_bytes'] / 1e6:.1f}",
+            f"{row['calibration_tokens']:,}",
+        )
+    return table

@@ -1,0 +1,1 @@
+"""Every setting, what it must satisfy, and what a person typed for it."""

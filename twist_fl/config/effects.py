@@ -1,0 +1,88 @@
+"""Settings that change nothing beside others: what a user asked for in vain is refused, not passed over.
+
+What only another algorithm uses is taken: runs that are compared share their settings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from twist_fl.config.checks import shown
+from twist_fl.system.errors import ConfigError
+
+Reason = Callable[[Any], str | None]
+"""Of a configuration: why the keys beside it change nothing, or None."""
+
+
+def _if(holds: Callable[[Any], Any], reason: str) -> Reason:
+    """`reason` may name the configuration's values: {0.algorithm}."""
+    return lambda config: reason.format(config) if holds(config) else None
+
+
+_IDLE: tuple[tuple[str, Reason], ...] = (
+    (
+        "blueprint.num_sub_ffn blueprint.ffn_blocks",
+        _if(lambda c: c.blueprint.setting == "attn", "blueprint.setting=attn leaves the FFN whole"),
+    ),
+    (
+        "blueprint.num_sub",
+        _if(
+            lambda c: c.blueprint.setting == "ffn" and c.blueprint.num_sub_ffn,
+            "blueprint.setting=ffn divides the FFN alone, and blueprint.num_sub_ffn says how",
+        ),
+    ),
+    (
+        "blueprint.score blueprint.score_every blueprint.score_windows",
+        _if(lambda c: c.blueprint.policy != "importance", "only blueprint.policy=importance scores blocks"),
+    ),
+    (
+        "blueprint.assign",
+        _if(
+            lambda c: len(set(c.blueprint.num_sub)) == 1 and len(set(c.blueprint.num_sub_ffn or [0])) == 1,
+            "blueprint.num_sub names one size for all: give several, as 6,4,3,3",
+        ),
+    ),
+    (
+        "model.architecture model.n_layer model.n_head model.n_kv_head model.n_embd model.n_inner model.n_positions "
+        "model.dropout",
+        _if(lambda c: c.model.pretrained, "it is read from model.pretrained={0.model.pretrained}"),
+    ),
+    (
+        "data.vocab_size",
+        _if(lambda c: c.data.tokenizer, "the tokenizer is there already: data.tokenizer={0.data.tokenizer}"),
+    ),
+    (
+        "data.name data.column data.train_glob data.test_glob",
+        _if(lambda c: c.data.source == "builtin", "it is for other text than data.source=builtin"),
+    ),
+    ("train.decay", _if(lambda c: c.train.schedule != "wsd", "it is for train.schedule=wsd")),
+    (
+        "aggregate.server_lr aggregate.momentum aggregate.beta2 aggregate.tau",
+        _if(lambda c: c.aggregate.optimizer == "mean", "aggregate.optimizer=mean has no settings"),
+    ),
+    ("eval.watch_windows", _if(lambda c: c.eval.every == 0, "eval.every=0 evaluates at the end alone")),
+    ("eval.tickets", _if(lambda c: not c.eval.sizes, "eval.sizes=[] draws none")),
+    ("flower.gpus_per_worker", _if(lambda c: c.train.device == "cpu", "train.device=cpu leaves GPUs alone")),
+)
+
+
+def check_effects(config: Any, before: Any, given: Iterable[str]) -> None:
+    """Raises ConfigError for a key of `given` that is not what it was `before` and changes nothing."""
+    wanted = set(given)
+    for keys, reason in _IDLE:
+        for key in sorted(wanted & set(keys.split())):
+            value = _value(config, key)
+            if value != _value(before, key) and (why := reason(config)):
+                raise ConfigError(f"{key}={_written(value)} changes nothing: {why}. Leave it out")
+
+
+def _value(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def _written(value: Any) -> str:
+    """As in key=value."""
+    return ",".join(map(str, value)) if isinstance(value, list) else value if isinstance(value, str) else shown(value)

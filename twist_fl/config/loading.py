@@ -1,0 +1,97 @@
+"""Layers put together: the defaults of a schema (schema.py), a preset, key=value words; then checked as a whole."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from twist_fl.config.checks import check_values
+from twist_fl.config.effects import check_effects
+from twist_fl.config.hub import check_folder, expanded, is_path, local_path
+from twist_fl.config.layers import as_mapping, keys_of, parse_yaml, read_overrides, read_preset, typed
+from twist_fl.config.shares import ShareError, refuse_share
+from twist_fl.system.errors import ConfigError
+
+
+def load(schema: Any, preset: str | None, overrides: Sequence[str], strict: bool, base: str | None = None) -> Any:
+    """A `schema` of its defaults or `base` (YAML), then the preset (a name or a YAML file), then `key=value` overrides.
+
+    Raises ConfigError for an unknown preset or key (with the nearest one), a value of another type or out of range; if
+    `strict`, for an override that changes nothing and a folder that is not there, too.
+    """
+    layers = [] if base is None else [parse_yaml(base, "the configuration")]
+    layers += [] if preset is None else [read_preset(preset)]
+    given = read_overrides(overrides, schema)
+    config = from_layers(schema, [*layers, *given])
+    if strict:
+        _check_places(config)
+        check_effects(config, _merge(schema, layers)[0], {key for layer in given for key in keys_of(layer)})
+    return config
+
+
+def _check_places(config: Any) -> None:
+    """Raises ConfigError for a folder that cannot be made, or is not there."""
+    if config.dir:
+        check_folder("dir", config.dir)
+    for key, value in (("model.pretrained", config.model.pretrained), ("data.tokenizer", config.data.tokenizer)):
+        if value and is_path(value):
+            local_path(key, value)
+
+
+def from_layers(schema: Any, layers: Sequence[Any]) -> Any:
+    """Merge plain mappings over the defaults and check the result."""
+    config, share = _merge(schema, layers)
+    if share:
+        refuse_share(config, share)
+    check_values(config)
+    _make_absolute(config)
+    config.data.tokenizer = config.data.tokenizer or config.model.pretrained
+    return config
+
+
+def _merge(schema: Any, layers: Sequence[Any]) -> tuple[Any, ShareError | None]:
+    """Not checked yet, and a share that is to be refused when the model is known."""
+    merged, share = OmegaConf.structured(schema), None
+    for layer in layers:
+        plain, in_layer = _without_shares(schema, as_mapping(layer))
+        share = share or in_layer
+        train = plain.get("train", {})
+        if "epochs" in train:
+            train.setdefault("rounds", None)  # of the two budgets, the one given last counts
+        merged = OmegaConf.merge(merged, OmegaConf.create(plain))
+    try:
+        return OmegaConf.to_object(merged), share
+    except OmegaConfBaseException as error:  # of ${other.key}: all else is of its type already
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+def _without_shares(schema: Any, layer: dict[str, Any]) -> tuple[dict[str, Any], ShareError | None]:
+    """The layer typed, and a share that stands where blocks are counted: how many, the model says, of a later layer."""
+    try:
+        return typed(layer, schema, schema), None
+    except ShareError as error:
+        section, _, name = error.key.partition(".")
+        rest = {key: value for key, value in layer[section].items() if key != name}
+        return _without_shares(schema, {**layer, section: rest})[0], error
+
+
+def _make_absolute(config: Any) -> None:
+    """Folders that exist become absolute: Flower runs the app in another working folder. A run stands for its newest
+    checkpoint."""
+    for section, key in ((config.data, "path"), (config.data, "tokenizer"), (config.model, "pretrained")):
+        value = getattr(section, key)
+        path = expanded(value or "")
+        if value and glob.has_magic(value) and section is config.data and not path.exists():
+            setattr(section, key, str(path.absolute()))
+        elif value and path.exists():
+            newest = max(path.glob("checkpoints/round-*"), default=path)
+            setattr(section, key, str(newest.resolve()))
+
+
+def from_yaml(schema: Any, text: str) -> Any:
+    """Of what `config.to_yaml` wrote. Raises ConfigError."""
+    return from_layers(schema, [parse_yaml(text, "the configuration")])

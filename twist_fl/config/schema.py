@@ -1,0 +1,285 @@
+"""Every knob of a run, with its unit and default, and how a run's configuration is put together.
+
+A configuration is the defaults below, then a preset of `conf/` (which holds only what differs), then
+`key=value` overrides. Defaults are the paper's (section 5) where the paper has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import OmegaConf
+
+from twist_fl.config import loading
+from twist_fl.config.layers import conf_dir as conf_dir  # noqa: PLC0414
+from twist_fl.config.layers import presets as presets  # noqa: PLC0414
+from twist_fl.system.errors import ConfigError as ConfigError  # noqa: PLC0414 (the name users import)
+
+Algorithm = Literal["twist", "fedavg", "ddp"]
+OptimizerState = Literal["reset", "client", "server"]
+Precision = Literal["float32", "tf32", "bfloat16"]
+
+
+@dataclass
+class ModelConfig:
+    """A pretrained checkpoint, or sizes for a model from scratch."""
+
+    pretrained: str | None = None
+    """Name on the Hugging Face hub, a folder, or a run's folder (its newest checkpoint); all below is read from it."""
+    architecture: Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox"] = "gpt2"
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int | None = None
+    """Key/value heads, each an attention block with the queries that read it; null: as many as n_head."""
+    n_embd: int = 768
+    n_inner: int | None = None
+    """FFN neurons per layer; null: 4 * n_embd."""
+    n_positions: int = 1024
+    dropout: float = 0.1
+    """As far as the architecture has any: llama, mistral and qwen only drop attention weights."""
+
+
+@dataclass
+class DataConfig:
+    """Text, tokenizer and windows."""
+
+    source: Literal["builtin", "files", "wikitext", "hub"] = "builtin"
+    """builtin: the Python documentation this interpreter carries; files: `path`; wikitext: WikiText, whose rows are
+    lines of running text; hub: a data set of the Hugging Face hub."""
+    path: str | None = None
+    """files, wikitext: a file, a folder or a glob of txt, md, jsonl, json, csv, parquet or arrow, also .gz, or what
+    save_to_disk wrote (wikitext: default is the hub's); hub: the name of the data set."""
+    name: str | None = None
+    """The configuration of a data set that has several (wikitext: default is wikitext-103-raw-v1)."""
+    column: str | None = None
+    """The column of a data set that is the text; null: "text", or the only one of strings."""
+    train_glob: str = "*train*"
+    """Which files of the folder, folders in it, or splits of the data set to train on; if these two defaults do not
+    match both (a validation split stands in for a test split), all text is split by `test_fraction`."""
+    test_glob: str = "*test*"
+    test_fraction: float = 0.1
+    """Share of documents kept for evaluation where the source has no test split of its own."""
+    tokenizer: str | None = None
+    """Folder, or name on the hub; null: model.pretrained's own, and for a model from scratch a byte-level BPE of
+    `vocab_size`, trained on the training text."""
+    vocab_size: int = 2048
+    window: int = 1024
+    """Tokens per training sequence."""
+
+
+@dataclass
+class BlueprintConfig:
+    """What is divided, and how much of it a worker holds."""
+
+    setting: Literal["attn", "ffn", "both"] = "both"
+    policy: Literal["random", "rolling", "ordered", "static", "importance"] = "random"
+    """Which blocks. random: Algorithm 1; rolling: a window that moves (FedRolex); ordered: the first ones (HeteroFL);
+    static: drawn once; importance: Algorithm 1 with the common blocks that score highest."""
+    num_sub: list[int] = field(default_factory=lambda: [6])
+    """Blocks held per divided layer: one number for all workers, or one per worker. fedavg and ddp: all hold all."""
+    num_sub_ffn: list[int] | None = None
+    """The same for FFN blocks, where it differs from `num_sub`."""
+    assign: Literal["fixed", "shuffled", "drawn"] = "fixed"
+    """fixed: worker s holds num_sub[s]; shuffled: the list is dealt out anew every round; drawn: every worker draws
+    its size from the list, of any length, every round."""
+    ffn_blocks: int | None = None
+    """FFN blocks per layer (R); null: as many as attention blocks (heads, or key/value heads)."""
+    undivided_first: int = 2
+    undivided_last: int = 2
+    common: list[int] = field(default_factory=list)
+    """Block ids that every worker holds (C)."""
+    num_common: int = 0
+    """policy=importance: how many blocks of each layer are common, those that score highest."""
+    score: Literal["fisher", "taylor"] = "fisher"
+    """fisher: summed squared gradients of a block's parameters; taylor: |sum of parameter x gradient|."""
+    score_every: int = 0
+    """Rounds between two scorings; 0: once, before the first round."""
+    score_windows: int = 32
+    """Random windows of the training text that blocks are scored on."""
+    scale: Literal["sqrt", "linear", "none"] = "sqrt"
+
+
+@dataclass
+class TrainConfig:
+    """Local training and its budget."""
+
+    workers: int = 4
+    interval: int = 15
+    """Batches between two aggregations; ddp aggregates after every batch."""
+    batch_size: int = 2
+    """Windows per batch and worker."""
+    epochs: int = 3
+    rounds: int | None = None
+    """Number of intervals, for ddp too; null: as many as `epochs` of a worker's shard need, also if `epochs` is given
+    after it, as over a preset's rounds."""
+    lr: float = 1e-4
+    """The learning rate, or the highest that `schedule` and `warmup` reach."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """Of the learning rate over the whole run, whatever the interval: linear and cosine fall to 0 at its end; wsd
+    (warm-up, stable, decay) is constant and falls linearly over the last `decay`."""
+    warmup: float = 0.0
+    """Share of the run's batches over which the learning rate rises."""
+    decay: float = 0.3
+    """schedule=wsd: share of the run's batches over which the learning rate falls."""
+    clip_norm: float | None = None
+    """Longest gradient, over all that a worker holds; a longer one is scaled down to it. null: as it is."""
+    optimizer: Literal["adam", "adamw"] = "adam"
+    """adam adds `weight_decay` to the gradient, adamw takes it from the weights (decoupled)."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    optimizer_state: OptimizerState = "reset"
+    """reset: new every interval; client: moments of what a worker always holds whole stay with it; server: they travel.
+    Not for ddp: its one Adam stays on the server."""
+    weighting: Literal["workers", "tokens"] = "workers"
+    """Mean over workers, or weighted by the tokens each trained on."""
+    variant: Literal["true", "masked", "hybrid"] = "true"
+    """true: smaller models; masked: whole models, other blocks multiplied by zero; hybrid: the server is worker 0 and
+    masks its own model, the others are true."""
+    device: str = "auto"
+    threads: int | None = None
+    """CPU threads per worker; null: cores / workers."""
+    precision: Precision = "float32"
+    """Of the products in a step: tf32 needs a CUDA GPU; bfloat16 is autocast. Parameters and Adam are float32."""
+    compile: bool = False
+    """torch.compile the model's body, once per subnet shape and batch size; needs a C++ compiler."""
+    loss_chunk: int = 256
+    """Tokens whose logits exist at a time in the loss; a batch of no more tokens takes the model's own loss."""
+
+
+@dataclass
+class AggregateConfig:
+    """What the server makes of the mean of a round's replies."""
+
+    optimizer: Literal["mean", "momentum", "nesterov", "adam"] = "mean"
+    """mean: it is the next model; else the outer optimiser whose gradient is what the round has changed (FedAvgM,
+    DiLoCo, FedAdam), for each block in the rounds in which somebody held it. Not for ddp."""
+    server_lr: float = 1.0
+    """The outer optimiser's learning rate."""
+    momentum: float = 0.9
+    """Of momentum and nesterov; adam's beta1."""
+    beta2: float = 0.99
+    """adam."""
+    tau: float = 1e-3
+    """adam: what is added to the root of the second moment."""
+
+
+@dataclass
+class EvalConfig:
+    """Perplexity on the test split."""
+
+    every: int = 20
+    """Intervals between two evaluations of the full model while training; 0: only at the end."""
+    batch_size: int = 8
+    watch_windows: int = 64
+    """Windows of the test split for the evaluations while training."""
+    max_windows: int | None = None
+    """Windows of the test split for the final results; null: all."""
+    tickets: int = 20
+    """Random tickets per size."""
+    sizes: list[int] = field(default_factory=lambda: [8, 6, 4, 3])
+    """Ticket sizes, in blocks per divided layer."""
+    ticket_policy: Literal["random", "ordered", "importance"] = "random"
+    """Which blocks a ticket holds: random ones, the first, or with blueprint.policy=importance the highest scores."""
+
+
+@dataclass
+class FlowerConfig:
+    """How the run uses Flower."""
+
+    round_timeout: float = 3600.0
+    """Seconds after which a round goes on without the replies still missing."""
+    poll_interval: float = 0.05
+    """Seconds between two looks for replies."""
+    connect_timeout: float = 900.0
+    """Seconds a node has to read the text and build its worker before the first round."""
+    wait_for_nodes: float = 30.0
+    """Seconds to wait for as many nodes as workers; after that those present share the workers."""
+    transport: Literal["auto", "shm", "inline"] = "auto"
+    """How tensors travel. shm: memory that server and worker share (Linux); inline: in Flower's messages; auto: shm
+    for every node that shares the server's machine, else inline."""
+    wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Weights on the way out, and what training has changed on the way back, rounded to nearest; server and workers
+    keep float32, and the server what rounding takes away. float16 ends at 65504."""
+    cpus_per_worker: int | None = None
+    """Simulation: CPU cores reserved per worker; null: cores / workers, at least 1."""
+    gpus_per_worker: float = 0.0
+    """Simulation: share of a GPU per worker, for example 0.25 for four workers on one."""
+
+
+@dataclass
+class DeviceConfig:
+    """An edge device a ticket is shipped to: the largest that meets all limits given, at least one of these three."""
+
+    name: str = "device"
+    memory_mb: float | None = None
+    """Memory for the model, in MB of 10^6 bytes: weights in float32 plus the KV cache of one full context."""
+    latency_ms: float | None = None
+    """Milliseconds a token, as the device itself measures them with the ticket."""
+    kappa: float | None = None
+    """At most this share of a divided layer's blocks, in (0, 1]."""
+
+
+@dataclass
+class DeployConfig:
+    devices: list[DeviceConfig] = field(default_factory=list)
+    """What `twist-fl deploy` serves if it is given none: [{name: phone, memory_mb: 2, latency_ms: 20, kappa: 0.5}]."""
+    new_tokens: int = 32
+    """Tokens generated to measure latency."""
+
+
+@dataclass
+class LogConfig:
+    """Where else a run's events go, beside events.jsonl."""
+
+    tensorboard: bool = False
+    """Loss, perplexity, bytes, seconds, lost replies and ticket perplexities as scalars in the run's folder
+    tensorboard; needs the package: pip install 'twist-fl[tensorboard]'."""
+    tracker: str | None = None
+    """For other trackers: module:function, called once with the configuration (a dict) and the run's folder (a Path);
+    what it returns is called with every event (a dict), where the server runs."""
+
+
+@dataclass
+class Config:
+    name: str = "run"
+    algorithm: Algorithm = "twist"
+    """twist; fedavg: the same code with every blueprint full; ddp: one Adam step on the mean gradient of a batch
+    from each worker."""
+    seed: int = 0
+    dir: str | None = None
+    """Folder of the run; null: runs/NAME below the current folder, or ~/twist_fl_runs/NAME under `flwr run`."""
+    checkpoint_every: int = 20
+    """Intervals between two checkpoints."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    blueprint: BlueprintConfig = field(default_factory=BlueprintConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    aggregate: AggregateConfig = field(default_factory=AggregateConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    flower: FlowerConfig = field(default_factory=FlowerConfig)
+    deploy: DeployConfig = field(default_factory=DeployConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def load_config(
+    preset: str | None = None, overrides: Sequence[str] = (), strict: bool = False, base: Config | None = None
+) -> Config:
+    """Defaults (or `base`), then the preset (a name, or a YAML file), then `key=value` overrides; `loading.load` says
+    what of it is refused."""
+    config = loading.load(Config, preset, overrides, strict, None if base is None else to_yaml(base))
+    assert isinstance(config, Config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def from_yaml(text: str) -> Config:
+    config = loading.from_yaml(Config, text)
+    assert isinstance(config, Config)
+    return config

@@ -1,0 +1,1 @@
+"""TwIST on Flower. Only here is Flower imported."""

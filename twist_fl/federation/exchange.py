@@ -1,0 +1,49 @@
+"""Messages out, replies in as they come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from twist_fl.config.schema import FlowerConfig
+
+
+def exchange(
+    grid: Grid,
+    messages: Iterable[Message],
+    flower: FlowerConfig,
+    timeout: float,
+    pending: dict[str, Message] | None = None,
+) -> Iterator[Message]:
+    """Push each message as it is made, then yield replies as they arrive, until all are in or time is up.
+
+    The caller works on a reply while others still train; `pending` shows it, by message id, what has been sent and is
+    not answered. `timeout` is in seconds.
+    Each reply is given as an answer to the message that was sent, whatever it says itself: the errors that Flower
+    reports (a message expired, a node gone) lack those fields, and a client's are not to be trusted.
+    """
+    pending = {} if pending is None else pending
+    for message in messages:
+        pushed = grid.push_messages([message])
+        pending |= dict.fromkeys(pushed, _envelope(message))
+    deadline = time.monotonic() + timeout
+    while pending and time.monotonic() < deadline:
+        found = [
+            (reply, pending.pop(reply.metadata.reply_to_message_id, None)) for reply in grid.pull_messages(pending)
+        ]
+        for reply, sent in found:
+            if sent is not None:
+                yield Message(reply.error if reply.has_error() else reply.content, reply_to=sent)
+        if pending:
+            time.sleep(flower.poll_interval)
+
+
+def _envelope(message: Message) -> Message:
+    """The message without its content: what is sent must not stay in memory until it is answered."""
+    about = message.metadata
+    return Message(
+        RecordDict(), dst_node_id=about.dst_node_id, message_type=about.message_type, group_id=about.group_id
+    )

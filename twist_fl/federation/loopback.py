@@ -1,0 +1,80 @@
+"""A whole Flower network on this machine, SuperLink and SuperNodes as on many, for benchmarks and tests."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from twist_fl.federation import simulation
+from twist_fl.federation.environment import private_environment
+from twist_fl.system.children import stop_tree
+
+NodeCommand = Callable[[str, str], list[str]]
+"""From the SuperLink's address and the node's configuration to the command that starts a node."""
+
+
+def stock_node(address: str, node_config: str) -> list[str]:
+    """Flower's own: a new process for every message."""
+    words = ["flower-supernode", "--insecure", "--superlink", address, "--port", str(simulation.free_port())]
+    return [*words, "--node-config", node_config]
+
+
+def warm_node(address: str, node_config: str) -> list[str]:
+    """Ours: one process for all messages."""
+    words = ["-m", "twist_fl", "node", "--insecure", "--superlink", address]
+    return [sys.executable, *words, "--node-config", node_config]
+
+
+class Network:
+    """A running network: its nodes' processes and logs, and `run`, which has `flwr run` run our app on it."""
+
+    def __init__(self, home: Path, address: str) -> None:
+        self.home, self.address = home, address
+        self.environment = private_environment(home)
+        self.nodes: list[subprocess.Popen[bytes]] = []
+
+    def node_log(self, node: int) -> Path:
+        return self.home / f"node-{node}.log"
+
+    def run(self, settings: Mapping[str, str], timeout: float, app: Path | None = None) -> str:
+        """`flwr run` to its end; its output."""
+        file = simulation.write_settings(settings, self.home / "settings.toml")
+        words = ["flwr", "run", str(app or simulation.stage_app(self.home / "app")), simulation.CONNECTION, "--stream"]
+        done = subprocess.run(
+            [*words, "--run-config", str(file)] if settings else words,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        return done.stdout + done.stderr
+
+
+@contextmanager
+def network(home: Path, num_nodes: int, node_command: NodeCommand) -> Iterator[Network]:
+    """`num_nodes` nodes with the partition ids 0, 1, ...; leaving the block stops everything."""
+    home.mkdir(parents=True)
+    started = Network(home, f"127.0.0.1:{simulation.free_port()}")
+    simulation.write_connection(home, started.address)
+    with ExitStack() as stack:
+
+        def begin(log: Path, *words: str) -> subprocess.Popen[bytes]:
+            output = stack.enter_context(log.open("w"))
+            process = subprocess.Popen(
+                words, env=started.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
+            stack.callback(stop_tree, process)
+            return process
+
+        host, port = started.address.split(":")
+        link = begin(home / "superlink.log", "flower-superlink", "--insecure", "--host", host, "--port", port)
+        simulation.wait_until_healthy(started.address, link, home / "superlink.log")
+        for i in range(num_nodes):
+            words = node_command(started.address, f"partition-id={i} num-partitions={num_nodes}")
+            started.nodes.append(begin(started.node_log(i), *words))
+        yield started

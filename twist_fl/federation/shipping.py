@@ -1,0 +1,238 @@
+"""Ship tickets of a trained run to edge clients through Flower, and collect what they measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from functools import partial
+from math import ceil
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from twist_fl.blueprint.blueprint import Blueprint
+from twist_fl.blueprint.drawing import draw_ticket
+from twist_fl.config.checks import check_name
+from twist_fl.config.schema import DeviceConfig
+from twist_fl.config.sizes import blocks_per_layer, legal_sizes, ticket_sizes
+from twist_fl.data.corpus import cache_dir
+from twist_fl.federation import tensors, wire
+from twist_fl.federation.exchange import exchange
+from twist_fl.federation.strategy import NoWorkersError
+from twist_fl.model.subnet import State
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.system.errors import ConfigError
+from twist_fl.system.files import write_json
+from twist_fl.system.untrusted import Field, plain, read_exactly, shown
+from twist_fl.tickets import edge_client
+from twist_fl.tickets.device_limits import parse_devices
+from twist_fl.tickets.export import Ticket, export_ticket, make_ticket, next_sizes, plan_tickets, ticket_memory_bytes
+from twist_fl.training.job import Job
+
+MESSAGE_TYPE = "query.ticket"
+_LOCAL_WINDOWS = 64
+"""Windows of the test split that stand for a device's own text."""
+
+
+_TICKET = {
+    **dict.fromkeys(("device", "config", "blueprint", "digest"), Field(str)),
+    "limit_ms": Field(float, 0, or_null=True),
+    "text": Field(list),
+}
+_REPORT = {
+    **dict.fromkeys(("num_params", "weight_bytes", "context_tokens", "threads", "bytes_received"), Field(int, 1)),
+    **dict.fromkeys(("peak_memory_bytes", "perplexity_memory_bytes"), Field(int)),
+    "perplexity": Field(float, or_null=True),
+    "seconds_per_token": Field(float, 0),
+}
+
+
+def default_devices(job: Job) -> list[DeviceConfig]:
+    """Three devices that just fit the whole model, half of its blocks and a quarter."""
+    sizes = legal_sizes(job.layout, job.division)
+    devices = []
+    for name, share in (("laptop", 1.0), ("phone", 0.5), ("watch", 0.25)):
+        size = max((s for s in sizes if s <= share * sizes[-1]), default=sizes[0])
+        num_sub = ticket_sizes(job.layout, job.division, size)
+        blueprint = draw_ticket(job.layout, job.division, num_sub, job.config.seed, 0)
+        needed = ticket_memory_bytes(job.layout, blueprint)
+        devices.append(DeviceConfig(name, ceil(needed / 1e4) / 1e2))
+    return devices
+
+
+def devices_of(job: Job, pairs: Iterable[str]) -> list[DeviceConfig]:
+    """The devices given, else the configuration's, else three defaults. Raises ConfigError."""
+    return parse_devices(pairs) or job.config.deploy.devices or default_devices(job)
+
+
+Carry = Callable[[int, DeviceConfig, RecordDict], RecordDict]
+"""Takes a ticket's message to the device of that place, and brings back what it measured."""
+
+
+def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> None:
+    """`_deploy` to the nodes of a Flower network."""
+    with folder.lock("server"), folder.failures_logged():
+        nodes = sorted(grid.get_node_ids())
+        if not nodes:
+            raise NoWorkersError("no edge client is connected")
+
+        def carry(place: int, device: DeviceConfig, content: RecordDict) -> RecordDict:
+            return _by_flower(grid, nodes[place % len(nodes)], job, device, content)
+
+        _deploy(folder, job, devices_of(job, devices.split()), carry)
+
+
+def deploy_here(folder: RunFolder, job: Job, devices: Sequence[DeviceConfig], say: Callable[[str], None]) -> None:
+    """`_deploy` to devices that this process plays, by the same messages."""
+
+    def carry(place: int, device: DeviceConfig, content: RecordDict) -> RecordDict:
+        say(f"{device.name}: device {place + 1} of {len(devices)} measures its ticket")
+        return receive(job, content)
+
+    with folder.lock("server"), folder.failures_logged():
+        _deploy(folder, job, devices, carry)
+
+
+def _deploy(folder: RunFolder, job: Job, devices: Sequence[DeviceConfig], carry: Carry) -> None:
+    """For each device: plan, draw, fold, ship, and log what it measured; writes deployed.json and deployed/NAME/.
+
+    Devices are served one after another, so that they do not disturb each other's latency. Raises ConfigError when
+    all have been served, if some are too slow with every ticket.
+    """
+    state = folder.load()
+    if state is None:
+        raise ConfigError(f"{folder.path} has no checkpoint yet: train first")
+    job = job.scored(state.scores)
+    # All are planned before any is served: an impossible device is refused before anything starts.
+    plans = [(device, plan_device(job, device)) for device in devices]
+    rows, too_slow = [], []
+    for place, (device, tickets) in enumerate(plans):
+        ship = partial(_ship, partial(carry, place, device), job, device, (place, len(plans)))
+        try:
+            ticket, row = settle(job, state.params, device, tickets, ship)
+        except ConfigError as error:
+            too_slow.append(str(error))
+            continue
+        rows.append(row)
+        export_ticket(ticket, folder.path / "deployed" / device.name, job.corpus.tokenizer_folder)
+        write_json(rows, folder.path / "deployed.json")
+        folder.log("device", round=state.round, **row)
+    if too_slow:
+        raise ConfigError("; ".join(too_slow))
+    folder.log("deployed", round=state.round)
+
+
+def plan_device(job: Job, device: DeviceConfig) -> dict[int, Blueprint]:
+    """`deploy.plan_tickets`. Raises ConfigError if none fits, or if the device's latency could not be measured."""
+    context, new_tokens = job.layout.sizes["positions"], job.config.deploy.new_tokens
+    if new_tokens >= context:
+        raise ConfigError(
+            f"deploy.new_tokens={new_tokens} does not fit a context of {context}: use at most {context - 1}"
+        )
+    return plan_tickets(job.layout, job.division, device, job.config.seed)
+
+
+def settle(
+    job: Job,
+    params: State,
+    device: DeviceConfig,
+    tickets: dict[int, Blueprint],
+    ship: Callable[[Ticket], dict[str, Any]],
+) -> tuple[Ticket, dict[str, Any]]:
+    """`ship` the largest of `tickets` and, while the device is slower with it than its limit, a smaller one.
+
+    Returns the ticket that stays, and its row. Raises ConfigError if the device is too slow with the smallest, too.
+    """
+    sizes, tried = list(tickets), list[dict[str, Any]]()
+    while True:
+        blueprint = tickets[sizes[0]]
+        ticket = make_ticket(job.layout, params, job.model_config.to_dict(), blueprint, job.config.blueprint.scale)
+        planned_mb = ticket_memory_bytes(job.layout, blueprint) / 1e6
+        tried.append({"size": sizes[0], "planned_mb": planned_mb, "digest": ticket.digest, **ship(ticket)})
+        took_ms, limit_ms = tried[-1]["ms_per_token"], device.latency_ms
+        if limit_ms is None or took_ms <= limit_ms:
+            return ticket, _row(job, device, tried)
+        if not (sizes := next_sizes(sizes, took_ms, limit_ms)):
+            raise ConfigError(
+                f"deploy.devices {device.name!r}: latency_ms={limit_ms:g} is too little; with the smallest possible "
+                f"ticket, size {tried[-1]['size']}, a token took {took_ms:.3g} ms: use a higher limit"
+            )
+
+
+def _row(job: Job, device: DeviceConfig, tried: list[dict[str, Any]]) -> dict[str, Any]:
+    """What is reported of a device: its limits, the ticket that stays, and what all that it tried cost."""
+    return {
+        **asdict(device),
+        "of": blocks_per_layer(job.layout, job.division),
+        **tried[-1],
+        "bytes_received": sum(each["bytes_received"] for each in tried),
+        "tried": [{key: each[key] for key in ("size", "ms_per_token")} for each in tried],
+    }
+
+
+def _ship(
+    carry: Callable[[RecordDict], RecordDict], job: Job, device: DeviceConfig, text: tuple[int, int], ticket: Ticket
+) -> dict[str, Any]:
+    """What the device measured; `text` is its place among the devices, and their number: each has its own test text."""
+    answer = carry(_to_records(job, device, text, ticket))
+    try:
+        measured = read_exactly(str(answer.config_records["report"]["json"]), _REPORT)
+    except (KeyError, ValueError) as error:
+        reason = plain(f"{type(error).__name__}: {error}")
+        raise NoWorkersError(f"device {device.name} sent a malformed report: {reason}") from error
+    return {
+        "weight_mb": measured["weight_bytes"] / 1e6,
+        "ms_per_token": 1000 * measured["seconds_per_token"],
+        "peak_mb": measured["peak_memory_bytes"] / 1e6,
+        **measured,
+    }
+
+
+def _by_flower(grid: Grid, node: int, job: Job, device: DeviceConfig, content: RecordDict) -> RecordDict:
+    message = Message(content, dst_node_id=node, message_type=MESSAGE_TYPE)
+    replies = list(exchange(grid, [message], job.config.flower, job.config.flower.round_timeout))
+    if not replies:
+        raise NoWorkersError(f"device {device.name} did not answer within {job.config.flower.round_timeout:g} s")
+    if replies[0].has_error():
+        raise NoWorkersError(f"device {device.name} failed: {wire.error_of(replies[0])}")
+    return replies[0].content
+
+
+def _to_records(job: Job, device: DeviceConfig, text: tuple[int, int], ticket: Ticket) -> RecordDict:
+    fields = {
+        "device": device.name,
+        "config": ticket.config_json,
+        "blueprint": ticket.blueprint.to_json(),
+        "digest": ticket.digest,
+        "limit_ms": device.latency_ms,
+        "text": text,
+    }
+    return RecordDict(
+        {
+            "job": ConfigRecord({"json": job.to_json()}),
+            "ticket": ConfigRecord({"json": json.dumps(fields)}),
+            "params": tensors.to_arrays(ticket.params),
+        }
+    )
+
+
+def receive(job: Job, content: RecordDict) -> RecordDict:
+    """On the edge client: check the hash, write the dense model, measure it on local text in a fresh process."""
+    fields = read_exactly(str(content.config_records["ticket"]["json"]), _TICKET)
+    check_name("device", fields["device"])
+    if len(fields["text"]) != 2 or not all(Field(int, 0).holds(number) for number in fields["text"]):
+        raise ValueError(f"text={shown(fields['text'])} is no place and number of devices")
+    place, of = fields["text"]
+    if place >= of:
+        raise ValueError(f"text={[place, of]} is a place beyond the number of devices")
+    params = tensors.from_arrays(content.array_records["params"])
+    folder = cache_dir() / "tickets" / job.run_id / fields["device"]
+    edge_client.receive_ticket(
+        fields["config"], fields["blueprint"], params, fields["digest"], folder, job.corpus.tokenizer_folder
+    )
+    windows = job.corpus.test[place::of][:_LOCAL_WINDOWS]
+    measured = asdict(edge_client.measure(folder, windows, job.config.deploy.new_tokens, limit_ms=fields["limit_ms"]))
+    measured["bytes_received"] = sum(tensors.num_bytes(content).values())
+    return RecordDict({"report": ConfigRecord({"json": json.dumps(measured)})})

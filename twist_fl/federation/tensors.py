@@ -1,0 +1,198 @@
+"""The tensors of a message: in Flower's arrays, or in shared memory with a handle in the message.
+
+Inline, a record has one raw little-endian array with all of the worker's own blocks, and one for each parameter held
+whole, identical for all workers, so that Flower's content addressing uploads those once. By shared memory, the message
+carries the segment's handle (`transport.py`). Nothing is pickled, and what arrives is read where it lies.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import asdict
+from functools import partial
+from io import BytesIO
+from math import prod
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from twist_fl.federation.packing import DTYPES, Packing
+from twist_fl.federation.transport import Handle, Segment, SegmentError
+from twist_fl.model.subnet import Copies, State, copy_all
+from twist_fl.training.aggregate import ReplyError
+from twist_fl.training.interval import MOMENTS, Moments
+
+_STYPE = "raw.little"
+BLOCKS = "blocks"
+"""Name of the array with a record's divided parameters; a parameter's name has a dot in it."""
+
+Take = Callable[[str, torch.Tensor, torch.Tensor], Copies]
+"""take(name, value, out): what puts the parameter's value, or the part that travels, into `out`."""
+KnownArrays = MutableMapping[tuple[str, str], Array]
+"""Arrays made before in the same round, by record and parameter: made, and hashed by Flower, once for all workers."""
+
+
+# Arrays
+
+
+def _new_array(shape: tuple[int, ...], dtype: str, take: Callable[[torch.Tensor], Copies]) -> Array:
+    """An array whose bytes the copies of `take` fill in place."""
+    # BytesIO lends its bytes for writing and then gives them away: both without a copy.
+    stream = BytesIO(bytes(prod(shape) * DTYPES[dtype].itemsize))
+    copy_all(take(torch.frombuffer(stream.getbuffer(), dtype=DTYPES[dtype]).view(shape)))
+    return Array(dtype=dtype, shape=shape, stype=_STYPE, data=stream.getvalue())
+
+
+def _look_into(name: str, array: Array, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    """The array's bytes as a tensor, not copied: nobody may write into it. Raises ReplyError if it is another array."""
+    if (array.dtype, array.stype) != (dtype, _STYPE):
+        raise ReplyError(f"{name} is {array.dtype}/{array.stype}, expected {dtype}/{_STYPE}")
+    if tuple(array.shape) != shape:
+        raise ReplyError(f"{name} has shape {tuple(array.shape)}, expected {shape}")
+    if not all(type(size) is int and size > 0 for size in shape):
+        raise ReplyError(f"{name} has shape {shape}: every size must be at least 1")
+    if len(array.data) != DTYPES[dtype].itemsize * prod(shape):
+        raise ReplyError(f"{name} has {len(array.data)} bytes for shape {shape}")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(array.data, dtype=DTYPES[dtype]).view(shape)
+
+
+def to_arrays(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
+    """Float32 tensors as raw arrays, one each, one copy each."""
+    return ArrayRecord(
+        {
+            name: _new_array(tuple(tensor.shape), "float32", partial(take_whole, name, tensor))
+            for name, tensor in state.items()
+        }
+    )
+
+
+def from_arrays(record: ArrayRecord) -> State:
+    """Tensors to be read only. Raises ReplyError for an array that is not as `to_arrays` makes it."""
+    return {name: _look_into(name, array, tuple(array.shape), "float32") for name, array in record.items()}
+
+
+# All tensors of a message
+
+
+def put_tensors(
+    content: RecordDict,
+    packing: Packing,
+    params: State,
+    moments: Moments | None,
+    take: Take,
+    segment: Segment | None,
+    known: KnownArrays,
+) -> None:
+    states = {"params": params} | (moments.values if moments else {})
+    if segment is None:
+        for record in packing.records:
+            content[record] = _pack(packing, record, states[record], take, known)
+        return
+    views = packing.views_of_all(segment.memory)
+    outs = [(record, name, out) for record in views for name, out in views[record].items()]
+    copy_all(pair for record, name, out in outs for pair in take(name, states[record][name], out))
+    sizes = {"weights": packing.num_bytes("params"), "moments": sum(map(packing.num_bytes, packing.records[1:]))}
+    content["segment"] = ConfigRecord(asdict(segment.handle()) | sizes)
+
+
+def _pack(packing: Packing, record: str, state: State, take: Take, known: KnownArrays) -> ArrayRecord:
+    """One array for the blocks, one for each parameter held whole."""
+    dtype = packing.dtype(record)
+    arrays = ArrayRecord()  # its constructor copies arrays, and with them loses the hashes
+    for param in packing.shared:
+        place = record, param.name
+        if place not in known:
+            known[place] = _new_array(param.shape, dtype, partial(take, param.name, state[param.name]))
+        arrays[param.name] = known[place]
+
+    def take_own(buffer: torch.Tensor) -> Copies:
+        for name, out in packing.views(packing.blocks, buffer).items():
+            yield from take(name, state[name], out)
+
+    if packing.blocks:
+        arrays[BLOCKS] = _new_array((packing.num_elements(packing.blocks),), dtype, take_own)
+    return arrays
+
+
+def get_tensors(
+    content: RecordDict, packing: Packing, step: int | None, segment: Segment | None
+) -> tuple[State, Moments | None]:
+    """Weights in the dtype of the wire, and moments, where they lie. What came inline cannot be written into."""
+    if (step is not None) != packing.with_moments:
+        raise TypeError(f"moment_step={step}, where the job's messages hold {', '.join(packing.records)}")
+    handle = handle_of(content)
+    if handle is None:
+        states = {record: _unpack(packing, record, content.array_records[record]) for record in packing.records}
+    else:
+        states = packing.views_of_all(_checked(segment, handle, packing))
+    return states["params"], None if step is None else Moments(step, {name: states[name] for name in MOMENTS})
+
+
+def _checked(segment: Segment | None, handle: Handle, packing: Packing) -> torch.Tensor:
+    """The segment's memory, if the handle is its and it holds what was written. Raises SegmentError."""
+    if segment is None:
+        raise SegmentError(f"handle of segment {handle.name!r}, but none was sent")
+    if handle.num_bytes != packing.segment_bytes:
+        raise SegmentError(f"segment {handle.name} has {handle.num_bytes} bytes, expected {packing.segment_bytes}")
+    segment.check(handle)
+    return segment.memory
+
+
+def _unpack(packing: Packing, record: str, arrays: ArrayRecord) -> State:
+    dtype = packing.dtype(record)
+    expected = {param.name: param.shape for param in packing.shared}
+    if packing.blocks:
+        expected[BLOCKS] = (packing.num_elements(packing.blocks),)
+    if wrong := expected.keys() ^ arrays.keys():
+        raise ReplyError(f"array {min(wrong)!r} of {record!r} is missing or unknown ({len(wrong)} in all)")
+    found = {name: _look_into(name, arrays[name], shape, dtype) for name, shape in expected.items()}
+    if packing.blocks:
+        found |= packing.views(packing.blocks, found.pop(BLOCKS))
+    return {param.name: found[param.name] for param in packing.layout.params}
+
+
+def take_whole(name: str, value: torch.Tensor, out: torch.Tensor) -> Copies:
+    if value.shape != out.shape:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(out.shape)}")
+    if value.data_ptr() != out.data_ptr():  # a worker's tensors, trained in place, are there already
+        yield value, out
+
+
+def handle_of(content: RecordDict) -> Handle | None:
+    """The handle in a message that goes by shared memory. Raises TypeError if it is malformed."""
+    if "segment" not in content.config_records:
+        return None
+    fields = dict(content.config_records["segment"])
+    for name, kind in Handle.__annotations__.items():
+        if type(fields.get(name)).__name__ != kind:
+            raise TypeError(f"segment's {name}={fields.get(name)!r} is no {kind}")
+    return Handle(**{name: fields[name] for name in Handle.__annotations__})  # type: ignore[arg-type]
+
+
+# Sizes
+
+
+def num_bytes(content: RecordDict) -> dict[str, int]:
+    """Bytes of the weights, of the optimiser's moments, and of everything else, however they travel."""
+    sizes = {name: sum(len(array.data) for array in record.values()) for name, record in content.array_records.items()}
+    weights = sizes.pop("params", 0)
+    moments = sum(sizes.values())
+    segment = content.config_records.get("segment", ConfigRecord())
+    weights += _said(segment, "weights")
+    moments += _said(segment, "moments")
+    other = sum(len(record.deflate()) for record in content.config_records.values())
+    return {"weights": weights, "moments": moments, "other": other}
+
+
+def _said(segment: ConfigRecord, name: str) -> int:
+    """A size that the sender gives of its part of a segment; what is no number counts as nothing."""
+    size = segment.get(name)
+    return size if type(size) is int and 0 <= size < 2**63 else 0
+
+
+def transport_of(content: RecordDict) -> str:
+    """How the message's tensors travel: shm or inline."""
+    return "shm" if "segment" in content.config_records else "inline"

@@ -1,0 +1,166 @@
+"""Memory that server and worker share: one segment per worker, which its task and then its reply fill in turn.
+
+A segment is an anonymous memory file of the server (Linux `memfd`). A worker opens it through the server's entry in
+/proc, which only works on the same machine, for the same user. It has no place in any folder, so there is nothing to
+clean up: the kernel frees it when the server has closed it, or died, and no worker maps it any more.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import sys
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from twist_fl.system.threads import for_each, pieces
+
+AVAILABLE = sys.platform == "linux"
+"""Whether this system has memory files."""
+_PIECE = 4096
+"""Bytes summed into one number of a checksum."""
+_TOKEN_BYTES = 32
+
+
+class SegmentError(ValueError):
+    """A handle that does not name, or no longer names, the memory that this message needs."""
+
+
+@dataclass(frozen=True)
+class Handle:
+    """What a message carries instead of its tensors: where they are, and what they add up to."""
+
+    name: str
+    pid: int
+    fd: int
+    num_bytes: int
+    checksum: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Shared memory, mapped into this process. `pid` and `fd` are the server's."""
+
+    name: str
+    pid: int
+    fd: int
+    memory: torch.Tensor
+    """uint8, one entry per byte; the memory stays mapped as long as a tensor looks into it."""
+
+    def handle(self) -> Handle:
+        """To be sent once the memory is written."""
+        return Handle(self.name, self.pid, self.fd, len(self.memory), checksum(self.memory))
+
+    def check(self, handle: Handle) -> None:
+        """Raises SegmentError unless `handle` is of this segment and of what is in it now."""
+        if handle.name != self.name:
+            raise SegmentError(f"handle of segment {handle.name!r}, expected {self.name!r}")
+        if handle.num_bytes != len(self.memory):
+            raise SegmentError(f"segment {self.name} has {len(self.memory)} bytes, its handle says {handle.num_bytes}")
+        if (found := checksum(self.memory)) != handle.checksum:
+            raise SegmentError(f"segment {self.name} has checksum {found:#x}, its handle says {handle.checksum:#x}")
+
+
+def checksum(memory: torch.Tensor) -> int:
+    """CRC-32 of the 64-bit sums of pieces of 4 KiB: at the speed of memory, 7 times as fast as a CRC of all bytes.
+
+    Any one changed word shows, and any piece that is old, zero or elsewhere; words exchanged within a piece do not.
+    """
+    end = len(memory) // _PIECE * _PIECE
+    words = memory[:end].view(torch.int64).view(-1, _PIECE // 8)
+    sums = words.new_empty(len(words))
+    for_each(lambda at: torch.sum(words[at], 1, out=sums[at[0]]), pieces(tuple(words.shape)))  # modulo 2^64
+    return zlib.crc32(memory[end:].numpy().data, zlib.crc32(sums.numpy().data))
+
+
+def create(run_id: str, num_bytes: int) -> Segment:
+    """A segment of the run in this process, zeroed. Raises OSError if there is no memory for it."""
+    import fcntl  # not on every system
+
+    name = f"{_prefix(run_id)}{secrets.token_hex(8)}"
+    fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.posix_fallocate(fd, 0, num_bytes)
+        # Nobody can cut it short: reading what is not there would kill the reader.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        return Segment(name, os.getpid(), fd, _map(fd, num_bytes))
+    except OSError:
+        os.close(fd)
+        raise
+
+
+def attach(handle: Handle, run_id: str) -> Segment:
+    """The server's segment in a worker. Raises SegmentError if it is not this run's, gone or of another size."""
+    if not handle.name.startswith(_prefix(run_id)):
+        raise SegmentError(f"segment {handle.name!r} is not of this run ({run_id})")
+    try:
+        fd = os.open(f"/proc/{handle.pid:d}/fd/{handle.fd:d}", os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise SegmentError(f"segment {handle.name} is gone, or on another machine: {error.strerror}") from error
+    try:
+        # The number may since have been given to another file.
+        if (found := str(Path(f"/proc/self/fd/{fd}").readlink())) != f"/memfd:{handle.name} (deleted)":
+            raise SegmentError(f"segment {handle.name} is gone: in its place is {found}")
+        if (size := os.fstat(fd).st_size) != handle.num_bytes:
+            raise SegmentError(f"segment {handle.name} has {size} bytes, its handle says {handle.num_bytes}")
+        return Segment(handle.name, handle.pid, handle.fd, _map(fd, size))
+    finally:
+        os.close(fd)
+
+
+def _prefix(run_id: str) -> str:
+    return f"twist_fl-{run_id}-"
+
+
+def _map(fd: int, num_bytes: int) -> torch.Tensor:
+    memory = mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def close(segment: Segment) -> None:
+    """On the server: no worker can open it any more; those that have it keep it to themselves."""
+    os.close(segment.fd)
+
+
+def make_token(run_id: str) -> Segment:
+    """A segment of random bytes: a node that can name them shares this machine."""
+    segment = create(run_id, _TOKEN_BYTES)
+    segment.memory.copy_(torch.frombuffer(bytearray(secrets.token_bytes(_TOKEN_BYTES)), dtype=torch.uint8))
+    return segment
+
+
+def token_text(segment: Segment) -> str:
+    return segment.memory.numpy().tobytes().hex()
+
+
+class Segments:
+    """The server's segments, one per worker, reused from round to round: fresh memory costs more than the copy."""
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+        self._of: dict[int, Segment] = {}
+
+    def get(self, worker: int) -> Segment | None:
+        return self._of.get(worker)
+
+    def take(self, worker: int, num_bytes: int) -> Segment:
+        """The worker's segment, of exactly this size. Raises OSError if there is no memory for it."""
+        found = self._of.get(worker)
+        if found is not None and len(found.memory) == num_bytes:
+            return found
+        self.drop(worker)
+        self._of[worker] = create(self._run_id, num_bytes)
+        return self._of[worker]
+
+    def drop(self, worker: int) -> None:
+        """Give the segment up: a worker that is late writes where nobody reads."""
+        if worker in self._of:
+            close(self._of.pop(worker))
+
+    def close(self) -> None:
+        for worker in list(self._of):
+            self.drop(worker)

@@ -1,0 +1,230 @@
+"""Flower records <-> our objects: what is not a tensor travels in small config records, as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from twist_fl.blueprint.blueprint import Blueprint
+from twist_fl.federation import transport
+from twist_fl.federation.packing import Packing
+from twist_fl.federation.tensors import KnownArrays, get_tensors, handle_of, put_tensors, take_whole
+from twist_fl.federation.transport import Segment, SegmentError
+from twist_fl.model.subnet import State, slice_state, take_slice
+from twist_fl.system.errors import ConfigError
+from twist_fl.system.untrusted import Field, plain, read_exactly
+from twist_fl.training.aggregate import ReplyError
+from twist_fl.training.interval import Moments
+from twist_fl.training.job import Job
+from twist_fl.training.worker import Reply, Task
+
+_REPLY = {
+    "digest": Field(str),
+    "loss": Field(float),
+    "num_tokens": Field(int, 1),
+    "num_batches": Field(int, 1),
+    "seconds": Field(float, 0),
+    "note": Field(str),
+    "peak_bytes": Field(int, 0),
+    "moment_step": Field(int, 0, or_null=True),
+}
+_TASK = {
+    "round": Field(int, 0),
+    "worker": Field(int, 0),
+    "blueprint": Field(str),
+    "cursor": Field(int, 0),
+    "num_batches": Field(int, 0),
+    "keep_from": Field(int, 0),
+    "moment_step": Field(int, 0, or_null=True),
+}
+_PARTITION = re.compile("[0-9]{1,18}")
+
+
+# Config records
+
+
+def _to_record(fields: Mapping[str, Any]) -> ConfigRecord:
+    return ConfigRecord({"json": json.dumps(fields)})
+
+
+def _text(content: RecordDict, key: str) -> str:
+    return str(content.config_records[key]["json"])
+
+
+def job_of(content: RecordDict) -> str:
+    return _text(content, "job")
+
+
+# A node's place
+
+
+def question(job_json: str, token: Segment | None) -> RecordDict:
+    """Asks a node to build its worker, and with a token whether it shares this machine."""
+    content = RecordDict(
+        {"job": ConfigRecord({"json": job_json}), "flower": ConfigRecord({"version": version("flwr")})}
+    )
+    if token is not None:
+        content["segment"] = ConfigRecord(asdict(token.handle()))
+    return content
+
+
+def check_flower(content: RecordDict) -> None:
+    """Raises ConfigError if the server that asks has another minor version of Flower than this node.
+
+    Flower's SuperLink lets such a node in; what either sends, the other may not understand.
+    """
+    here, there = version("flwr"), str(content.config_records["flower"]["version"])
+    if here.split(".")[:2] != there.split(".")[:2]:
+        raise ConfigError(f"this node has Flower {here} and the server {there}: install flwr=={there} on the node")
+
+
+def answer(content: RecordDict, run_id: str, partition: object) -> RecordDict:
+    """A ready node's reply to `question`: the token's bytes prove that it can read the server's memory."""
+    token, handle = "", handle_of(content)
+    if handle is not None and transport.AVAILABLE:
+        with suppress(SegmentError):  # another machine, user or container
+            token = transport.token_text(transport.attach(handle, run_id))
+    return node_record(partition, token)
+
+
+def node_record(partition: object, token: str = "") -> RecordDict:
+    """A node's answer to `connect`: its place among the nodes, and what it read in the server's memory."""
+    return RecordDict({"node": ConfigRecord({"partition": str(partition), "token": token})})
+
+
+def partition_of(content: RecordDict) -> int:
+    """The place a node gave itself; what is not a number comes last."""
+    record = content.config_records.get("node", ConfigRecord())
+    partition = str(record.get("partition", ""))
+    return int(partition) if _PARTITION.fullmatch(partition) else 2**64
+
+
+def token_of(content: RecordDict) -> str:
+    """What the node read in the server's memory; nothing if it cannot."""
+    record = content.config_records.get("node", ConfigRecord())
+    return str(record.get("token", ""))
+
+
+# Tasks
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A task with its tensors, weights in the dtype of the wire, where they lie."""
+
+    task: Task
+    params: State
+    moments: Moments | None
+    segment: Segment | None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the tensors may be trained where they lie: the segment then holds the reply's."""
+        return self.segment is not None and all(tensor.dtype == torch.float32 for tensor in self.params.values())
+
+
+def task_to_records(
+    job: Job,
+    job_json: str,
+    task: Task,
+    params: State,
+    moments: Moments | None,
+    segment: Segment | None = None,
+    known: KnownArrays | None = None,
+) -> RecordDict:
+    """The task with what its blueprint names of the server's whole state: what `rounds.dispatch` gives."""
+    fields = asdict(task) | {"blueprint": task.blueprint.to_json(), "moment_step": moments and moments.step}
+    content = RecordDict({"job": ConfigRecord({"json": job_json}), "task": _to_record(fields)})
+    packing = Packing.of(job, task.blueprint)
+    write = partial(take_slice, job.layout, packing.blueprint)
+    put_tensors(content, packing, params, moments, write, segment, {} if known is None else known)
+    return content
+
+
+def task_from_records(job: Job, content: RecordDict) -> Parcel:
+    """Raises SegmentError, or ReplyError, if the tensors are not the ones that were sent, ValueError for no task."""
+    fields = read_exactly(_text(content, "task"), _TASK)
+    step = fields.pop("moment_step")
+    blueprint = Blueprint.from_json(fields["blueprint"])
+    job.layout.check_blueprint(blueprint)
+    task = Task(**fields | {"blueprint": blueprint})
+    if task.worker not in job.clients:
+        raise ValueError(f"worker={task.worker} is none of the run's clients, {job.clients[0]} to {job.clients[-1]}")
+    handle = handle_of(content)
+    segment = None if handle is None else transport.attach(handle, job.run_id)
+    return Parcel(task, *get_tensors(content, Packing.of(job, task.blueprint), step, segment), segment)
+
+
+# Replies
+
+
+def reply_to_records(
+    job: Job, blueprint: Blueprint, reply: Reply, segment: Segment | None = None, sent: State | None = None
+) -> RecordDict:
+    """`sent`: the parcel's weights, which the reply's are told from where the packing says so."""
+    fields = {
+        "digest": reply.digest,
+        "loss": reply.loss,
+        "num_tokens": reply.num_tokens,
+        "num_batches": reply.num_batches,
+        "seconds": reply.seconds,
+        "note": reply.note,
+        "peak_bytes": reply.peak_bytes,
+        "moment_step": reply.moments and reply.moments.step,
+    }
+    content, packing, params = RecordDict({"reply": _to_record(fields)}), Packing.of(job, blueprint), reply.params
+    if packing.differences:
+        assert sent is not None
+        params = {name: tensor - sent[name] for name, tensor in params.items()}
+    put_tensors(content, packing, params, reply.moments, take_whole, segment, {})
+    return content
+
+
+def reply_from_records(
+    job: Job, blueprint: Blueprint, content: RecordDict, segment: Segment | None = None, kept: State | None = None
+) -> Reply:
+    """The reply to a task with `blueprint` that was sent in `segment`, if in any.
+
+    `kept`: the server's whole state of when it sent the task, which differences are added to.
+    Raises ReplyError if the records are not those of a reply.
+    """
+    try:
+        fields = read_exactly(_text(content, "reply"), _REPLY)
+        fields["note"] = plain(fields["note"])
+        packing = Packing.of(job, blueprint)
+        params, moments = get_tensors(content, packing, fields.pop("moment_step"), segment)
+        params = {name: tensor.float() for name, tensor in params.items()}
+        if packing.differences:
+            assert kept is not None
+            before = slice_state(job.layout, kept, packing.blueprint)
+            params = {name: before[name] + change for name, change in params.items()}
+        return Reply(params=params, moments=moments, **fields)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReplyError(f"malformed reply: {plain(f'{type(error).__name__}: {error}')}") from error
+
+
+# Errors
+
+
+def has_died(message: Message) -> bool:
+    """Whether a simulated worker's process has died and Ray replaces it no more: any other message to it fails, too."""
+    return message.has_error() and "ray.exceptions.ActorDiedError" in (message.error.reason or "")
+
+
+def error_of(message: Message) -> str:
+    """Why a reply carries no content, in one line."""
+    # Flower's own form: <class 'ValueError'>:<'text'>, where text may end with a whole traceback (and the class in
+    # a simulation is 'ray.exceptions.RayTaskError(ClientAppException)').
+    form = r"<class '(?:[^']*\W)?(\w+)\)?'>:<'(.*)'>"
+    reason = re.sub(form, r"\1: \2", (message.error.reason or "").strip(), flags=re.DOTALL)
+    lines = [line for line in reason.splitlines() if line.strip()]
+    return plain(lines[-1].strip()) if lines else f"Flower error {message.error.code}"

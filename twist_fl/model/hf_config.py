@@ -1,0 +1,119 @@
+"""The Hugging Face config of a run's model: a checkpoint's own, or one from the sizes of `config.model`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twist_fl.blueprint.architectures import ARCHITECTURES, sizes_of
+from twist_fl.config.finding import listed, runs_in
+from twist_fl.config.hub import local_path, reachable
+from twist_fl.config.schema import Config, ModelConfig
+from twist_fl.system.errors import ConfigError
+from twist_fl.system.untrusted import Field, plain, read_fields, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def model_config(config: Config) -> PreTrainedConfig:
+    """Of a model from scratch, the vocabulary is only known with the text. Raises ConfigError."""
+    model, window = config.model, config.data.window
+    if model.pretrained:
+        loaded = _pretrained(model.pretrained)
+    else:
+        loaded = config_from_dict(scratch_fields(model, config.data.vocab_size))
+    context = loaded.max_position_embeddings
+    if window > context:
+        raise ConfigError(f"data.window={window} is longer than the model's context: use at most {context}")
+    return loaded
+
+
+def config_from_dict(fields: dict[str, Any]) -> PreTrainedConfig:
+    """The inverse of `PreTrainedConfig.to_dict`."""
+    from transformers import AutoConfig
+
+    loaded: PreTrainedConfig = AutoConfig.for_model(**fields)
+    return loaded
+
+
+def padding_token(fields: Mapping[str, Any]) -> int | None:
+    """A config's own, else its end of text (the first, if it has several)."""
+    if fields.get("pad_token_id") is not None:
+        return int(fields["pad_token_id"])
+    end = fields.get("eos_token_id")
+    return end[0] if isinstance(end, list) else end
+
+
+def _pretrained(name: str) -> PreTrainedConfig:
+    folder = local_path("model.pretrained", name)
+    if folder and (runs := runs_in(folder)):
+        raise ConfigError(f"model.pretrained={name!r} holds runs: give {listed(runs)}")
+    if folder and not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"model.pretrained={name!r} holds no model (no config.json): give a run that has a checkpoint, one of its "
+            "checkpoints, or another folder of a Hugging Face model"
+        )
+    from transformers import AutoConfig, PreTrainedConfig
+
+    if folder:
+        loaded: Any = folder_config(f"model.pretrained={name!r}", folder)
+    else:
+        with reachable(f"model.pretrained={name!r}"):
+            loaded = AutoConfig.from_pretrained(name)
+    if loaded.model_type not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ConfigError(f"model.pretrained={name!r} is a {loaded.model_type!r} model; known are {known}")
+    if hasattr(loaded, "heads_per_layer"):
+        raise ConfigError(
+            f"model.pretrained={name!r} is a ticket, whose layers differ in size: give the run it was drawn from"
+        )
+    assert isinstance(loaded, PreTrainedConfig)
+    return loaded
+
+
+def folder_config(what: str, folder: Path) -> Any:
+    """A folder's config.json, of any model that transformers has classes for. Raises ConfigError."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        fields = read_fields((folder / "config.json").read_bytes(), {"model_type": Field(str)})
+        if fields["model_type"] in ARCHITECTURES:
+            _check_sizes(fields)
+        return AutoConfig.from_pretrained(folder)
+    except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{what}: its config.json is not a model's: {plain(reason)}") from error
+
+
+def _check_sizes(fields: Mapping[str, Any]) -> None:
+    """Raises ValueError for a size that is none; one that is left out has the family's default."""
+    for key in ("vocab_size", *ARCHITECTURES[fields["model_type"]].keys.values()):
+        size = Field(int, 1, or_null=True)
+        if key in fields and not size.holds(fields[key]):
+            raise ValueError(f"{key}={shown(fields[key])} is no {size}")
+
+
+def scratch_fields(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
+    """The config of a model of these sizes as far as it is not its architecture's default. Raises ConfigError."""
+    architecture = ARCHITECTURES[model.architecture]
+    sizes = {
+        "n_layer": model.n_layer,
+        "n_head": model.n_head,
+        "n_kv_head": model.n_kv_head or model.n_head,
+        "n_embd": model.n_embd,
+        "n_inner": model.n_inner or 4 * model.n_embd,
+        "n_positions": model.n_positions,
+        "d_head": model.n_embd // model.n_head,
+    }
+    fields: dict[str, Any] = {key: sizes[name] for name, key in architecture.keys.items()}
+    fields |= dict.fromkeys(architecture.dropout, model.dropout) | dict(architecture.scratch)
+    fields |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    fields |= {"model_type": model.architecture, "vocab_size": vocab_size}
+    try:
+        sizes_of(architecture, fields)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return fields

@@ -1,0 +1,49 @@
+"""A folder of a model, opened without running any code but ours and that of transformers, unless asked to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
+
+from twist_fl.model.hf_config import folder_config
+from twist_fl.model.modeling_subnet import SUBNETS
+from twist_fl.system.errors import ConfigError
+from twist_fl.system.files import SEAL, check_seal
+from twist_fl.system.untrusted import plain
+
+
+def open_model(folder: Path, trust_remote_code: bool = False) -> Any:
+    """The model in `folder`: a ticket by this package's classes, any other by the classes of transformers.
+
+    `trust_remote_code` runs the folder's own code instead. Raises ConfigError if the weights are not exactly those that
+    its config says.
+    """
+    if (folder / SEAL).exists():
+        check_seal(folder)
+    auto: Any = AutoModelForCausalLM
+    if not trust_remote_code:
+        config = folder_config(str(folder), folder)
+        if hasattr(config, "heads_per_layer") and config.model_type in SUBNETS:
+            auto = SUBNETS[config.model_type]
+    try:
+        model, info = auto.from_pretrained(
+            folder,
+            trust_remote_code=trust_remote_code,
+            weights_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"{folder} holds no model that can be opened: {plain(' '.join(str(error).split()))}"
+        ) from error
+    for what in ("missing", "unexpected", "mismatched"):
+        if wrong := info[f"{what}_keys"]:
+            raise ConfigError(
+                f"{folder} does not fit its config.json: {len(wrong)} parameters are {what}, for example "
+                f"{min(map(str, wrong))}: give the whole model, with the config.json it was saved with"
+            )
+    return model

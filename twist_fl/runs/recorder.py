@@ -1,0 +1,80 @@
+"""What a run leaves behind as it goes, however it is trained: its plan, evaluations and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from twist_fl.blueprint.blueprint import Blueprint
+from twist_fl.blueprint.cost import moment_bytes, round_bytes, training_bytes
+from twist_fl.blueprint.drawing import full_blueprint
+from twist_fl.rounds import RunState, plan
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.runs.trackers import listen
+from twist_fl.tickets import evaluate
+from twist_fl.training.job import Job
+from twist_fl.training.worker import Task
+
+
+class Keeper:
+    """Logs `job`'s plan to `folder`, and evaluates and saves its state whenever that is due."""
+
+    def __init__(self, job: Job, folder: RunFolder, saved_round: int) -> None:
+        self.job, self.folder, self.saved_round = job, folder, saved_round
+        self._models = job.models()
+        self._corpus = job.corpus  # what is wrong with it shows before the first round
+
+    def begin(self, state: RunState) -> None:
+        """Forget what the log says beyond `state`, and write the run's plan."""
+        job, tasks = self.job, plan(self.job, state)
+        listen(job.config, self.folder)
+        self.folder.rewind(
+            state.round,
+            "start",
+            algorithm=job.config.algorithm,
+            num_rounds=job.num_rounds,
+            num_params=job.layout.num_params(),
+            subnet_params=[job.layout.num_params(task.blueprint) for task in tasks],
+            predicted_round_bytes=self.predicted_bytes(tasks),
+            predicted_moment_bytes=moment_bytes(job.layout, self._sent(tasks)) if job.moments_travel else 0,
+        )
+
+    def predicted_bytes(self, tasks: Sequence[Task]) -> int:
+        """What Appendix C says a round moves."""
+        return round_bytes(self.job.layout, self._sent(tasks))
+
+    def predicted_peak_bytes(self, tasks: Sequence[Task]) -> int:
+        """What Appendix C says the worker that holds most needs to train."""
+        return max(training_bytes(self.job.layout, self.job.given(t.worker, t.blueprint)) for t in tasks)
+
+    def _sent(self, tasks: Sequence[Task]) -> list[Blueprint]:
+        """What goes to clients and back in a round."""
+        return [self.job.given(t.worker, t.blueprint) for t in tasks if t.worker in self.job.clients]
+
+    def is_due(self, state: RunState, every: int) -> bool:
+        """After every `every` intervals, and at the end."""
+        return state.round == self.job.num_rounds or state.round % (every * self.job.rounds_per_interval) == 0
+
+    def end_of_round(self, state: RunState, tasks: Sequence[Task], save: bool = False) -> None:
+        """Evaluate, then save, so that a run killed in between repeats both. `save`: even if it is not due."""
+        every = self.job.config.eval.every
+        if every and self.is_due(state, every):
+            self._evaluate(state, [task.blueprint for task in tasks])
+        if save or self.is_due(state, self.job.config.checkpoint_every) or self._before_the_short(state):
+            self.folder.save(state, self.job.model_config, self._corpus.tokenizer_folder)
+            self.saved_round = state.round
+            self.folder.log("saved", round=state.round)
+
+    def _before_the_short(self, state: RunState) -> bool:
+        """Before a last interval that is shorter than the others: from there the run can be trained longer."""
+        return self.job.ends_short and state.round == self.job.num_rounds - 1
+
+    def _evaluate(self, state: RunState, blueprints: Sequence[Blueprint]) -> None:
+        """Perplexity of the full model and of the round's subnets."""
+        self.folder.log("evaluating", round=state.round)
+        job, size = self.job, self.job.config.eval.batch_size
+        windows = self._corpus.test[: job.config.eval.watch_windows]
+        full = self._models.load_sliced(full_blueprint(job.layout), state.params)
+        fields = {"full": evaluate.perplexity(full, windows, size)}
+        if not all(blueprint.is_full for blueprint in blueprints):
+            fields["subnets"] = evaluate.subnet_perplexity(self._models, state.params, blueprints, windows, size)
+        self.folder.log("eval", round=state.round, windows=len(windows), **fields)

@@ -1,0 +1,1 @@
+"""A subnet for a device: evaluated, exported, verified and measured there."""

@@ -1,0 +1,198 @@
+"""What an edge client does with a ticket: verify it, write it, run it and measure it (spec, section 10).
+
+`python -m twist_fl.tickets.edge_client FOLDER --windows FILE.npy --new-tokens N` measures an exported folder in
+this process and prints one JSON object on the last line; `measure` does so in a fresh fork. No Flower anywhere.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from twist_fl.blueprint.blocks import make_layout
+from twist_fl.blueprint.blueprint import Blueprint
+from twist_fl.blueprint.drawing import full_blueprint
+from twist_fl.data.corpus import Windows
+from twist_fl.model.saved import open_model
+from twist_fl.model.subnet import get_state
+from twist_fl.system.memory import peak_bytes, start_peak
+from twist_fl.system.untrusted import Field, read_fields
+from twist_fl.tickets.evaluate import perplexity
+from twist_fl.tickets.export import Ticket, export_ticket, make_ticket, ticket_digest
+from twist_fl.tickets.measuring import Request, measuring, serve
+
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class EdgeReport:
+    """What a device measured.
+
+    Memory is the increase of the process's peak resident set over its resident set just before loading: weights,
+    KV cache, activations, and what the allocator keeps of freed ones (GPT-2 124M, full context: 0.2 GB above the
+    planner's figure, most of it such slack). Weights may be pages of the mapped file, resident once used. Python
+    and the libraries, loaded and warmed up before, are not in it.
+    """
+
+    num_params: int
+    weight_bytes: int
+    perplexity: float | None
+    """None if a token took longer than it may: such a ticket does not stay."""
+    seconds_per_token: float
+    """Median decoding step: greedy, KV cache, batch 1, at the end of the longest context the prompt allows."""
+    context_tokens: int
+    """Tokens in the KV cache after the last of those steps."""
+    peak_memory_bytes: int
+    """Loading, then generating: what the planner's limit is about."""
+    perplexity_memory_bytes: int
+    """The same once perplexity has been computed too: it needs the logits of a whole window."""
+    threads: int
+
+
+def receive_ticket(
+    config_json: str,
+    blueprint_json: str,
+    params: Mapping[str, torch.Tensor],
+    digest: str,
+    folder: Path,
+    tokenizer_folder: Path | None = None,
+) -> Ticket:
+    """Verify what arrived and write it to `folder`.
+
+    Raises ValueError, before anything is written, if the hashes differ or the tensors are not the blueprint's.
+    """
+    received = ticket_digest(blueprint_json, config_json, params)
+    if received != digest:
+        raise ValueError(f"the ticket is not what was sent: SHA-256 is {received}, expected {digest}: send it again")
+    config, blueprint = read_fields(config_json, {"model_type": Field(str)}), Blueprint.from_json(blueprint_json)
+    layout = make_layout(config, blueprint.num_blocks[1])
+    layout.check_names({name: tuple(tensor.shape) for name, tensor in params.items()}, blueprint)
+    ticket = Ticket(blueprint, dict(params), config, digest)
+    export_ticket(ticket, folder, tokenizer_folder)
+    return ticket
+
+
+def measure(
+    folder: Path, windows: Windows, new_tokens: int, threads: int = 1, limit_ms: float | None = None
+) -> EdgeReport:
+    """Measure an exported ticket in a fresh fork. Raises RuntimeError with the end of its stderr if it fails."""
+    with tempfile.TemporaryDirectory(prefix="twist-edge-") as scratch:
+        file = Path(scratch) / "windows.npy"
+        np.save(file, windows)
+        request = {
+            "folder": str(Path(folder).resolve()),
+            "windows": str(file),
+            "new_tokens": new_tokens,
+            "threads": threads,
+            "limit_ms": limit_ms,
+        }
+        return EdgeReport(**measuring(threads).ask(request, Path(scratch)))
+
+
+def _measured(request: Request) -> dict[str, Any]:
+    """In the fork: what `measure` asks for."""
+    windows = np.load(request["windows"])
+    report = measure_here(
+        Path(request["folder"]), windows, request["new_tokens"], request["threads"], request["limit_ms"]
+    )
+    return asdict(report)
+
+
+def measure_here(
+    folder: Path, windows: Windows, new_tokens: int, threads: int = 1, limit_ms: float | None = None
+) -> EdgeReport:
+    """Load the dense model and measure it in this process, whose earlier life blurs the memory figures."""
+    torch.set_num_threads(threads)
+    _warm_up()
+    before = start_peak()
+    model = open_model(folder)
+    prompt = _prompt(windows, model.config.max_position_embeddings, new_tokens)
+    decode(model, prompt, min(2, new_tokens))
+    seconds = [second for _ in range(REPEATS) for second in decode(model, prompt, new_tokens)[1]]
+    peak_memory_bytes = peak_bytes() - before
+    stays = limit_ms is None or 1000 * median(seconds) <= limit_ms
+    return EdgeReport(
+        num_params=sum(parameter.numel() for parameter in model.parameters()),
+        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+        perplexity=perplexity(model, windows, batch_size=1) if stays else None,
+        seconds_per_token=median(seconds),
+        context_tokens=prompt.shape[1] + new_tokens,
+        peak_memory_bytes=peak_memory_bytes,
+        perplexity_memory_bytes=peak_bytes() - before,
+        threads=threads,
+    )
+
+
+def _prompt(windows: Windows, num_positions: int, new_tokens: int) -> torch.Tensor:
+    """As much of the first window as leaves room for `new_tokens`, (1, T) int64."""
+    if not 1 <= new_tokens < num_positions:
+        raise ValueError(
+            f"deploy.new_tokens={new_tokens} does not fit a context of {num_positions}: use 1 to {num_positions - 1}"
+        )
+    return torch.tensor(windows[:1, : num_positions - new_tokens], dtype=torch.int64)
+
+
+@torch.inference_mode()
+def decode(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens after `prompt` (1, T) with a KV cache, and the seconds of each step.
+
+    `new_tokens` steps are timed, each reads one token and yields the next; reading the prompt, which yields the
+    first, is not.
+    """
+    output = model(prompt, use_cache=True, logits_to_keep=1)
+    tokens, seconds = [int(output.logits[0, -1].argmax())], []
+    for _ in range(new_tokens):
+        start = time.perf_counter()
+        output = model(torch.tensor([tokens[-1:]]), past_key_values=output.past_key_values, use_cache=True)
+        tokens.append(int(output.logits[0, -1].argmax()))
+        seconds.append(time.perf_counter() - start)
+    return tokens, seconds
+
+
+def _warm_up() -> None:
+    """Load and run a toy ticket, so that code which libraries load late is not counted as the ticket's memory."""
+    config = GPT2Config(vocab_size=8, n_positions=8, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0)
+    layout = make_layout(config.to_dict())
+    state = get_state(GPT2LMHeadModel(config))
+    toy = make_ticket(layout, state, config.to_dict(), full_blueprint(layout), "sqrt")
+    with tempfile.TemporaryDirectory(prefix="twist-edge-") as folder:
+        export_ticket(toy, Path(folder) / "toy", None)
+        model = open_model(Path(folder) / "toy")
+    windows = np.zeros((1, 8), dtype=np.int32)
+    decode(model, _prompt(windows, 8, 2), 2)
+    perplexity(model, windows, batch_size=1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m twist_fl.tickets.edge_client", description="Measure an exported ticket."
+    )
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--windows", type=Path, help="(num_windows, window) token ids, .npy")
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit-ms", type=float, help="milliseconds a token may take; if more, no perplexity")
+    parser.add_argument("--serve", action="store_true", help="measure what standard input asks for: see measuring.py")
+    given = parser.parse_args(arguments)
+    if given.serve:
+        serve(_measured)
+        return
+    if given.folder is None or given.windows is None:
+        parser.error("give FOLDER and --windows FILE.npy")
+    report = measure_here(given.folder, np.load(given.windows), given.new_tokens, given.threads, given.limit_ms)
+    print(json.dumps(asdict(report)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Exact perplexity: of a full model, of one ticket, of a distribution of tickets (spec, section 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from math import exp, inf
+from statistics import fmean, stdev
+
+import torch
+from torch import nn
+
+from twist_fl.blueprint.blueprint import Blueprint
+from twist_fl.blueprint.division import Division
+from twist_fl.blueprint.drawing import draw_ticket
+from twist_fl.data.corpus import Windows
+from twist_fl.model.subnet import ModelCache
+from twist_fl.training.interval import next_token_loss
+
+LARGEST_NLL = 700.0
+"""Nats per token above which a perplexity is infinite, as it is of a model that gives no numbers."""
+
+
+def mean_nll(model: nn.Module, windows: Windows, batch_size: int) -> float:
+    """Negative log-likelihood in nats per predicted token over all of `windows`, an exact token mean."""
+    model.eval()
+    device = next(model.parameters()).device
+    total = 0.0
+    with torch.inference_mode():
+        for start in range(0, len(windows), batch_size):
+            batch = torch.tensor(windows[start : start + batch_size], dtype=torch.int64, device=device)
+            total += float(next_token_loss(model, batch, reduction="sum"))
+    return total / float(len(windows) * (windows.shape[1] - 1))
+
+
+def perplexity(model: nn.Module, windows: Windows, batch_size: int) -> float:
+    """exp(total negative log-likelihood / number of predicted tokens)."""
+    return _exp(mean_nll(model, windows, batch_size))
+
+
+def _exp(nll: float) -> float:
+    return exp(nll) if nll < LARGEST_NLL else inf
+
+
+def subnet_perplexity(
+    models: ModelCache,
+    state: Mapping[str, torch.Tensor],
+    blueprints: Sequence[Blueprint],
+    windows: Windows,
+    batch_size: int,
+) -> float:
+    """The workers' subnets: each with its blocks and scale, test losses averaged over workers (section 4.2)."""
+    return _exp(fmean(mean_nll(models.load_sliced(b, state), windows, batch_size) for b in blueprints))
+
+
+@dataclass(frozen=True)
+class Tickets:
+    """Perplexities of random tickets of one size."""
+
+    num_sub: tuple[int, int]
+    """(heads, FFN blocks) per divided layer."""
+    num_params: int
+    perplexities: tuple[float, ...]
+
+    def summary(self) -> dict[str, object]:
+        values = self.perplexities
+        spread = (stdev(values) if max(values) < inf else inf) if len(values) > 1 else 0.0
+        return asdict(self) | {"mean": fmean(values), "std": spread, "min": min(values), "max": max(values)}
+
+
+def ticket_distribution(
+    models: ModelCache,
+    state: Mapping[str, torch.Tensor],
+    division: Division,
+    num_sub: tuple[int, int],
+    windows: Windows,
+    *,
+    tickets: int,
+    seed: int,
+    batch_size: int,
+    on_ticket: Callable[[], None] = lambda: None,
+) -> Tickets:
+    """Perplexity of `tickets` tickets; the same seed gives the same tickets for any model. Equal ones are one work."""
+    drawn = [draw_ticket(models.layout, division, num_sub, seed, draw) for draw in range(tickets)]
+    found: dict[Blueprint, float] = {}
+    for blueprint in drawn:
+        if blueprint not in found:
+            found[blueprint] = perplexity(models.load_sliced(blueprint, state), windows, batch_size)
+        on_ticket()
+    return Tickets(num_sub, models.layout.num_params(drawn[0]), tuple(found[blueprint] for blueprint in drawn))

@@ -1,0 +1,183 @@
+"""Device limits -> plan -> ticket -> a folder that `transformers` loads by itself (spec, section 10)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from math import ceil, inf
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twist_fl.blueprint.architectures import ARCHITECTURES, KINDS
+from twist_fl.blueprint.blocks import Layout
+from twist_fl.blueprint.blueprint import Blueprint, Scale
+from twist_fl.blueprint.cost import BYTES_PER_PARAM, state_bytes
+from twist_fl.blueprint.division import Division
+from twist_fl.blueprint.drawing import draw_ticket
+from twist_fl.config.schema import DeviceConfig
+from twist_fl.config.sizes import blocks_per_layer, legal_sizes, ticket_sizes
+from twist_fl.data.tokenizer import copy_tokenizer
+from twist_fl.model.hf_config import padding_token
+from twist_fl.model.modeling_subnet import SUBNETS
+from twist_fl.model.subnet import State, fold_scale, subnet_sizes
+from twist_fl.system.errors import ConfigError
+from twist_fl.system.files import new_folder, save_tensors
+
+MODEL_CODE = "modeling_subnet.py"
+
+
+def ticket_memory_bytes(layout: Layout, blueprint: Blueprint) -> int:
+    """Bytes a device needs to generate with this subnet: float32 weights and the KV cache of one full context.
+
+    4 x num_params + sum over layers of positions x 2 (key, value) x held attention blocks x d_head x 4. Not counted:
+    the runtime (Python, torch), activations and the allocator's slack; `edge.EdgeReport` has the measured peak.
+    """
+    kv_values = 2 * layout.sizes["d_head"] * sum(len(held) for held in blueprint.attn)
+    return state_bytes(layout, blueprint) + BYTES_PER_PARAM * layout.sizes["positions"] * kv_values
+
+
+def plan_tickets(
+    layout: Layout, division: Division, device: DeviceConfig, seed: int, draw: int = 0
+) -> dict[int, Blueprint]:
+    """A random ticket of every size that meets the device's `memory_mb` and `kappa`, by size, the largest first.
+
+    The full blueprint leads if the full model does. Its latency only the device can tell: see `next_sizes`. Raises
+    ConfigError if not even the smallest size meets both.
+    """
+    of, sizes = blocks_per_layer(layout, division), legal_sizes(layout, division)
+    memory_mb = inf if device.memory_mb is None else device.memory_mb
+    kappa = 1.0 if device.kappa is None else device.kappa
+    if sizes[0] / of > kappa:
+        raise ConfigError(
+            f"deploy.devices {device.name!r}: kappa={kappa:g} is too little; the smallest possible ticket holds "
+            f"{sizes[0]} of {of} blocks: use at least kappa={_rounded_up(sizes[0] / of)}"
+        )
+    tickets = {
+        size: draw_ticket(layout, division, ticket_sizes(layout, division, size), seed, draw)
+        for size in reversed(sizes)
+        if size / of <= kappa
+    }
+    needed = {size: ticket_memory_bytes(layout, ticket) for size, ticket in tickets.items()}
+    fitting = {size: ticket for size, ticket in tickets.items() if needed[size] <= memory_mb * 1e6}
+    if not fitting:
+        least_mb = _rounded_up(needed[sizes[0]] / 1e6)
+        raise ConfigError(
+            f"deploy.devices {device.name!r}: memory_mb={memory_mb:g} is too little; the smallest possible ticket, "
+            f"size {sizes[0]}, needs {least_mb} MB with its KV cache: use at least memory_mb={least_mb}"
+        )
+    return fitting
+
+
+def _rounded_up(value: float) -> float:
+    """To three decimals, so that the number named is enough."""
+    return ceil(value * 1e3) / 1e3
+
+
+def next_sizes(sizes: Sequence[int], took: float, limit: float) -> list[int]:
+    """Sizes left to try when the first of `sizes`, largest first, `took` longer a token than `limit`.
+
+    Those at most limit / took of it; the smallest if there is none; none if that was it. Where a token takes a constant
+    time and one in proportion to the size, nothing left out would be fast enough: the first that is, is the largest.
+    """
+    largest, *smaller = sizes
+    return [size for size in smaller if size * took <= largest * limit] or smaller[-1:]
+
+
+@dataclass(frozen=True, eq=False)
+class Ticket:
+    """A subnet ready to ship: dense weights with the scale folded in, and the config of its model class."""
+
+    blueprint: Blueprint
+    params: State
+    model_config: dict[str, Any]
+    """Plain JSON: what its class in MODEL_CODE needs, `heads_per_layer` and `neurons_per_layer` included."""
+    digest: str
+
+    @property
+    def config_json(self) -> str:
+        return json.dumps(self.model_config, sort_keys=True)
+
+    @property
+    def num_params(self) -> int:
+        return sum(tensor.numel() for tensor in self.params.values())
+
+
+def make_ticket(
+    layout: Layout,
+    state: Mapping[str, torch.Tensor],
+    model_config: Mapping[str, Any],
+    blueprint: Blueprint,
+    scale: Scale,
+) -> Ticket:
+    """Slice `state` (full) by `blueprint`, fold the scale in, and hash the result."""
+    config = json.loads(json.dumps({**model_config, **subnet_sizes(layout, blueprint)}))
+    params = fold_scale(layout, state, blueprint, scale)
+    return _hashed(blueprint, params, config)
+
+
+def _hashed(blueprint: Blueprint, params: State, config: dict[str, Any]) -> Ticket:
+    digest = ticket_digest(blueprint.to_json(), json.dumps(config, sort_keys=True), params)
+    return Ticket(blueprint, params, config, digest)
+
+
+def ticket_digest(blueprint_json: str, config_json: str, params: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over both texts and, sorted by name, every tensor's name, dtype, shape and bytes."""
+    content = hashlib.sha256(json.dumps([blueprint_json, config_json]).encode())
+    for name, tensor in sorted(params.items()):
+        content.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
+
+
+def keep(blueprint: Blueprint) -> dict[str, float]:
+    """kappa: blocks held / blocks in the layer, of the layer that holds fewest, for each kind."""
+    return {kind: min(blueprint.shape[i]) / blueprint.num_blocks[i] for i, kind in enumerate(KINDS)}
+
+
+def export_ticket(ticket: Ticket, folder: Path, tokenizer_folder: Path | None) -> None:
+    """Write `folder`, whole or not at all: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).
+
+    The model code in it is this package's own, and the config names no other: nothing received is executed.
+    """
+    with new_folder(folder) as making:
+        _write_json(_export_config(ticket), making / "config.json")
+        _write_json(_generation_config(ticket), making / "generation_config.json")
+        _write_json(_about(ticket), making / "twist.json")
+        save_tensors({name: tensor.detach() for name, tensor in ticket.params.items()}, making / "model.safetensors")
+        (making / MODEL_CODE).write_bytes((resources.files("twist_fl.model") / MODEL_CODE).read_bytes())
+        if tokenizer_folder:
+            architecture = ARCHITECTURES[ticket.model_config["model_type"]]
+            copy_tokenizer(tokenizer_folder, making, ticket.model_config[architecture.keys["n_positions"]])
+
+
+def _write_json(fields: Mapping[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n")
+
+
+def _export_config(ticket: Ticket) -> dict[str, Any]:
+    model_class = SUBNETS[ticket.model_config["model_type"]].__name__
+    return ticket.model_config | {
+        "architectures": [model_class],
+        "auto_map": {"AutoModelForCausalLM": f"{Path(MODEL_CODE).stem}.{model_class}"},
+        "dtype": str(next(iter(ticket.params.values())).dtype).removeprefix("torch."),
+    }
+
+
+def _generation_config(ticket: Ticket) -> dict[str, Any]:
+    """The special tokens. Without a padding token of its own, a model pads with its end of text."""
+    tokens = {name: ticket.model_config.get(name) for name in ("bos_token_id", "eos_token_id")}
+    return tokens | {"pad_token_id": padding_token(ticket.model_config)}
+
+
+def _about(ticket: Ticket) -> dict[str, Any]:
+    return {
+        "blueprint": json.loads(ticket.blueprint.to_json()),
+        "digest": ticket.digest,
+        "keep": keep(ticket.blueprint),
+        "num_params": ticket.num_params,
+    }

@@ -1,0 +1,1 @@
+"""A worker's interval, and what the server makes of the replies."""

@@ -1,0 +1,240 @@
+"""A job: a configuration with everything it implies (model, layout, division, data) resolved and checked.
+
+Text and torch are looked for when something needs them.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from twist_fl.blueprint.architectures import KINDS
+from twist_fl.blueprint.blocks import Layout, make_layout
+from twist_fl.blueprint.blueprint import Blueprint, Scale
+from twist_fl.blueprint.division import Debt, Division, Scores
+from twist_fl.blueprint.drawing import draw_round, full_blueprint
+from twist_fl.config.checks import check_name
+from twist_fl.config.schema import Config, from_yaml, to_yaml
+from twist_fl.config.sizes import make_division, ticket_sizes
+from twist_fl.data.corpus import Corpus, Shard
+from twist_fl.data.run_text import RunText
+from twist_fl.model.hf_config import config_from_dict, model_config
+from twist_fl.system.cores import usable_cores
+from twist_fl.system.errors import ConfigError
+from twist_fl.system.untrusted import Field, read_fields
+from twist_fl.training import device
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from twist_fl.model.subnet import ModelCache, State
+
+
+@dataclass(frozen=True)
+class Job:
+    config: Config
+    model_fields: Mapping[str, Any]
+    """The model's Hugging Face config as plain JSON."""
+    layout: Layout
+    division: Division
+    text: RunText
+    run_id: str
+    """Random name of the run: clients keep its optimiser state under it."""
+
+    @property
+    def model_config(self) -> PreTrainedConfig:
+        return config_from_dict(dict(self.model_fields))
+
+    @property
+    def corpus(self) -> Corpus:
+        """The tokenised text, opened when it is first asked for. Raises ConfigError: see `RunText.open`."""
+        return self.text.open()
+
+    @property
+    def total_batches(self) -> int:
+        """Batches each worker trains on in the whole run."""
+        train = self.config.train
+        return train.rounds * train.interval if train.rounds else train.epochs * self.shard(0).batches_per_epoch
+
+    @property
+    def batches_per_round(self) -> int:
+        """Batches of a worker between two aggregations: an interval, and one for DDP."""
+        return 1 if self.config.algorithm == "ddp" else self.config.train.interval
+
+    @property
+    def rounds_per_interval(self) -> int:
+        return self.config.train.interval // self.batches_per_round
+
+    @property
+    def num_rounds(self) -> int:
+        """Aggregations of the run; before the last, workers may train on fewer batches."""
+        return -(-self.total_batches // self.batches_per_round)
+
+    @property
+    def ends_short(self) -> bool:
+        """Whether the last interval has fewer batches than the others: a longer run would have trained it whole."""
+        return self.total_batches % self.batches_per_round > 0
+
+    @property
+    def moments_travel(self) -> bool:
+        """Whether the optimiser's moments go to the workers and back. DDP's stay on the server."""
+        return self.config.train.optimizer_state == "server" and self.config.algorithm != "ddp"
+
+    @property
+    def clients(self) -> range:
+        """The workers that Flower's nodes are; in the hybrid variant, the server is worker 0."""
+        return range(self.config.train.variant == "hybrid", self.config.train.workers)
+
+    def masks(self, worker: int) -> bool:
+        """Whether the worker trains the whole model with other blocks masked, and not a smaller one (section 4.1)."""
+        return self.config.train.variant == "masked" or worker not in self.clients
+
+    def given(self, worker: int, blueprint: Blueprint) -> Blueprint:
+        """The blocks of which a worker of `blueprint` is given the tensors, and gives them back."""
+        return full_blueprint(self.layout) if self.masks(worker) else blueprint
+
+    def always_whole(self, worker: int) -> set[str]:
+        """Parameters that the worker holds whole in every round, whatever it is dealt."""
+        names = set(self.layout.by_name)
+        if self.config.algorithm != "twist":
+            return names
+        sizes = self.division.num_sub
+        dealt = [sizes[worker]] if self.division.assign == "fixed" else sizes
+        partial = [kind for i, kind in enumerate(KINDS) if min(s[i] for s in dealt) < self.layout.num_blocks[i]]
+        return names - {param.name for param in self.division.params(self.layout) if param.kind in partial}
+
+    def scored(self, scores: Scores | None) -> Job:
+        """This job with the importance of its blocks, which blueprint.policy=importance draws by."""
+        return replace(self, division=replace(self.division, scores=scores))
+
+    def shard(self, worker: int) -> Shard:
+        train = self.config.train
+        return Shard(self.config.seed, worker, train.workers, self.text.num_windows, train.batch_size)
+
+    def blueprints(self, round_: int, debt: Debt = frozenset()) -> list[Blueprint]:
+        """What each worker holds in round `round_`, counted from 1."""
+        if self.config.algorithm != "twist":
+            return [full_blueprint(self.layout)] * self.config.train.workers
+        return draw_round(self.layout, self.division, self.config.seed, round_, debt)
+
+    def device(self) -> str:
+        return device.device(self.config)
+
+    def models(self, device: str | None = None, compile: bool = False, scale: Scale | None = None) -> ModelCache:
+        """An empty cache of models; `scale` and `device` are the run's unless given."""
+        from twist_fl.model.subnet import ModelCache
+
+        scale = scale or self.config.blueprint.scale
+        return ModelCache(self.model_config, self.layout, scale, device or self.device(), compile)
+
+    def initial_state(self) -> State:
+        """The pretrained parameters, or random ones from the run's seed."""
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        from twist_fl.model.pretrained import load_pretrained
+        from twist_fl.model.subnet import get_state
+
+        if self.config.model.pretrained:
+            return load_pretrained(self.config.model.pretrained, self.layout)
+        torch.manual_seed(self.config.seed)
+        model = AutoModelForCausalLM.from_config(self.model_config)  # type: ignore[no-untyped-call]
+        state = {name: tensor.clone() for name, tensor in get_state(model).items()}
+        self.layout.check_names({name: tuple(tensor.shape) for name, tensor in state.items()})
+        return state
+
+    def to_json(self) -> str:
+        """What a worker needs to rebuild this job without reading the hub or the text again."""
+        fields: dict[str, object] = {
+            "config": to_yaml(self.config),
+            "model": self.model_fields,
+            "corpus": self.text.digest,
+            "windows": self.text.num_windows,
+        }
+        fields["run_id"] = self.run_id
+        return json.dumps(fields, sort_keys=True)
+
+
+def make_job(config: Config) -> Job:
+    """Resolve `config`, reading model configuration and text.
+
+    Raises ConfigError before anything starts, and before any text is read if the sizes alone are impossible, or if
+    pretrained weights do not fit them.
+    """
+    model = model_config(config)
+    layout, _ = _divide(config, model.to_dict())
+    device.check_memory(layout.num_params(), "the model")
+    if config.model.pretrained:
+        from twist_fl.model.pretrained import check_pretrained
+
+        check_pretrained(config.model.pretrained, layout)
+    text = RunText.read(config.data, config.train.workers)
+    _fit_vocabulary(config, model, text.open())
+    _fit_batches(config, text.num_windows)
+    _set_threads(config)
+    return _job(config, model.to_dict(), text, uuid.uuid4().hex)
+
+
+def job_from_json(text: str) -> Job:
+    """The job of a run's folder or of a message. Its text is not looked for before it is needed.
+
+    Raises ValueError for what is no job. Names that become folders here are such.
+    """
+    fields = read_fields(text, {"config": Field(str), "model": Field(dict), "corpus": Field(str), "run_id": Field(str)})
+    for key in ("corpus", "run_id"):
+        check_name(key, fields[key])
+    config = from_yaml(fields["config"])
+    # Jobs of before windows were counted in them open their text for it.
+    known = RunText(config.data, config.train.workers, fields["corpus"], fields.get("windows"))
+    return _job(config, fields["model"], known, fields["run_id"])
+
+
+def with_config(job: Job, config: Config, text: RunText) -> Job:
+    """The same run with other settings, of those that leave it the same run. Raises ConfigError if they cannot be."""
+    _set_threads(config)
+    return _job(config, job.model_fields, text, job.run_id)
+
+
+def _set_threads(config: Config) -> None:
+    config.train.threads = config.train.threads or max(1, usable_cores() // config.train.workers)
+
+
+def _job(config: Config, model: Mapping[str, Any], text: RunText, run_id: str) -> Job:
+    return Job(config, model, *_divide(config, model), text, run_id)
+
+
+def _divide(config: Config, model: Mapping[str, Any]) -> tuple[Layout, Division]:
+    division = make_division(config)
+    try:
+        layout = make_layout(model, config.blueprint.ffn_blocks)
+        division.check(layout, coverage=config.algorithm == "twist")
+        for size in config.eval.sizes:
+            ticket_sizes(layout, division, size)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return layout, division
+
+
+def _fit_batches(config: Config, num_windows: int) -> None:
+    train = config.train
+    windows = num_windows // train.workers
+    if train.batch_size > windows:
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} is more than the {windows} windows of data.window="
+            f"{config.data.window} tokens that each of {train.workers} workers has: use at most {windows}"
+        )
+
+
+def _fit_vocabulary(config: Config, model: PreTrainedConfig, corpus: Corpus) -> None:
+    """A model from scratch takes the tokenizer's vocabulary; a pretrained one must have room for it."""
+    if not config.model.pretrained:
+        model.vocab_size = corpus.vocab_size
+        model.bos_token_id = model.eos_token_id = corpus.end_token
+    elif model.vocab_size < corpus.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {corpus.vocab_size} tokens and model.pretrained={config.model.pretrained!r} only "
+            f"{model.vocab_size}: leave data.tokenizer out, or give the model's own"
+        )
