@@ -1,18 +1,22 @@
-"""Flower's ClientApp: glue. The work is in twist_fl/worker.py (training) and twist_fl/edge.py (deployment)."""
+"""Flower's ClientApp: glue. The work is in twist_fl/worker.py (training) and twist_fl/edge.py (deployment).
+
+Loading this file loads no torch: a simulation loads it before it starts Ray and its workers.
+"""
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from twist_fl import serve, ship, wire
-from twist_fl.actors import replace_dead_actors
+from twist_fl.actors import prepare_actors
 
-replace_dead_actors()
+prepare_actors()
 app = ClientApp()
 
 
 @app.query()
 def connect(message: Message, context: Context) -> Message:
     """Build the worker, so that what is wrong with this node shows before training starts."""
+    from twist_fl import serve, wire
+
     wire.check_flower(message.content)
     worker = serve.worker_for(wire.job_of(message.content))
     partition = context.node_config.get("partition-id", context.node_id)
@@ -22,6 +26,8 @@ def connect(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """One interval on one subnet."""
+    from twist_fl import serve, wire
+
     worker = serve.worker_for(wire.job_of(message.content))
     parcel = wire.task_from_records(worker.job, message.content)
     reply = worker.train(parcel.task, parcel.params, parcel.moments, parcel.in_place)
@@ -32,4 +38,6 @@ def train(message: Message, context: Context) -> Message:
 @app.query("ticket")
 def receive(message: Message, context: Context) -> Message:
     """Build the shipped ticket's small dense model, check its hash, measure it on local text."""
+    from twist_fl import serve, ship, wire
+
     return Message(ship.receive(serve.worker_for(wire.job_of(message.content)).job, message.content), reply_to=message)

@@ -1,4 +1,7 @@
-"""Flower's ServerApp: glue. The work is in twist_fl/serve.py and twist_fl/strategy.py."""
+"""Flower's ServerApp: glue. The work is in twist_fl/serve.py and twist_fl/strategy.py.
+
+Loading this file loads no torch: while its thread does, a simulation starts Ray and the workers.
+"""
 
 import shlex
 from pathlib import Path
@@ -9,8 +12,6 @@ from flwr.serverapp import Grid, ServerApp
 from twist_fl.checkpoint import RunFolder
 from twist_fl.config import ConfigError
 from twist_fl.going_on import at_places
-from twist_fl.serve import open_run, train_run
-from twist_fl.ship import deploy_run
 
 app = ServerApp()
 
@@ -18,6 +19,9 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Train, or with mode="deploy" ship tickets of a trained run; see [tool.flwr.app.config] for the keys."""
+    from twist_fl.serve import open_run, train_run
+    from twist_fl.ship import deploy_run
+
     given = context.run_config
     mode, run_dir = str(given["mode"]), str(given["run-dir"])
     if mode == "train":
