@@ -19,11 +19,12 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Train, or with mode="deploy" ship tickets of a trained run; see [tool.flwr.app.config] for the keys."""
-    from twist_fl.serve import open_run, train_run
+    from twist_fl.serve import open_run, train_run, wait_for
     from twist_fl.ship import deploy_run
 
     given = context.run_config
     mode, run_dir = str(given["mode"]), str(given["run-dir"])
+    wait_for(str(given["wait-for"]))
     if mode == "train":
         train_run(grid, *open_run(run_dir, str(given["preset"]), str(given["overrides"])))
     elif mode == "deploy":

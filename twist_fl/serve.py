@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,15 @@ from twist_fl.story import Follower, lines, warnings
 from twist_fl.strategy import TwistStrategy
 from twist_fl.trackers import check_trackers
 from twist_fl.worker import Worker
+
+
+_LOOK_SECONDS = 0.05
+
+
+def wait_for(file: str) -> None:
+    """Until the command that has started us, and stops us if it fails, has made the run's folder."""
+    while file and not Path(file).exists():
+        time.sleep(_LOOK_SECONDS)
 
 
 def open_run(run_dir: str, preset: str, overrides: str) -> tuple[RunFolder, Job]:
