@@ -7,7 +7,9 @@ knows Flower's internals.
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 RESTARTS = 3
@@ -15,7 +17,7 @@ RESTARTS = 3
 
 
 def prepare_actors() -> None:
-    """In the process of a simulation, before it makes its actors; anywhere else it does nothing.
+    """In the process of a simulation, before it starts Ray; anywhere else it does nothing.
 
     A message whose process dies is given to the next one. If the worker had begun to train it in memory that it shares
     with the server, the next one sees that and refuses: one reply is lost.
@@ -23,12 +25,20 @@ def prepare_actors() -> None:
     if "flwr.simulation.app" not in sys.modules:
         return
     import ray
-    from flwr.simulation.ray_transport import ray_actor
+    from flwr.server.superlink.fleet.vce.backend import raybackend
+    from flwr.simulation.ray_transport.ray_actor import VirtualClientEngineActor
 
-    class WarmActor(ray_actor.VirtualClientEngineActor):
+    class WarmActor(VirtualClientEngineActor):
         def __init__(self) -> None:
             import twist_fl.serve  # noqa: F401
 
+    def init_ray(_: object, config: Mapping[str, Any]) -> None:
+        """The path of modules by the environment, not as Flower by a `runtime_env`: for one, Ray starts other processes
+        than those that it starts at once."""
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH")]))
+        ray.init(**{"include_dashboard": False, **config.get("init_args", {})})
+
     lasting = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS)
-    internals: Any = ray_actor
+    internals: Any = raybackend
     internals.ClientAppActor = lasting(WarmActor)
+    internals.RayBackend.init_ray = init_ray

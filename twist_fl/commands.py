@@ -61,7 +61,7 @@ def train(console: Console, preset: str, overrides: list[str], strict: bool = Tr
 
 
 def _simulation(folder: RunFolder, config: Config, local: bool) -> AbstractContextManager[Simulation | None]:
-    """It starts while this process loads torch too and reads the text: begin it as soon as the run's folder is ready."""
+    """It starts while this process loads torch and reads the text: begin it as soon as the run's folder is ready."""
     if local:
         return nullcontext()
     from twist_fl.job import clients

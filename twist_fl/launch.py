@@ -1,8 +1,8 @@
 """Start a Flower simulation of our own, follow it, and leave nothing behind.
 
 A private SuperLink on a free loopback port, with its state in memory and its FLWR_HOME inside the run's
-folder, takes one `flwr run` and is stopped with all its children when the run ends, fails or is interrupted. It starts while
-the command still loads torch and reads the text; the server in it, and the workers, load torch too and then wait.
+folder, takes one `flwr run` and is stopped with all its children when the run ends, fails or is interrupted. It
+starts while the command loads torch and reads the text; its server and workers load torch too, and then wait.
 """
 
 from __future__ import annotations

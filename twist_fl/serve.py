@@ -23,13 +23,10 @@ from twist_fl.trackers import check_trackers
 from twist_fl.worker import Worker
 
 
-_LOOK_SECONDS = 0.05
-
-
 def wait_for(file: str) -> None:
     """Until the command that has started us, and stops us if it fails, has made the run's folder."""
     while file and not Path(file).exists():
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(0.05)
 
 
 def open_run(run_dir: str, preset: str, overrides: str) -> tuple[RunFolder, Job]:
