@@ -8,7 +8,13 @@ from flwr.clientapp import ClientApp
 
 from twist_fl.actors import prepare_actors
 
-prepare_actors()
+
+def warm() -> None:
+    """Load what a message needs."""
+    from twist_fl import serve, wire  # noqa: F401
+
+
+prepare_actors(warm)
 app = ClientApp()
 
 

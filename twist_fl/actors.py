@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 RESTARTS = 3
 """How often a worker's process is replaced: one that dies again and again (of its memory, say) shall be seen."""
 
 
-def prepare_actors() -> None:
-    """In the process of a simulation, before it starts Ray; anywhere else it does nothing.
+def prepare_actors(warm: Callable[[], None]) -> None:
+    """In the process of a simulation, before it starts Ray; anywhere else it does nothing. A worker begins with `warm`.
 
     A message whose process dies is given to the next one. If the worker had begun to train it in memory that it shares
     with the server, the next one sees that and refuses: one reply is lost.
@@ -30,7 +30,7 @@ def prepare_actors() -> None:
 
     class WarmActor(VirtualClientEngineActor):
         def __init__(self) -> None:
-            import twist_fl.serve  # noqa: F401
+            warm()
 
     def init_ray(_: object, config: Mapping[str, Any]) -> None:
         """The path of modules by the environment, not as Flower by a `runtime_env`: for one, Ray starts other processes
