@@ -1,4 +1,7 @@
-"""Flower's ServerApp: glue. The work is in twist_fl/federation/apps.py and twist_fl/federation/strategy.py."""
+"""Flower's ServerApp: glue. The work is in twist_fl/federation/apps.py and strategy.py.
+
+Loading this file loads no torch: while its thread does, a simulation starts Ray and the workers.
+"""
 
 import shlex
 from pathlib import Path
@@ -6,8 +9,6 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from twist_fl.federation.apps import open_run, train_run
-from twist_fl.federation.shipping import deploy_run
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.resume import at_places
 from twist_fl.system.errors import ConfigError
@@ -18,8 +19,12 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Train, or with mode="deploy" ship tickets of a trained run; see [tool.flwr.app.config] for the keys."""
+    from twist_fl.federation.apps import open_run, train_run, wait_for
+    from twist_fl.federation.shipping import deploy_run
+
     given = context.run_config
     mode, run_dir = str(given["mode"]), str(given["run-dir"])
+    wait_for(str(given["wait-for"]))
     if mode == "train":
         train_run(grid, *open_run(run_dir, str(given["preset"]), str(given["overrides"])))
     elif mode == "deploy":

@@ -159,6 +159,7 @@ def flower(args: argparse.Namespace, keep: int, scratch: Path) -> dict[str, Any]
     folder = RunFolder(Path(str(config.dir)))
     folder.create(make_job(config))
     with flower_run(folder, config, args.workers, {"mode": "train"}) as process:
+        process.begin()
         process.wait(args.timeout)
     rounds = folder.events("round")[1:]
     if not folder.events("done"):

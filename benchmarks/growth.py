@@ -54,6 +54,7 @@ def through_flower(workers: int, args: argparse.Namespace, scratch: Path) -> dic
     folder.create(make_job(config))
     begin = time.perf_counter()
     with flower_run(folder, config, workers, {"mode": "train"}) as process:
+        process.begin()
         process.wait(args.timeout)
     if not folder.events("done"):
         raise SystemExit(f"the run failed: {(folder.path / 'flower.log').read_text()[-2000:]}")

@@ -6,6 +6,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -143,9 +144,10 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 @pytest.fixture
 def no_flower(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing may start."""
+    """Nothing may train: a simulation that starts while a command looks at its words is not begun."""
 
-    def refuse(*given: object) -> None:
-        raise AssertionError("Flower was started")
+    class Refused:
+        def begin(self) -> None:
+            raise AssertionError("a run was begun")
 
-    monkeypatch.setattr(commands, "flower_run", refuse)
+    monkeypatch.setattr(commands, "flower_run", lambda *given: nullcontext(Refused()))

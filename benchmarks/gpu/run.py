@@ -245,6 +245,7 @@ def flower(bench: Bench) -> dict[str, Any]:
             folder = RunFolder(Path(scratch) / "run")
             folder.create(job)
             with flower_run(folder, job.config, WORKERS, {"mode": "train"}) as process:
+                process.begin()
                 process.wait(500)
             if not folder.events("done"):
                 raise SystemExit((folder.path / "flower.log").read_text()[-4000:])

@@ -285,6 +285,9 @@ def test_a_run_that_fails_exits_with_1_and_the_reason(
     run: Run, untrained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Ended:
+        def begin(self) -> None:
+            pass
+
         def poll(self) -> int:
             if words:
                 RunFolder(untrained).log("failed", error=words)

@@ -58,7 +58,7 @@ def test_a_simulation_is_over_when_a_part_of_it_is(tmp_path: Path) -> None:
     link = subprocess.Popen([sys.executable, "-c", code])
     run = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(999)"])
     try:
-        simulation = Simulation(link, run, log)
+        simulation = Simulation(link, run, log, tmp_path / "begin")
         while "Ray's raylet" not in simulation.parts:
             assert simulation.poll() is None
         simulation.parts["Ray's raylet"].kill()

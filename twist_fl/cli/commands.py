@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +15,8 @@ from rich.console import Console
 
 from twist_fl.cli.progress import RunProgress, waits_for
 from twist_fl.config.finding import finished_runs
-from twist_fl.config.schema import load_config
-from twist_fl.federation.simulation import flower_run, why_it_ended
+from twist_fl.config.schema import Config, load_config
+from twist_fl.federation.simulation import Simulation, flower_run, why_it_ended
 from twist_fl.report.cells import markdown, terminal_table
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.story import results_text
@@ -42,14 +44,29 @@ def train(console: Console, preset: str, overrides: list[str], strict: bool = Tr
     folder = RunFolder(Path(config.dir or f"runs/{config.name}"))
     folder.refuse_second_run()
     config.dir = str(folder.path)
-    waits_for(console, "loading torch, reading the model's configuration and the text")
-    (check_training if local else check_simulation)(config)
-    from twist_fl.training.job import make_job
+    new = not folder.path.exists()
+    try:
+        with _simulation(folder, config, local) as simulation:
+            waits_for(console, "loading torch, reading the model's configuration and the text")
+            (check_training if local else check_simulation)(config)
+            from twist_fl.training.job import make_job
 
-    job = make_job(config)
-    folder.create(job)
-    _run(console, folder, job, local)
+            job = make_job(config)
+            folder.create(job)
+            _run(console, folder, job, simulation)
+    finally:
+        if new and not folder.job_file.is_file():
+            shutil.rmtree(folder.path, ignore_errors=True)
     return folder
+
+
+def _simulation(folder: RunFolder, config: Config, local: bool) -> AbstractContextManager[Simulation | None]:
+    """It starts while this process loads torch and reads the text: begin it as soon as the run's folder is ready."""
+    if local:
+        return nullcontext()
+    from twist_fl.training.job import clients
+
+    return flower_run(folder, config, len(clients(config)), {"mode": "train"})
 
 
 def demo(console: Console, directory: Path, overrides: list[str]) -> None:
@@ -129,16 +146,17 @@ def resume(console: Console, path: Path, overrides: Sequence[str] = (), local: b
     if continued.finished:
         console.print(_what_next(folder), soft_wrap=True)
         return folder
-    waits_for(console, "loading torch, checking the run's text")
-    job.text.open()
-    (check_training if local else check_simulation)(job.config)
-    if continued.note:
-        console.print(continued.note, style="yellow", soft_wrap=True)
     where = f"goes on after round {continued.round} of {job.num_rounds}"
     if continued.round == job.num_rounds:
         where, local = f"all {job.num_rounds} rounds are trained; making its results", True
-    console.print(f"{folder.path.name}: {where}", soft_wrap=True, highlight=False)
-    _run(console, folder, job, local)
+    with _simulation(folder, job.config, local) as simulation:
+        waits_for(console, "loading torch, checking the run's text")
+        job.text.open()
+        (check_training if local else check_simulation)(job.config)
+        if continued.note:
+            console.print(continued.note, style="yellow", soft_wrap=True)
+        console.print(f"{folder.path.name}: {where}", soft_wrap=True, highlight=False)
+        _run(console, folder, job, simulation)
     return folder
 
 
@@ -160,21 +178,22 @@ def _budget(results: dict[str, Any]) -> int:
     return int(-(-results["rounds"] // (train["interval"] if results["config"]["algorithm"] == "ddp" else 1)))
 
 
-def _run(console: Console, folder: RunFolder, job: Job, local: bool) -> None:
+def _run(console: Console, folder: RunFolder, job: Job, simulation: Simulation | None) -> None:
+    """In `simulation`, or without one in this process."""
     console.print(f"run folder {folder.path}", soft_wrap=True)
     config = job.config
     try:
-        doing = "starting to train in this process" if local else "starting Flower and the workers"
+        doing = "starting Flower and the workers" if simulation else "starting to train in this process"
         with RunProgress(console, folder, len(config.eval.sizes) * config.eval.tickets, doing) as progress:
-            if local:
+            if simulation is None:
                 from twist_fl.runs.local import train_here
 
                 events = train_here(folder, progress.follow)
             else:
-                with flower_run(folder, config, len(job.clients), {"mode": "train"}) as process:
-                    events = progress.follow(process)
+                simulation.begin()
+                events = progress.follow(simulation)
     except KeyboardInterrupt:
-        words = f"twist-fl train {'--local ' * local}--resume {shlex.quote(str(folder.path))}"
+        words = f"twist-fl train {'--local ' * (simulation is None)}--resume {shlex.quote(str(folder.path))}"
         console.print(f"\ninterrupted; {folder.saved_round} rounds are saved. Go on with:  {words}", soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     _require(events, "done", folder)

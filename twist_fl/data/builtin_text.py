@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import sysconfig
+from collections import deque
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -41,8 +42,18 @@ def _docstrings(path: Path) -> Iterator[str]:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
         return  # a handful of templates under the library are not Python
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             doc = ast.get_docstring(node, clean=False)
             if doc:
                 yield inspect.cleandoc(doc)
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """`ast.walk` without expressions, which hold no docstrings and are most of a tree: the same order."""
+    waiting = deque[ast.AST]([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for part in ("body", "handlers", "orelse", "finalbody", "cases"):
+            waiting.extend(getattr(node, part, ()))

@@ -1,20 +1,23 @@
-"""Simulated workers whose process Ray replaces when it dies.
+"""Simulated workers that load torch while the server does, and whose process Ray replaces when it dies.
 
-Flower 1.41 puts an actor that has died back into its pool, where it fails every message that it is given, and names
-no option for another kind. So this file, with `executor.py`, knows Flower's internals.
+Flower 1.41 makes an actor that loads nothing before its first message. It puts one that has died back into its pool,
+where it fails every message that it is given. It names no option for another kind, so this file, with `executor.py`,
+knows Flower's internals.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable, Mapping
 from typing import Any
 
 RESTARTS = 3
 """How often a worker's process is replaced: one that dies again and again (of its memory, say) shall be seen."""
 
 
-def replace_dead_actors() -> None:
-    """In the process of a simulation, before it makes its actors; anywhere else it does nothing.
+def prepare_actors(warm: Callable[[], None]) -> None:
+    """In the process of a simulation, before it starts Ray; anywhere else it does nothing. A worker begins with `warm`.
 
     A message whose process dies is given to the next one. If the worker had begun to train it in memory that it shares
     with the server, the next one sees that and refuses: one reply is lost.
@@ -22,8 +25,20 @@ def replace_dead_actors() -> None:
     if "flwr.simulation.app" not in sys.modules:
         return
     import ray
-    from flwr.simulation.ray_transport import ray_actor
+    from flwr.server.superlink.fleet.vce.backend import raybackend
+    from flwr.simulation.ray_transport.ray_actor import VirtualClientEngineActor
+
+    class WarmActor(VirtualClientEngineActor):
+        def __init__(self) -> None:
+            warm()
+
+    def init_ray(_: object, config: Mapping[str, Any]) -> None:
+        """The path of modules by the environment, not as Flower by a `runtime_env`: for one, Ray starts other processes
+        than those that it starts at once."""
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH")]))
+        ray.init(**{"include_dashboard": False, **config.get("init_args", {})})
 
     lasting = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS)
-    internals: Any = ray_actor
-    internals.ClientAppActor = lasting(ray_actor.VirtualClientEngineActor)
+    internals: Any = raybackend
+    internals.ClientAppActor = lasting(WarmActor)
+    internals.RayBackend.init_ray = init_ray

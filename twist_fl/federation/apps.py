@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,12 @@ from twist_fl.system.errors import ConfigError
 from twist_fl.training.client_state import MomentShelf, keep_moments, moment_folder, take_moments
 from twist_fl.training.job import Job, job_from_json, make_job
 from twist_fl.training.worker import Worker
+
+
+def wait_for(file: str) -> None:
+    """Until the command that has started us, and stops us if it fails, has made the run's folder."""
+    while file and not Path(file).exists():
+        time.sleep(0.05)
 
 
 def open_run(run_dir: str, preset: str, overrides: str) -> tuple[RunFolder, Job]:

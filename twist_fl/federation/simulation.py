@@ -1,7 +1,8 @@
 """Start a Flower simulation of our own, follow it, and leave nothing behind.
 
 A private SuperLink on a free loopback port, with its state in memory and its FLWR_HOME inside the run's
-folder, takes one `flwr run` and is stopped with all its children when the run ends, fails or is interrupted.
+folder, takes one `flwr run` and is stopped with all its children when the run ends, fails or is interrupted. It
+starts while the command loads torch and reads the text; its server and workers load torch too, and then wait.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,6 +20,7 @@ from pathlib import Path
 import httpx
 import psutil
 
+from twist_fl import awaiting
 from twist_fl.config.schema import Config, conf_dir
 from twist_fl.federation.environment import private_environment
 from twist_fl.runs.checkpoint import RunFolder
@@ -93,10 +96,16 @@ def wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path
 class Simulation:
     """A private SuperLink, the `flwr run` that was given to it, and what they start: once one ends, it is over."""
 
-    def __init__(self, superlink: subprocess.Popen[bytes], run: subprocess.Popen[bytes], log: Path) -> None:
-        self._log = log
+    def __init__(
+        self, superlink: subprocess.Popen[bytes], run: subprocess.Popen[bytes], log: Path, signal: Path
+    ) -> None:
+        self._log, self._signal = log, signal
         self.parts = {"Flower's SuperLink": psutil.Process(superlink.pid), "flwr run": psutil.Process(run.pid)}
         self._root = self.parts["Flower's SuperLink"]
+
+    def begin(self) -> None:
+        """The run's folder is ready: the server, which has waited for this, goes to work in it."""
+        self._signal.touch()
 
     def poll(self) -> int | None:
         """None while all parts run; what has died is then in the log."""
@@ -132,7 +141,7 @@ class Simulation:
 def flower_run(
     folder: RunFolder, config: Config, num_nodes: int, run_config: Mapping[str, str]
 ) -> Iterator[Simulation]:
-    """`flwr run` of our app in a private simulation of `num_nodes` nodes.
+    """`flwr run` of our app in a private simulation of `num_nodes` nodes, which waits for `Simulation.begin`.
 
     Its output goes to flower.log in the run's folder. Leaving the block stops everything. What an earlier command
     that was killed has left in the folder goes first. Raises ConfigError if another command is using the folder.
@@ -156,12 +165,14 @@ def flower_run(
                 host, port = address.split(":")
                 words = ["flower-superlink", "--insecure", "--simulation", "--host", host, "--port", port]
                 started.append(start(words, environment, log))
-                settings = write_settings({"run-dir": str(folder.path), **run_config}, home / "settings.toml")
-                command = ["flwr", "run", str(stage_app(home / "app")), CONNECTION, "--stream"]
+                begin = home / "begin"
+                given = {"run-dir": str(folder.path), "wait-for": str(begin), **run_config}
+                settings = write_settings(given, home / "settings.toml")
+                command = [sys.executable, "-P", awaiting.__file__, address]
+                command += ["flwr", "run", str(stage_app(home / "app")), CONNECTION, "--stream"]
                 command += ["--run-config", str(settings), "--federation-config", resources]
-                wait_until_healthy(address, started[0], log)
                 started.append(start(command, environment, log))
-                yield Simulation(started[0], started[1], log)
+                yield Simulation(started[0], started[1], log, begin)
         finally:
             for process in started:  # stopped with the home
                 process.wait()

@@ -86,7 +86,7 @@ class Job:
     @property
     def clients(self) -> range:
         """The workers that Flower's nodes are; in the hybrid variant, the server is worker 0."""
-        return range(self.config.train.variant == "hybrid", self.config.train.workers)
+        return clients(self.config)
 
     def masks(self, worker: int) -> bool:
         """Whether the worker trains the whole model with other blocks masked, and not a smaller one (section 4.1)."""
@@ -156,6 +156,10 @@ class Job:
         }
         fields["run_id"] = self.run_id
         return json.dumps(fields, sort_keys=True)
+
+
+def clients(config: Config) -> range:
+    return range(config.train.variant == "hybrid", config.train.workers)
 
 
 def make_job(config: Config) -> Job:
