@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from twist_fl.checks import ConfigError, check_values
 from twist_fl.effects import check_effects
+from twist_fl.finding import checkpoints_of
 from twist_fl.hub import check_folder, expanded, is_path, local_path
 from twist_fl.layers import as_mapping, keys_of, parse_yaml, read_overrides, read_preset, typed
 from twist_fl.shares import ShareError, refuse_share
@@ -87,7 +88,7 @@ def _make_absolute(config: Any) -> None:
         if value and glob.has_magic(value) and section is config.data and not path.exists():
             setattr(section, key, str(path.absolute()))
         elif value and path.exists():
-            newest = max(path.glob("checkpoints/round-*"), default=path)
+            newest = [path, *checkpoints_of(path).values()][-1]
             setattr(section, key, str(newest.resolve()))
 
 
