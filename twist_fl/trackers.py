@@ -1,7 +1,7 @@
 """Other eyes on a run: functions that are called with every event of its log, in the process that writes it.
 
-A tracker is `module:function`, of a module that is installed, on PYTHONPATH or in the working folder. The function takes
-the run's configuration and folder, and returns what is called with each event, a dict: see `events.FIELDS`. A run
+A tracker is `module:function`, of a module that is installed, on PYTHONPATH or in the working folder. The function
+takes the run's configuration and folder, and returns what is called with each event, a dict: see `events.FIELDS`. A run
 begins, and goes on, with "start"; it ends with "done" or "failed".
 """
 
