@@ -198,13 +198,29 @@ def change_arrays(record: ArrayRecord, rng: random.Random) -> None:
 
 
 def change_handle(record: ConfigRecord, rng: random.Random) -> None:
-    strange = [-1, 0, 1, 3, 2**31, 2**62, -(2**62), 0.5, True, "", "../../etc/passwd", "/dev/zero", b"1", [1]]
+    strange: list[Any] = [
+        -1,
+        0,
+        1,
+        3,
+        2**31,
+        2**62,
+        -(2**62),
+        0.5,
+        True,
+        "",
+        "../../etc/passwd",
+        "/dev/zero",
+        b"1",
+        [1],
+    ]
     name = rng.choice(["name", "pid", "fd", "num_bytes", "checksum"])
     match rng.choice(["value", "value", "near", "drop"]):
         case "value":
             record[name] = rng.choice(strange)
         case "near":
-            record[name] = record[name] + rng.choice(["x", "/..", "\0"] if name == "name" else [-1, 1, 64])
+            value: Any = record[name]
+            record[name] = value + rng.choice(["x", "/..", "\0"] if name == "name" else [-1, 1, 64])
         case "drop":
             del record[name]
 
@@ -213,7 +229,8 @@ def changed(content: RecordDict, about: str, rng: random.Random) -> RecordDict:
     """A copy of a message with one thing changed."""
     new = RecordDict()
     for key, record in content.items():
-        new[key] = ArrayRecord(dict(record.items())) if isinstance(record, ArrayRecord) else ConfigRecord(dict(record))
+        kind: Any = type(record)
+        new[key] = kind(dict(record))
     parts = [*new.array_records, *(["segment"] if "segment" in new else [])]
     match rng.choice(["json", "json", "part", "part", "drop", "kind"]):
         case "json":
@@ -227,7 +244,8 @@ def changed(content: RecordDict, about: str, rng: random.Random) -> RecordDict:
         case "drop":
             del new[rng.choice([about, *parts])]
         case "kind":
-            new[rng.choice([about, *parts])] = rng.choice([ConfigRecord({"a": 1}), ArrayRecord(), ConfigRecord()])
+            others: list[ConfigRecord | ArrayRecord] = [ConfigRecord({"a": 1}), ArrayRecord(), ConfigRecord()]
+            new[rng.choice([about, *parts])] = rng.choice(others)
     return new
 
 

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
 from math import isfinite
 from pathlib import Path
 from shlex import quote
@@ -151,12 +152,9 @@ class RunFolder:
     @property
     def way_on(self) -> str:
         """From which round a run that has ended early goes on, and what to type."""
-        where = (
-            f"after round {self.saved_round}, which is saved"
-            if self.saved_round
-            else "from its start: nothing is saved"
-        )
-        return f"the run goes on {where}, with: {self.resume_words}"
+        round_ = self.saved_round
+        saved = f"round {round_} is saved; go on after it" if round_ else "nothing is saved; begin again"
+        return f"{saved} with: {self.resume_words}"
 
     def finished(self, num_rounds: int) -> bool:
         """Whether the run came to the end of its rounds: one that goes on, longer, has results of its first ones."""
@@ -204,17 +202,24 @@ class RunFolder:
     def _check_finite(self, state: RunState) -> None:
         from twist_fl.threads import ranges
 
-        values = {**(state.moments.values if state.moments else {}), **(state.outer.values if state.outer else {})}
-        for name, extremes in ranges(state.params | _prefixed(values)).items():
+        moments = _prefixed(state.moments.values) if state.moments else {}
+        outer = _prefixed(state.outer.values) if state.outer else {}
+        for name, extremes in chain(*(ranges(values).items() for values in (state.params, moments, outer))):
             if not all(map(isfinite, extremes)):
-                another = (
-                    f" Another run can begin there with smaller steps: twist-fl train model.pretrained="
-                    f"{quote(str(self.path))} train.lr=..."
-                )
                 raise DivergedError(
                     f"training has diverged: {name} has values that are not finite after round {state.round}, which is "
-                    f"not saved; {self.way_on}.{another * bool(self.saved_round)}"
+                    f"not saved. {self._smaller_steps()}"
                 )
+
+    def _smaller_steps(self) -> str:
+        """What to do about a run that has diverged: to go on is to end in the same way."""
+        if not self.saved_round:
+            return "Nothing is saved: begin another run with smaller steps (train.lr, aggregate.server_lr)"
+        other = f"twist-fl train model.pretrained={quote(str(self.path))} train.lr=..."
+        return (
+            f"Round {self.saved_round} is saved. Begin another run there with smaller steps: {other} (to go on after "
+            f"it, and to the same end: {self.resume_words})"
+        )
 
     def newest(self) -> Path | None:
         """The newest checkpoint, or None if there is none yet.

@@ -215,7 +215,7 @@ def results_text(results: Mapping[str, Any]) -> str:
     parts = [
         f"perplexity: full model {perplexity_text(results['full'])}",
         f"random tickets, mean: {', '.join(tickets)}" if tickets else "",
-        f"{count(lost, 'reply')} of workers {'was' if lost == 1 else 'were'} lost" if lost else "",
+        f"{count(lost, 'reply')} {'was' if lost == 1 else 'were'} lost" if lost else "",
     ]
     return "; ".join(filter(None, parts))
 

@@ -45,10 +45,8 @@ class DeadWorkerError(NoWorkersError):
     """A simulated worker's process died too often."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(
-            f"a worker's process died {RESTARTS + 1} times: see whether this machine's memory is enough, "
-            f"or let fewer workers train at once (flower.cpus_per_worker). {reason}"
-        )
+        what = f"a worker's process died {RESTARTS + 1} times: see whether this machine's memory is enough"
+        super().__init__(f"{what}, or let fewer workers train at once (flower.cpus_per_worker). {reason}")
 
 
 class TwistStrategy(Strategy):
@@ -157,8 +155,7 @@ class TwistStrategy(Strategy):
         with threads(usable_cores()):
             after, self._mean = mean.finish(), None
         report = mean.report
-        if report.answered:  # else the state stays that of the round before, and can be saved as that
-            self.state = after
+        self.state = after if report.answered else self.state  # of the round before: it can be saved as that
         for worker in tasks.keys() - set(report.answered):
             self._segments.drop(worker)
         for worker in tasks.keys() - set(report.answered) - set(report.dropped):
@@ -229,7 +226,7 @@ class TwistStrategy(Strategy):
     def _ending(self, reason: str) -> str:
         """Why the run cannot go on, and from where it can; what it has come to is saved."""
         self._keeper.keep(self.state)
-        return f"{reason}; {self.folder.way_on}"
+        return f'{reason}; {self.folder.way_on} (under `flwr run`: run-dir="{self.folder.path}")'
 
     def connect(self, grid: Grid) -> None:
         """Find the nodes and have each build its worker; node i serves the clients i, i + nodes, ...
