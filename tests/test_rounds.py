@@ -325,9 +325,9 @@ def test_a_shelf_serves_the_round_asked_for(tmp_path: Path) -> None:
     assert {name: list(values) for name, values in found.values.items()} == {name: ["a"] for name in MOMENTS}
     assert torch.equal(found.values["exp_avg"]["a"], torch.tensor([2.0, 2.0]))
     assert shelf.load(1, 3) is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"worker-0-round-{r}.safetensors" for r in (1, 2)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"worker-0-round-{r}" for r in (1, 2)]
     shelf.save(0, 4, replace(found, step=40), ["a"], keep_from=3)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"worker-0-round-{r}.safetensors" for r in (2, 4)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"worker-0-round-{r}" for r in (2, 4)]
 
 
 # Pretrained models

@@ -19,7 +19,14 @@ HOME = Path("/run/flower-1")
     ],
 )
 def test_what_is_meant_to_pass_passes(name: str) -> None:
-    assert private_environment(HOME, {name: "as given"})[name] == "as given"
+    assert private_environment(HOME, {name: "/as/given"})[name] == "/as/given"
+
+
+def test_modules_are_looked_for_where_the_user_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    private = private_environment(HOME, {"PYTHONPATH": "mine:/theirs:", "TWIST_FL_WORKING_FOLDER": "/elsewhere"})
+    assert private["PYTHONPATH"] == f"{tmp_path}/mine:/theirs:{tmp_path}"
+    assert private["TWIST_FL_WORKING_FOLDER"] == str(tmp_path)
 
 
 @pytest.mark.parametrize(

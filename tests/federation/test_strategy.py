@@ -167,7 +167,10 @@ def test_a_node_that_cannot_build_its_worker_is_left_out(
 
 
 def test_no_node_is_ready(make_strategy: Callable[..., TwistStrategy]) -> None:
-    with pytest.raises(NoWorkersError, match=r"^no node is ready for the run: ValueError: no room on this node$"):
+    with pytest.raises(
+        NoWorkersError,
+        match=r"^no node is ready for the run: ValueError: no room on this node; nothing ",
+    ):
         make_strategy().run(LocalGrid(2, broken=[0, 1]))
 
 
@@ -461,7 +464,7 @@ def test_a_worker_whose_process_is_replaced_no_more_ends_the_run_after_the_round
         return [Message(Error(code=0, reason=reason), reply_to=message)]
 
     strategy = make_strategy("checkpoint_every=9", "train.rounds=3")
-    with pytest.raises(DeadWorkerError, match=r"died 4 times .*flower\.cpus_per_worker.*--resume"):
+    with pytest.raises(DeadWorkerError, match=r"died 4 times: .*flower\.cpus_per_worker.*; round 2 is saved; go on"):
         strategy.run(LocalGrid(bend=bent(2, [1], dead)))
     assert [event["answered"] for event in events(strategy, "round")] == [[0, 1, 2], [0, 2]]
     saved = strategy.folder.load()

@@ -74,6 +74,32 @@ def test_a_tracker_that_cannot_be_had_is_refused(name: str, reason: str, tracker
     assert str(caught.value).startswith(f"log.tracker={reason}")
 
 
+@pytest.mark.parametrize("private", [True, False])
+def test_a_tracker_may_lie_in_the_folder_where_the_command_was_given(
+    private: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`private`: as the server of a private simulation, which Flower may run elsewhere."""
+    (tmp_path / f"lies_here_{private}.py").write_text(MODULE)
+    monkeypatch.chdir("/" if private else tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    if private:
+        monkeypatch.setenv("TWIST_FL_WORKING_FOLDER", str(tmp_path))
+    ((name, _),) = check_trackers(config(tracker=f"'lies_here_{private}:start'"))
+    assert name == f"lies_here_{private}:start"
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"), [("def start(:", "invalid syntax"), ("import no_such_thing", "No module named 'no_such_thing'")]
+)
+def test_a_tracker_whose_module_is_broken_is_refused(
+    code: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken_module.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=rf"^log\.tracker='broken_module:start': {reason}"):
+        check_trackers(config(tracker="'broken_module:start'"))
+
+
 def test_tensorboard_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("twist_fl.runs.trackers.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^log.tensorboard=true .* pip install 'twist-fl\[tensorboard\]'$"):

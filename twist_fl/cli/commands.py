@@ -198,8 +198,7 @@ def _run(console: Console, folder: RunFolder, job: Job, simulation: Simulation |
         raise typer.Exit(INTERRUPTED) from None
     _require(events, "done", folder)
     results = read_json(folder.results_file, dict)
-    lost = f"; {results['lost_replies']} replies of workers were lost" if results["lost_replies"] else ""
-    console.print(f"{results_text(results)}{lost}; results in {folder.results_file}", soft_wrap=True)
+    console.print(f"{results_text(results)}; results in {folder.results_file}", soft_wrap=True)
 
 
 def _require(events: list[dict[str, Any]], last: str, folder: RunFolder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from shlex import quote
@@ -19,6 +20,12 @@ def is_run(folder: Path) -> bool:
 def runs_in(folder: Path) -> list[Path]:
     """The runs one or two folders below `folder`, as runs/mine and runs/demo/twist are below runs."""
     return sorted(file.parent for depth in ("*", "*/*") for file in folder.glob(f"{depth}/job.json"))
+
+
+def checkpoints_of(run: Path) -> dict[int, Path]:
+    """A run's whole checkpoints by their rounds, oldest first. Copies that somebody made beside them are none."""
+    found = ((re.fullmatch(r"round-(\d{6,18})", path.name, re.ASCII), path) for path in run.glob("checkpoints/round-*"))
+    return dict(sorted((int(match[1]), path) for match, path in found if match and path.is_dir()))
 
 
 def no_run(path: Path) -> ConfigError:

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from twist_fl.config.checks import check_values
 from twist_fl.config.effects import check_effects
+from twist_fl.config.finding import checkpoints_of
 from twist_fl.config.hub import check_folder, expanded, is_path, local_path
 from twist_fl.config.layers import as_mapping, keys_of, parse_yaml, read_overrides, read_preset, typed
 from twist_fl.config.shares import ShareError, refuse_share
@@ -88,7 +89,7 @@ def _make_absolute(config: Any) -> None:
         if value and glob.has_magic(value) and section is config.data and not path.exists():
             setattr(section, key, str(path.absolute()))
         elif value and path.exists():
-            newest = max(path.glob("checkpoints/round-*"), default=path)
+            newest = [path, *checkpoints_of(path).values()][-1]
             setattr(section, key, str(newest.resolve()))
 
 

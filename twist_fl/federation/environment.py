@@ -22,6 +22,10 @@ _PASSES = re.compile(
 )
 
 
+WORKING_FOLDER = "TWIST_FL_WORKING_FOLDER"
+"""Names the folder in which the user gave the command: modules of the user's are looked for there, too."""
+
+
 def private_environment(home: Path, given: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What a private Flower and its Ray see, with Flower's state in `home`.
 
@@ -32,8 +36,12 @@ def private_environment(home: Path, given: Mapping[str, str] = os.environ) -> di
     (train.threads says it). Then come our own: no installs, no telemetry, no checks for updates, short waits.
     """
     scripts = str(Path(sys.executable).parent)
+    modules = given.get("PYTHONPATH")
     kept = {name: value for name, value in given.items() if _PASSES.fullmatch(name)}
+    if modules:  # relative to where the user is
+        kept["PYTHONPATH"] = os.pathsep.join(str(Path(folder).absolute()) for folder in modules.split(os.pathsep))
     return kept | {
+        WORKING_FOLDER: str(Path.cwd()),
         "PATH": os.pathsep.join(filter(None, [scripts, given.get("PATH")])),
         "FLWR_HOME": str(home),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",

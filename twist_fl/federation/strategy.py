@@ -45,10 +45,8 @@ class DeadWorkerError(NoWorkersError):
     """A simulated worker's process died too often."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(
-            f"a worker's process died {RESTARTS + 1} times ({reason}): see whether this machine's memory is enough, "
-            "or let fewer workers train at once (flower.cpus_per_worker), and go on with `twist-fl train --resume`"
-        )
+        what = f"a worker's process died {RESTARTS + 1} times: see whether this machine's memory is enough"
+        super().__init__(f"{what}, or let fewer workers train at once (flower.cpus_per_worker). {reason}")
 
 
 class TwistStrategy(Strategy):
@@ -71,7 +69,7 @@ class TwistStrategy(Strategy):
         self._pending: dict[str, Message] = {}  # messages of the round that nobody has answered yet
         self._down: dict[str, int] = {}
         self._via: dict[str, int] = {}
-        self._keeper = Keeper(job, folder, self.state.round)
+        self._keeper = Keeper(job, folder)
         self._worker: Worker | None = None
         self._dead: str | None = None  # why a simulated worker's process died for good
 
@@ -83,7 +81,7 @@ class TwistStrategy(Strategy):
         """One message per client: its blueprint, and exactly the parameters the blueprint names."""
         if not self.nodes:
             self.connect(grid)
-        self._planned = plan(self.job, self.state, keep_from=self._keeper.saved_round)
+        self._planned = plan(self.job, self.state, keep_from=self._keeper.keep_from)
         self._mean = RoundMean(self.job, self.state, self._planned, in_place=True)
         if Packing.of(self.job, self._planned[0].blueprint).differences:
             self._kept = {name: tensor.clone() for name, tensor in self.state.params.items()}
@@ -155,8 +153,9 @@ class TwistStrategy(Strategy):
             except ReplyError as error:
                 mean.drop(worker, str(error))
         with threads(usable_cores()):
-            self.state, self._mean = mean.finish(), None
+            after, self._mean = mean.finish(), None
         report = mean.report
+        self.state = after if report.answered else self.state  # of the round before: it can be saved as that
         for worker in tasks.keys() - set(report.answered):
             self._segments.drop(worker)
         for worker in tasks.keys() - set(report.answered) - set(report.dropped):
@@ -173,7 +172,7 @@ class TwistStrategy(Strategy):
             bytes_via=self._via,
         )
         if not set(report.answered) & set(self.job.clients):
-            raise NoWorkersError(f"round {report.round}: no worker answered: {report.dropped}")
+            raise NoWorkersError(self._ending(f"round {report.round}: no worker answered: {report.dropped}"))
         return None, MetricRecord({"loss": report.loss})
 
     def _idle_cores(self) -> int:
@@ -222,7 +221,12 @@ class TwistStrategy(Strategy):
         self._keeper.end_of_round(self.state, self._planned, save=self._dead is not None)
         torch.set_num_threads(1)
         if self._dead:
-            raise DeadWorkerError(self._dead)
+            raise DeadWorkerError(self._ending(self._dead))
+
+    def _ending(self, reason: str) -> str:
+        """Why the run cannot go on, and from where it can; what it has come to is saved."""
+        self._keeper.keep(self.state)
+        return f'{reason}; {self.folder.way_on} (under `flwr run`: run-dir="{self.folder.path}")'
 
     def connect(self, grid: Grid) -> None:
         """Find the nodes and have each build its worker; node i serves the clients i, i + nodes, ...
@@ -244,7 +248,7 @@ class TwistStrategy(Strategy):
         )
         if not self.nodes:
             reasons = "; ".join(sorted(set(failed.values()))) or f"none connected within {flower.wait_for_nodes:g} s"
-            raise NoWorkersError(f"no node is ready for the run: {reasons}")
+            raise NoWorkersError(self._ending(f"no node is ready for the run: {reasons}"))
 
     def _wait(self, grid: Grid, wanted: int) -> list[int]:
         """The nodes that are there, when there are enough or flower.wait_for_nodes is over."""
@@ -270,7 +274,7 @@ class TwistStrategy(Strategy):
         for reply in exchange(grid, asked, flower, flower.connect_timeout):
             node = reply.metadata.src_node_id
             if wire.has_died(reply):
-                raise DeadWorkerError(wire.error_of(reply))
+                raise DeadWorkerError(self._ending(wire.error_of(reply)))
             if reply.has_error():
                 failed[node] = wire.error_of(reply)
                 continue

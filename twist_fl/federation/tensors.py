@@ -20,9 +20,17 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from twist_fl.federation.packing import DTYPES, Packing
 from twist_fl.federation.transport import Handle, Segment, SegmentError
 from twist_fl.model.subnet import Copies, State, copy_all
+from twist_fl.system.untrusted import Field, shown
 from twist_fl.training.aggregate import ReplyError
 from twist_fl.training.interval import MOMENTS, Moments
 
+_HANDLE = {
+    "name": Field(str),
+    "pid": Field(int, 1),
+    "fd": Field(int, 0),
+    "num_bytes": Field(int, 1),
+    "checksum": Field(int, 0),
+}
 _STYPE = "raw.little"
 BLOCKS = "blocks"
 """Name of the array with a record's divided parameters; a parameter's name has a dot in it."""
@@ -122,7 +130,7 @@ def get_tensors(
 ) -> tuple[State, Moments | None]:
     """Weights in the dtype of the wire, and moments, where they lie. What came inline cannot be written into."""
     if (step is not None) != packing.with_moments:
-        raise TypeError(f"moment_step={step}, where the job's messages hold {', '.join(packing.records)}")
+        raise ValueError(f"moment_step={step}, where the job's messages hold {', '.join(packing.records)}")
     handle = handle_of(content)
     if handle is None:
         states = {record: _unpack(packing, record, content.array_records[record]) for record in packing.records}
@@ -162,14 +170,14 @@ def take_whole(name: str, value: torch.Tensor, out: torch.Tensor) -> Copies:
 
 
 def handle_of(content: RecordDict) -> Handle | None:
-    """The handle in a message that goes by shared memory. Raises TypeError if it is malformed."""
+    """The handle in a message that goes by shared memory. Raises ValueError if it is malformed."""
     if "segment" not in content.config_records:
         return None
     fields = dict(content.config_records["segment"])
-    for name, kind in Handle.__annotations__.items():
-        if type(fields.get(name)).__name__ != kind:
-            raise TypeError(f"segment's {name}={fields.get(name)!r} is no {kind}")
-    return Handle(**{name: fields[name] for name in Handle.__annotations__})  # type: ignore[arg-type]
+    for name, field in _HANDLE.items():
+        if not field.holds(fields.get(name)):
+            raise ValueError(f"segment's {name}={shown(fields.get(name))} is no {field}")
+    return Handle(**{name: fields[name] for name in _HANDLE})  # type: ignore[arg-type]
 
 
 # Sizes

@@ -97,19 +97,24 @@ def attach(handle: Handle, run_id: str) -> Segment:
     """The server's segment in a worker. Raises SegmentError if it is not this run's, gone or of another size."""
     if not handle.name.startswith(_prefix(run_id)):
         raise SegmentError(f"segment {handle.name!r} is not of this run ({run_id})")
+    place = f"/proc/{handle.pid:d}/fd/{handle.fd:d}"
     try:
-        fd = os.open(f"/proc/{handle.pid:d}/fd/{handle.fd:d}", os.O_RDWR | os.O_CLOEXEC)
+        _check_link(handle, place)  # opening another file, a device's say, may do something
+        fd = os.open(place, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise SegmentError(f"segment {handle.name} is gone, or on another machine: {error.strerror}") from error
     try:
-        # The number may since have been given to another file.
-        if (found := str(Path(f"/proc/self/fd/{fd}").readlink())) != f"/memfd:{handle.name} (deleted)":
-            raise SegmentError(f"segment {handle.name} is gone: in its place is {found}")
+        _check_link(handle, f"/proc/self/fd/{fd}")  # the number may since have been given to another file
         if (size := os.fstat(fd).st_size) != handle.num_bytes:
             raise SegmentError(f"segment {handle.name} has {size} bytes, its handle says {handle.num_bytes}")
         return Segment(handle.name, handle.pid, handle.fd, _map(fd, size))
     finally:
         os.close(fd)
+
+
+def _check_link(handle: Handle, place: str) -> None:
+    if (found := str(Path(place).readlink())) != f"/memfd:{handle.name} (deleted)":
+        raise SegmentError(f"segment {handle.name} is gone: in its place is {found}")
 
 
 def _prefix(run_id: str) -> str:

@@ -49,6 +49,10 @@ _TASK = {
 _PARTITION = re.compile("[0-9]{1,18}")
 
 
+class TaskError(ValueError):
+    """A message to a worker that is no task for it."""
+
+
 # Config records
 
 
@@ -151,7 +155,16 @@ def task_to_records(
 
 
 def task_from_records(job: Job, content: RecordDict) -> Parcel:
-    """Raises SegmentError, or ReplyError, if the tensors are not the ones that were sent, ValueError for no task."""
+    """Raises SegmentError if the tensors are not those that were sent, TaskError for what is no task."""
+    try:
+        return _read_task(job, content)
+    except SegmentError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise TaskError(f"malformed task: {plain(f'{type(error).__name__}: {error}')}") from error
+
+
+def _read_task(job: Job, content: RecordDict) -> Parcel:
     fields = read_exactly(_text(content, "task"), _TASK)
     step = fields.pop("moment_step")
     blueprint = Blueprint.from_json(fields["blueprint"])

@@ -12,11 +12,13 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
+from math import isfinite
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
-from twist_fl.config.finding import no_run
+from twist_fl.config.finding import checkpoints_of, no_run
 from twist_fl.config.hub import expanded
 from twist_fl.data.tokenizer import copy_tokenizer
 from twist_fl.runs.events import EventLog
@@ -33,6 +35,11 @@ if TYPE_CHECKING:
     from twist_fl.training.job import Job
 
 _KEPT = 2
+_STATE = "state.json"
+
+
+class DivergedError(RuntimeError):
+    """A run's state is not finite: it is not saved."""
 
 
 class RunFolder:
@@ -81,7 +88,7 @@ class RunFolder:
         """Raises ConfigError if the folder already holds a run."""
         if self.job_file.exists():
             raise ConfigError(
-                f"{self.path} already holds a run: resume it with `twist-fl train --resume {quote(str(self.path))}` "
+                f"{self.path} already holds a run: resume it with `{self.resume_words}` "
                 f'(or run-dir="{self.path}" under `flwr run`), or choose another folder with dir=...'
             )
 
@@ -125,7 +132,7 @@ class RunFolder:
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, oldest first."""
-        return sorted((self.path / "checkpoints").glob("round-*"))
+        return list(checkpoints_of(self.path).values())
 
     @property
     def saved_round(self) -> int:
@@ -135,7 +142,19 @@ class RunFolder:
     @property
     def saved_rounds(self) -> list[int]:
         """Those of all whole checkpoints."""
-        return [int(found.name.rpartition("-")[2]) for found in self.checkpoints()]
+        return list(checkpoints_of(self.path))
+
+    @property
+    def resume_words(self) -> str:
+        """What to type to go on, as a shell takes it."""
+        return f"twist-fl train --resume {quote(str(self.path))}"
+
+    @property
+    def way_on(self) -> str:
+        """From which round a run that has ended early goes on, and what to type."""
+        round_ = self.saved_round
+        saved = f"round {round_} is saved; go on after it" if round_ else "nothing is saved; begin again"
+        return f"{saved} with: {self.resume_words}"
 
     def finished(self, num_rounds: int) -> bool:
         """Whether the run came to the end of its rounds: one that goes on, longer, has results of its first ones."""
@@ -153,6 +172,8 @@ class RunFolder:
         shutil.rmtree(going)
 
     def save(self, state: RunState, model: PreTrainedConfig, tokenizer_folder: Path | None = None) -> None:
+        """Raises DivergedError if the state has numbers that are not finite."""
+        self._check_finite(state)
         folder = self.path / "checkpoints" / f"round-{state.round:06d}"
         fields = {
             "round": state.round,
@@ -170,7 +191,7 @@ class RunFolder:
             if state.outer:
                 rounds = {name: torch.from_numpy(counts) for name, counts in state.outer.rounds.items()}
                 save_tensors(_prefixed(state.outer.values | {"rounds": rounds}), making / "outer.safetensors")
-            write_text(json.dumps(fields), making / "state.json")
+            write_text(json.dumps(fields), making / _STATE)
             # Of the dtype of what is saved: a model that came in 16 bits would be read so again.
             write_text(json.dumps(model.to_dict() | {"dtype": "float32"}, indent=1), making / "config.json")
             if tokenizer_folder:
@@ -178,18 +199,61 @@ class RunFolder:
         for old in self.checkpoints()[:-_KEPT]:
             self.remove(old)
 
+    def _check_finite(self, state: RunState) -> None:
+        from twist_fl.system.threads import ranges
+
+        moments = _prefixed(state.moments.values) if state.moments else {}
+        outer = _prefixed(state.outer.values) if state.outer else {}
+        for name, extremes in chain(*(ranges(values).items() for values in (state.params, moments, outer))):
+            if not all(map(isfinite, extremes)):
+                raise DivergedError(
+                    f"training has diverged: {name} has values that are not finite after round {state.round}, which is "
+                    f"not saved. {self._smaller_steps()}"
+                )
+
+    def _smaller_steps(self) -> str:
+        """What to do about a run that has diverged: to go on is to end in the same way."""
+        if not self.saved_round:
+            return "Nothing is saved: begin another run with smaller steps (train.lr, aggregate.server_lr)"
+        other = f"twist-fl train model.pretrained={quote(str(self.path))} train.lr=..."
+        return (
+            f"Round {self.saved_round} is saved. Begin another run there with smaller steps: {other} (to go on after "
+            f"it, and to the same end: {self.resume_words})"
+        )
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint, or None if there is none yet.
+
+        Raises DamagedError if a byte of it is not as it was written, and says which one before it is whole.
+        """
+        damaged: dict[Path, DamagedError] = {}
+        for round_, folder in reversed(checkpoints_of(self.path).items()):
+            try:
+                _check(folder, round_)
+            except DamagedError as error:
+                damaged[folder] = error
+                continue
+            if damaged:
+                raise self._damage(damaged, f"The checkpoint of round {round_} is whole. To go on after it")
+            return folder
+        if damaged:
+            raise self._damage(damaged, "No other is whole. To begin again with round 1")
+        return None
+
+    def _damage(self, damaged: Mapping[Path, DamagedError], what: str) -> DamagedError:
+        remove = " ".join(quote(str(folder)) for folder in damaged)
+        return DamagedError(f"{next(iter(damaged.values()))}. {what}: rm -r {remove} && {self.resume_words}")
+
     def load(self) -> RunState | None:
-        """The state of the newest checkpoint, or None if there is none yet."""
-        found = self.checkpoints()
-        if not found:
+        """The state of the newest checkpoint, or None if there is none yet. Raises DamagedError, see `newest`."""
+        folder = self.newest()
+        if folder is None:
             return None
         from twist_fl.rounds import RunState
         from twist_fl.training.interval import Moments
         from twist_fl.training.outer_optimizer import OuterState
 
-        folder = found[-1]
-        check_seal(folder)
-        fields = json.loads((folder / "state.json").read_text())
+        fields = json.loads((folder / _STATE).read_text())
         debt: set[tuple[Kind, int, int]] = {(kind, layer, block) for kind, layer, block in fields["debt"]}
         moments = None
         if fields["moment_step"] is not None:
@@ -203,6 +267,14 @@ class RunFolder:
         if fields.get("scores"):
             scores = {(kind, layer): tuple(values) for kind, layer, *values in fields["scores"]}
         return RunState(params, fields["cursors"], fields["round"], frozenset(debt), moments, outer, scores)
+
+
+def _check(folder: Path, round_: int) -> None:
+    """Raises DamagedError unless the checkpoint is as it was written, and of the round that it is called by."""
+    check_seal(folder)
+    found = json.loads((folder / _STATE).read_text())["round"]
+    if found != round_:
+        raise DamagedError(f"{folder} is a checkpoint of round {found}, and not of the round in its name")
 
 
 def _load(file: Path) -> State:

@@ -28,7 +28,7 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     "evaluating": {"round": int},
     "eval": {"round": int, "full": float, "subnets?": float},
     "ticket": {"size": int},
-    "results": {"full": float, "tickets": list[dict[str, float]]},
+    "results": {"full": float, "tickets": list[dict[str, float]], "lost_replies?": int},
     "failed": {"error": str},
     "device": {"name": str},
     "tracker": {"name": str, "error": str},

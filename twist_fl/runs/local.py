@@ -65,13 +65,14 @@ def train_local(folder: RunFolder, eval_threads: int | None = None) -> None:
     with folder.lock("server"), folder.failures_logged():
         take_moments(job.run_id, folder.moments_folder)
         state = folder.load() or start(job)
-        keeper = Keeper(job, folder, state.round)
+        keeper = Keeper(job, folder)
         keeper.begin(state)
         worker = Worker(job, MomentShelf(moment_folder(job.run_id)))
         while state.round < job.num_rounds:
             torch.set_num_threads(worker_threads)
             began, tasks = time.perf_counter(), plan(job, state)
-            state, report = twist_round(job, state, [worker] * len(tasks), keeper.saved_round)
+            before = state
+            state, report = twist_round(job, before, [worker] * len(tasks), keeper.keep_from)
             seconds = time.perf_counter() - began
             folder.log(
                 "round",
@@ -83,7 +84,8 @@ def train_local(folder: RunFolder, eval_threads: int | None = None) -> None:
                 predicted_peak_bytes=keeper.predicted_peak_bytes(tasks),
             )
             if not report.answered:
-                raise LaunchError(f"round {report.round}: no worker's reply counted: {report.dropped}")
+                keeper.keep(before)
+                raise LaunchError(f"round {report.round}: no worker's reply counted: {report.dropped}; {folder.way_on}")
             torch.set_num_threads(eval_threads)
             keeper.end_of_round(state, tasks)
         final_results(job, state, folder, eval_threads)

@@ -18,10 +18,15 @@ from twist_fl.training.worker import Task
 class Keeper:
     """Logs `job`'s plan to `folder`, and evaluates and saves its state whenever that is due."""
 
-    def __init__(self, job: Job, folder: RunFolder, saved_round: int) -> None:
-        self.job, self.folder, self.saved_round = job, folder, saved_round
+    def __init__(self, job: Job, folder: RunFolder) -> None:
+        self.job, self.folder = job, folder
         self._models = job.models()
         self._corpus = job.corpus  # what is wrong with it shows before the first round
+
+    @property
+    def keep_from(self) -> int:
+        """The oldest round that the run may go on from: clients keep their state of it."""
+        return min(self.folder.saved_rounds, default=0)
 
     def begin(self, state: RunState) -> None:
         """Forget what the log says beyond `state`, and write the run's plan."""
@@ -60,9 +65,16 @@ class Keeper:
         if every and self.is_due(state, every):
             self._evaluate(state, [task.blueprint for task in tasks])
         if save or self.is_due(state, self.job.config.checkpoint_every) or self._before_the_short(state):
-            self.folder.save(state, self.job.model_config, self._corpus.tokenizer_folder)
-            self.saved_round = state.round
-            self.folder.log("saved", round=state.round)
+            self._save(state)
+
+    def keep(self, state: RunState) -> None:
+        """Save what a run that cannot go on has come to, if it is not saved."""
+        if state.round > self.folder.saved_round:
+            self._save(state)
+
+    def _save(self, state: RunState) -> None:
+        self.folder.save(state, self.job.model_config, self._corpus.tokenizer_folder)
+        self.folder.log("saved", round=state.round)
 
     def _before_the_short(self, state: RunState) -> bool:
         """Before a last interval that is shorter than the others: from there the run can be trained longer."""

@@ -59,7 +59,7 @@ def final_results(job: Job, state: RunState, folder: RunFolder, threads: int | N
         results["tickets"].append({"size": size, "of": blocks_per_layer(job.layout, job.division)} | tickets.summary())
     write_json(results, folder.results_file)
     rows = [{key: ticket[key] for key in ("size", "of", "mean", "std")} for ticket in results["tickets"]]
-    folder.log("results", round=state.round, full=results["full"], tickets=rows)
+    folder.log("results", round=state.round, full=results["full"], tickets=rows, lost_replies=results["lost_replies"])
     return results
 
 

@@ -46,9 +46,11 @@ def go_on(folder: RunFolder, overrides: Sequence[str] = ()) -> Continued:
     """Write the settings in `overrides` into the run's folder, and find where it goes on.
 
     A finished run whose evaluation changes is evaluated again. Raises ConfigError for a setting that would make it
-    another run, a budget that is already spent, a tracker that is not here, or while a server is at work in the folder.
+    another run, a budget that is already spent, a damaged checkpoint, a tracker that is not here, or while a server is
+    at work in the folder.
     """
     before = folder.job()
+    folder.newest()  # what is damaged is refused before anything starts
     job = _changed(before, overrides, (*PLACES, *BUDGET, *FREE)) if overrides else before
     trained = folder.saved_round
     if job.num_rounds < trained:

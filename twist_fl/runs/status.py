@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from twist_fl.config.finding import checkpoints_of
 from twist_fl.runs.story import Follower, held_text, lines, nodes_text, results_text, round_text, warnings
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.locks import is_locked
@@ -58,8 +59,8 @@ class Look:
         )
 
     def _saved(self) -> str:
-        rounds = [int(path.name.rpartition("-")[2]) for path in self.folder.glob("checkpoints/round-*")]
-        return f"round {max(rounds)} is saved" if rounds else "nothing is saved"
+        newest = max(checkpoints_of(self.folder), default=0)
+        return f"round {newest} is saved" if newest else "nothing is saved"
 
     def line(self) -> str:
         """All in one."""

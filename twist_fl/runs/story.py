@@ -209,11 +209,15 @@ def round_text(story: Story) -> str:
 
 
 def results_text(results: Mapping[str, Any]) -> str:
-    """Final perplexities, of results.json or of a "results" event."""
+    """Final perplexities and lost replies, of results.json or of a "results" event."""
     tickets = [f"{size_label(ticket)} {perplexity_text(ticket['mean'])}" for ticket in results["tickets"]]
-    return f"perplexity: full model {perplexity_text(results['full'])}" + (
-        f"; random tickets, mean: {', '.join(tickets)}" if tickets else ""
-    )
+    lost = results.get("lost_replies", 0)
+    parts = [
+        f"perplexity: full model {perplexity_text(results['full'])}",
+        f"random tickets, mean: {', '.join(tickets)}" if tickets else "",
+        f"{count(lost, 'reply')} {'was' if lost == 1 else 'were'} lost" if lost else "",
+    ]
+    return "; ".join(filter(None, parts))
 
 
 def lines(event: Event, story: Story) -> Iterator[str]:

@@ -1,17 +1,22 @@
 """Other eyes on a run: functions that are called with every event of its log, in the process that writes it.
 
-A tracker is `module:function`; the function takes the run's configuration and folder and returns what is called with
-each event, a dict: see `events.FIELDS`. A run begins, and goes on, with "start"; it ends with "done" or "failed".
+A tracker is `module:function`, of a module that is installed, on PYTHONPATH or in the working folder. The function
+takes the run's configuration and folder, and returns what is called with each event, a dict: see `events.FIELDS`. A run
+begins, and goes on, with "start"; it ends with "done" or "failed".
 """
 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twist_fl.federation.environment import WORKING_FOLDER
 from twist_fl.runs.events import Event
 from twist_fl.system.errors import ConfigError
 
@@ -34,9 +39,11 @@ def _find(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
     if not module or not function:
         raise ConfigError(f"log.tracker={name!r} is not of the form module:function, for example my_tracker:start")
+    if (here := os.environ.get(WORKING_FOLDER) or str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # last: what lies there hides nothing
     try:
         found = getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
+    except (ImportError, SyntaxError, TypeError) as error:  # TypeError: a name that begins with a dot
         raise ConfigError(
             f"log.tracker={name!r}: {error}: install it where the server runs, or name its folder in PYTHONPATH"
         ) from error

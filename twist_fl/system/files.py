@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twist_fl.system.errors import DamagedError
+from twist_fl.system.untrusted import plain
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +133,7 @@ def new_folder(path: Path, sealed: bool = False) -> Iterator[Path]:
     try:
         yield making
         if sealed:
-            (making / SEAL).write_text("".join(f"{_hash(making / name)}  {name}\n" for name in _names(making)))
+            (making / SEAL).write_bytes(_sums(making).encode())
         for each in [*making.rglob("*"), making]:
             _flush(each)
         if path.exists():
@@ -161,15 +162,20 @@ def _exchange(new: Path, old: Path) -> None:
 def check_seal(folder: Path) -> None:
     """Raises DamagedError unless every file of a sealed folder is there, no other is, and all are as written."""
     try:
-        lines = (folder / SEAL).read_text().splitlines()
-        sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        sealed = (folder / SEAL).read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise DamagedError(
             f"{folder} cannot be checked, its {SEAL} is missing or damaged: remove the folder"
         ) from error
-    for name in sorted(sums.keys() | set(_names(folder))):
-        if name not in sums or not (folder / name).is_file() or _hash(folder / name) != sums[name]:
-            raise DamagedError(f"{folder / name} is not what was written (see {SEAL} beside it): remove the folder")
+    if (found := _sums(folder)) != sealed:
+        # Where all lines are alike, the seal itself has changed.
+        other = sorted(line.partition("  ")[2] for line in set(found.splitlines()) ^ set(sealed.splitlines()))
+        name = plain([*other, SEAL][0])
+        raise DamagedError(f"{folder / name} is not what was written (see {SEAL} beside it): remove the folder")
+
+
+def _sums(folder: Path) -> str:
+    return "".join(f"{_hash(folder / name)}  {name}\n" for name in _names(folder))
 
 
 def _names(folder: Path) -> list[str]:

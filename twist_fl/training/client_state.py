@@ -1,11 +1,13 @@
 """Where a client keeps the optimiser state of shared parameters (train.optimizer_state=client).
 
 On disk, because neither Flower's simulation nor a SuperNode promises the same process for the next round;
-one file per worker and round, so that a run resumed from an older checkpoint finds that round's state.
+one sealed folder per worker and round, so that a run resumed from an older checkpoint finds that round's state, and one
+that is damaged is not used.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable
 from itertools import product
@@ -14,8 +16,11 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from twist_fl.data.corpus import cache_dir
-from twist_fl.system.files import new_folder, save_tensors
+from twist_fl.system.files import check_seal, new_folder, save_tensors
 from twist_fl.training.interval import MOMENTS, Moments
+
+_NAME = re.compile(r"worker-(\d{1,18})-round-(\d{1,18})", re.ASCII)
+_FILE = "moments.safetensors"
 
 
 def moment_folder(run_id: str) -> Path:
@@ -36,11 +41,11 @@ def keep_moments(run_id: str, kept: Path, rounds: Iterable[int]) -> None:
     folder = moment_folder(run_id)
     if not folder.is_dir():
         return
-    workers = {int(file.name.split("-")[1]) for file in folder.glob("worker-*")}
+    workers = {int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))}
     with new_folder(kept) as making:
         for worker, round_ in product(workers, rounds):
-            if file := MomentShelf(folder).before(worker, round_ + 1):
-                shutil.copyfile(file, making / file.name)
+            if state := MomentShelf(folder).before(worker, round_ + 1):
+                shutil.copytree(state, making / state.name, dirs_exist_ok=True)
     shutil.rmtree(folder)
 
 
@@ -49,23 +54,28 @@ class MomentShelf:
         self.folder = folder
 
     def _rounds(self, worker: int) -> dict[int, Path]:
-        files = self.folder.glob(f"worker-{worker}-round-*.safetensors")
-        return {int(file.stem.rpartition("-")[2]): file for file in files}
+        found = [(_NAME.fullmatch(path.name), path) for path in self.folder.glob(f"worker-{worker}-round-*")]
+        return {int(match[2]): path for match, path in found if match}
 
     def before(self, worker: int, round_: int) -> Path | None:
         """The newest state from before `round_`."""
-        found = {r: file for r, file in self._rounds(worker).items() if r < round_}
+        found = {r: path for r, path in self._rounds(worker).items() if r < round_}
         return found[max(found)] if found else None
 
     def load(self, worker: int, round_: int) -> Moments | None:
-        """The newest state from before `round_`. Later ones belong to an abandoned continuation and are removed."""
-        for r, later in self._rounds(worker).items():
-            if r >= round_:
-                later.unlink()
+        """The newest state from before `round_`. Raises DamagedError if it is not as it was written.
+
+        Later ones belong to an abandoned continuation and are removed, and so is what a worker that was killed had half
+        written: nobody else writes of this worker while it is asked to train.
+        """
+        later = [path for r, path in self._rounds(worker).items() if r >= round_]
+        for path in (*later, *self.folder.glob(f".worker-{worker}-round-*")):
+            shutil.rmtree(path, ignore_errors=True)
         newest = self.before(worker, round_)
         if newest is None:
             return None
-        tensors = load_file(newest)
+        check_seal(newest)
+        tensors = load_file(newest / _FILE)
         values = {
             moment: {key.partition("/")[2]: value for key, value in tensors.items() if key.startswith(moment + "/")}
             for moment in MOMENTS
@@ -78,8 +88,9 @@ class MomentShelf:
 
         tensors = {f"{moment}/{name}": moments.values[moment][name] for moment in MOMENTS for name in names}
         tensors["step"] = torch.tensor(moments.step)
-        save_tensors(tensors, self.folder / f"worker-{worker}-round-{round_}.safetensors")
+        with new_folder(self.folder / f"worker-{worker}-round-{round_}", sealed=True) as making:
+            save_tensors(tensors, making / _FILE)
         found = self._rounds(worker)
         needed = max((r for r in found if r <= keep_from), default=0)
         for old in [r for r in found if r < needed]:
-            found[old].unlink()
+            shutil.rmtree(found[old], ignore_errors=True)

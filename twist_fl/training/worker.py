@@ -14,6 +14,7 @@ from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.data.corpus import Windows
 from twist_fl.model.masked import MaskedModel
 from twist_fl.model.subnet import State, take_back
+from twist_fl.system.errors import DamagedError
 from twist_fl.system.memory import Peak
 from twist_fl.training.client_state import MomentShelf
 from twist_fl.training.interval import MOMENTS, Interval, Moments, batch_gradient, train_interval
@@ -130,12 +131,19 @@ class Worker:
 
     def _continue(self, model: PreTrainedModel, task: Task, seed: int) -> tuple[Interval, str]:
         """An interval with the client's own optimiser state of what it always holds, and a note if that is lost."""
-        moments = self.shelf.load(task.worker, task.round)
+        moments, damage = self._kept(task)
         lost = moments is None and task.cursor > 0
         interval = self._train(model, task, seed, moments)
         kept = self.job.always_whole(task.worker)
         self.shelf.save(task.worker, task.round, interval.moments, kept, task.keep_from)
-        return interval, "its optimiser state is not on this machine: started anew" if lost else ""
+        return interval, f"its optimiser state {damage or 'is not on this machine'}: started anew" if lost else ""
+
+    def _kept(self, task: Task) -> tuple[Moments | None, str]:
+        """What the client has kept of its optimiser's state; one that is damaged is not used, but said."""
+        try:
+            return self.shelf.load(task.worker, task.round), ""
+        except DamagedError:
+            return None, "on this machine is damaged"
 
 
 def _back(state: State, places: Mapping[str, torch.Tensor]) -> State:
