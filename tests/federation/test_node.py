@@ -24,12 +24,12 @@ from typer.testing import CliRunner
 
 from twist_fl.cli.app import app
 from twist_fl.federation import node
-from twist_fl.federation.environment import private_environment
 from twist_fl.federation.loopback import Network, network, warm_node
 from twist_fl.federation.simulation import free_port
 from twist_fl.rounds import run, start
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.children import stop_tree
+from twist_fl.system.environment import private_environment
 from twist_fl.system.errors import ConfigError, LaunchError
 
 PATIENCE = 300.0

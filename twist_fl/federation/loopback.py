@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from twist_fl.federation import simulation
-from twist_fl.federation.environment import private_environment
 from twist_fl.system.children import stop_tree
+from twist_fl.system.environment import private_environment
 
 NodeCommand = Callable[[str, str], list[str]]
 """From the SuperLink's address and the node's configuration to the command that starts a node."""

@@ -20,12 +20,12 @@ from pathlib import Path
 import httpx
 import psutil
 
-from twist_fl import awaiting
 from twist_fl.config.schema import Config, conf_dir
-from twist_fl.federation.environment import private_environment
 from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.system import awaiting
 from twist_fl.system.children import clear_stale, ended, flower_home, ray_folder
 from twist_fl.system.cores import usable_cores
+from twist_fl.system.environment import private_environment
 from twist_fl.system.errors import LaunchError
 from twist_fl.training.device import cpus_per_worker
 

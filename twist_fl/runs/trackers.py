@@ -16,8 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twist_fl.federation.environment import WORKING_FOLDER
 from twist_fl.runs.events import Event
+from twist_fl.system.environment import WORKING_FOLDER
 from twist_fl.system.errors import ConfigError
 
 if TYPE_CHECKING:

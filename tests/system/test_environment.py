@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from twist_fl.federation.environment import private_environment
+from twist_fl.system.environment import private_environment
 
 HOME = Path("/run/flower-1")
 
