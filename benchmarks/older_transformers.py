@@ -95,7 +95,8 @@ def export(fields: dict[str, Any], tokenizer: Path, folder: Path) -> None:
         state = {param.name: 0.3 * torch.randn(param.shape) for param in layout.params}
     blueprint = draw_ticket(layout, Division("both", ((2, 3),) * 2, 1, 1), (2, 3), 0, 0)
     export_ticket(make_ticket(layout, state, config.to_dict(), blueprint, "sqrt"), folder / "ticket", tokenizer)
-    ours: Any = ModelCache(config, layout, "sqrt").load_sliced(blueprint, state).eval()
+    ours: Any = ModelCache(config, layout, "sqrt").load_sliced(blueprint, state)
+    ours.eval()
     with torch.inference_mode():
         logits = ours(torch.arange(40, 52)[None]).logits
     tokens = [load_tokenizer(str(tokenizer))(text)["input_ids"] for text in TEXTS]

@@ -1,9 +1,8 @@
 """Models whose layers may hold fewer attention blocks and FFN neurons than their full size.
 
-This file is shipped beside every exported ticket, so that
+This file is shipped beside every exported ticket, with the ticket's `FAMILY` at its end, so that
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works where twist_fl is not
-installed; training uses the same classes. It needs torch and transformers only, and asks transformers
-for the classes of one architecture when they are named: an older version need not know the others.
+installed; training uses the same classes. It needs torch and transformers only.
 """
 
 from functools import cache
@@ -17,78 +16,52 @@ from transformers.pytorch_utils import Conv1D
 class Family(NamedTuple):
     """An architecture in transformers: its classes, where its layers are, and their projections, the output's last."""
 
+    model_type: str
     model: str
     config: str
     layers: str
     attn: tuple[str, ...]
     ffn: tuple[str, ...]
-    since: str = "4.46"
-    """The first version of transformers that has it, or the first that was tried."""
+    since: str
+    """The first version of transformers that opens it."""
 
 
-_LLAMA = Family(
-    *("LlamaForCausalLM", "LlamaConfig", "model.layers"),
-    attn=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    ffn=("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-)
-FAMILIES: dict[str, Family] = {
-    "gpt2": Family(
-        *("GPT2LMHeadModel", "GPT2Config", "transformer.h"),
-        attn=("attn.c_attn", "attn.c_proj"),
-        ffn=("mlp.c_fc", "mlp.c_proj"),
-    ),
-    "llama": _LLAMA,
-    "mistral": _LLAMA._replace(model="MistralForCausalLM", config="MistralConfig"),
-    "qwen2": _LLAMA._replace(model="Qwen2ForCausalLM", config="Qwen2Config"),
-    "qwen3": _LLAMA._replace(model="Qwen3ForCausalLM", config="Qwen3Config", since="4.51"),
-    "opt": Family(
-        *("OPTForCausalLM", "OPTConfig", "model.decoder.layers"),
-        attn=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
-        ffn=("fc1", "fc2"),
-    ),
-    "gpt_neox": Family(
-        *("GPTNeoXForCausalLM", "GPTNeoXConfig", "gpt_neox.layers"),
-        attn=("attention.query_key_value", "attention.dense"),
-        ffn=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
-    ),
-}
-"""By the config's model_type."""
 _COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "split_size", "embed_dim", "hidden_size")
 """What an attention module calls its heads and their width together, in some architecture and version."""
 
 
-def needs(model_type: str) -> str:
-    """The versions of transformers that open a model of this architecture, as pip has it."""
-    return f"transformers>={FAMILIES[model_type].since},<6"
-
-
-def model_class(model_type: str) -> Any:
-    """Its class, named Subnet and the name of the whole model's; made when it is first asked for."""
-    return _classes(model_type)[0]
+@cache
+def model_class(family: Family) -> Any:
+    """Named Subnet and the name of the whole model's class."""
+    config = config_class(family)
+    bases = (_Subnet, getattr(transformers, family.model))
+    fields = {"__module__": __name__, "family": family, "config_class": config}
+    return type(f"Subnet{family.model}", bases, fields)
 
 
 @cache
-def _classes(model_type: str) -> tuple[Any, Any]:
-    family, here = FAMILIES[model_type], transformers.__version__
+def config_class(family: Family) -> Any:
+    """One of its own: older versions would open every later model of the whole model's class as a ticket."""
+    wanted, here = f"transformers>={family.since},<6", transformers.__version__
     if not _numbers(family.since) <= _numbers(here) < (6, 0):
-        wanted = needs(model_type)
-        raise ImportError(f"this {model_type} ticket needs {wanted}, here is {here}: pip install '{wanted}'")
-    # A config class of its own: older versions would open every later model of the config's class as a ticket.
-    config: Any = type(f"Subnet{family.config}", (getattr(transformers, family.config),), {"__module__": __name__})
-    bases = (_Subnet, getattr(transformers, family.model))
-    fields = {"__module__": __name__, "family": family, "config_class": config}
-    return type(f"Subnet{family.model}", bases, fields), config
+        raise ImportError(f"this {family.model_type} ticket needs {wanted}, here is {here}: pip install '{wanted}'")
+    return type(f"Subnet{family.config}", (getattr(transformers, family.config),), {"__module__": __name__})
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in version.split(".")[:2])
 
 
+FAMILY: Family | None = None
+"""The ticket's, which stands at the end of the file beside it."""
+
+
 def __getattr__(name: str) -> Any:
     """The classes that a ticket's config.json names."""
-    for model_type, family in FAMILIES.items():
-        if name in (f"Subnet{family.model}", f"Subnet{family.config}"):
-            return _classes(model_type)[name == f"Subnet{family.config}"]
+    if FAMILY and name == f"Subnet{FAMILY.config}":
+        return config_class(FAMILY)
+    if FAMILY and name == f"Subnet{FAMILY.model}":
+        return model_class(FAMILY)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from math import ceil, inf
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from twist_fl.blueprint.drawing import draw_ticket
 from twist_fl.config.schema import DeviceConfig
 from twist_fl.config.sizes import blocks_per_layer, legal_sizes, ticket_sizes
 from twist_fl.data.tokenizer import copy_tokenizer
+from twist_fl.model.families import family_of, shipped_code
 from twist_fl.model.hf_config import padding_token
-from twist_fl.model.modeling_subnet import FAMILIES, needs
 from twist_fl.model.subnet import State, fold_scale, subnet_sizes
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import new_folder, save_tensors
@@ -144,13 +143,14 @@ def export_ticket(ticket: Ticket, folder: Path, tokenizer_folder: Path | None) -
 
     The model code in it is this package's own, and the config names no other: nothing received is executed.
     """
+    family = family_of(ticket.model_config["model_type"])
     with new_folder(folder) as making:
         _write_json(_export_config(ticket), making / "config.json")
         _write_json(_generation_config(ticket), making / "generation_config.json")
         _write_json(_about(ticket), making / "twist.json")
         save_tensors({name: tensor.detach() for name, tensor in ticket.params.items()}, making / "model.safetensors")
-        (making / "requirements.txt").write_text(f"torch\n{needs(ticket.model_config['model_type'])}\n")
-        (making / MODEL_CODE).write_bytes((resources.files("twist_fl.model") / MODEL_CODE).read_bytes())
+        (making / "requirements.txt").write_text(f"torch\ntransformers>={family.since},<6\n")
+        (making / MODEL_CODE).write_text(shipped_code(family.model_type), encoding="utf-8")
         if tokenizer_folder:
             architecture = ARCHITECTURES[ticket.model_config["model_type"]]
             copy_tokenizer(tokenizer_folder, making, ticket.model_config[architecture.keys["n_positions"]])
@@ -161,7 +161,7 @@ def _write_json(fields: Mapping[str, Any], path: Path) -> None:
 
 
 def _export_config(ticket: Ticket) -> dict[str, Any]:
-    family, code = FAMILIES[ticket.model_config["model_type"]], Path(MODEL_CODE).stem
+    family, code = family_of(ticket.model_config["model_type"]), Path(MODEL_CODE).stem
     return ticket.model_config | {
         "architectures": [f"Subnet{family.model}"],
         "auto_map": {
