@@ -285,7 +285,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2": _llama(_always, _never),
     "qwen3": replace(_llama(_set("attention_bias"), _set("attention_bias"), qk_norm=_always), since="4.51"),
     "opt": _opt(),
-    "gpt_neox": _gpt_neox(),
+    "gpt_neox": replace(_gpt_neox(), since="5.17"),  # version 4 calls its head otherwise
 }
 """By Hugging Face's model_type."""
 
