@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from common import save, show
+from loopback import NodeCommand, network, stock_node, warm_node
 
 from twist_fl.blueprint.blocks import make_layout
 from twist_fl.blueprint.cost import state_bytes
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import draw_round
-from twist_fl.federation.loopback import NodeCommand, network, stock_node, warm_node
 from twist_fl.runs.checkpoint import RunFolder
 
 NUM_NODES = 2

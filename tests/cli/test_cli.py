@@ -49,7 +49,6 @@ COMMANDS = {
     "cost": ("preset", "overrides", "--steps"),
     "status": ("runs", "--follow"),
     "keys": (),
-    "bench": ("name", "--results"),
     "node": ("--superlink", "--insecure", "--root-certificates", "--auth-supernode-private-key", "--node-config"),
     "reproduce": ("names", "--scale", "--dir", "--out", "--jobs", "--doc", "--dry-run"),
 }

@@ -143,7 +143,6 @@ ASKED = {
     ("generate", "x", "--seed", "-1"): "--seed -1 must be 0 to 9223372036854775807",
     ("generate", "x", "--prompt", ""): "the prompt is empty: give --prompt at least one token to continue",
     ("report", "x", "--out", "."): "--out: File '.' is a directory",
-    ("bench", "raound"): "no benchmark 'raound', did you mean 'round'?; there are round, ddp",
     ("reproduce", "tabel1"): "no experiment 'tabel1', did you mean 'table1'?; there are fig2, table1",
     ("reproduce", "train.lr"): "'train.lr' is no experiment but a setting, which has a value: train.lr=...",
     ("cost", "first"): "no preset 'first'; presets: demo",

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 from app_runs import PATIENCE, assert_is_rounds_run, processes_of, twist_fl
+from loopback import network, stock_node
 from transformers import AutoModelForCausalLM
 
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
 from twist_fl.config.schema import DeviceConfig
 from twist_fl.data.corpus import cache_dir
 from twist_fl.federation import shipping
-from twist_fl.federation.loopback import network, stock_node
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.provenance import commit
 from twist_fl.tickets.evaluate import perplexity

@@ -20,11 +20,11 @@ import httpx
 import psutil
 import pytest
 from local_grid import assert_same_run
+from loopback import Network, network, warm_node
 from typer.testing import CliRunner
 
 from twist_fl.cli.app import app
 from twist_fl.federation import node
-from twist_fl.federation.loopback import Network, network, warm_node
 from twist_fl.federation.simulation import free_port
 from twist_fl.rounds import run, start
 from twist_fl.runs.checkpoint import RunFolder

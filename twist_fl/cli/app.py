@@ -12,7 +12,6 @@ import typer
 from rich.console import Console
 
 from twist_fl.cli import options
-from twist_fl.cli.bench import BENCHES
 from twist_fl.cli.usage import block_counts, explain, versions
 from twist_fl.config.schema import load_config, presets
 from twist_fl.federation.joining import node_arguments
@@ -198,26 +197,6 @@ def cost(
     from twist_fl.cli import cost_tables
 
     cost_tables.show_cost(console, preset, overrides or [], steps)
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(
-    context: typer.Context,
-    name: Annotated[
-        str | None, typer.Argument(help=f"{', '.join(BENCHES)}; default: all that need no data.", show_default=False)
-    ] = None,
-    results: Annotated[
-        Path | None,
-        options.new_folder("Folder for the results; default: results/performance, for docs/performance.md."),
-    ] = None,
-) -> None:
-    """Measure time, memory and bytes beside floors and rivals, in a source tree.
-
-    Other options are the script's: python benchmarks/NAME.py --help lists them.
-    """
-    from twist_fl.cli.bench import run_benches
-
-    run_benches(console, name, context.args, results)
 
 
 @app.command()

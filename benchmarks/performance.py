@@ -1,14 +1,14 @@
-"""Tables of docs/performance.md, from what `twist-fl bench` has put into results/performance."""
+"""Tables of docs/performance.md, from what `benchmarks/bench.py` has put into results/performance."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from twist_fl.report.cells import markdown
+from twist_fl.report.published import origin
 
 Found = Mapping[str, Mapping[str, Any]]
 """What each benchmark found, by its name."""
@@ -16,19 +16,6 @@ Found = Mapping[str, Mapping[str, Any]]
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
     return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
-
-
-def fill(text: str, found: Mapping[str, str]) -> str:
-    """`text` with each table between `<!-- table: NAME -->` and `<!-- /table -->` as it is in `found`.
-
-    A table that is not in `found` stays. Raises KeyError for one that has no place in the text.
-    """
-    for name, table in found.items():
-        place = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- /table -->)", re.DOTALL)
-        if not place.search(text):
-            raise KeyError(f"no place for table {name!r}: write <!-- table: {name} --> and <!-- /table --> around it")
-        text = place.sub(lambda match, new=table: match[1] + new + match[2], text)  # type: ignore[misc]
-    return text
 
 
 def tables(found: Found) -> dict[str, str]:
@@ -39,18 +26,6 @@ def tables(found: Found) -> dict[str, str]:
             if bench in found:
                 made[name] = make(found[bench]) + "\n" + origin(found[bench]) + "\n"
     return made
-
-
-def origin(found: Mapping[str, Any]) -> str:
-    machine = found["hardware"]
-    load = f", load {found['load_before']:.1f} before" if "load_before" in found else ""
-    where = f"{machine['gpu'] or machine['processor']}, {machine['cores']} cores"
-    return f"*{short_commit(found['commit'])}, {where}, torch {found['torch']}{load}*"
-
-
-def short_commit(commit: str | None) -> str:
-    """Seven digits, and the plus of a changed tree."""
-    return commit[:7] + "+" * commit.endswith("+") if commit else "no commit"
 
 
 def number(value: float) -> str:

@@ -9,8 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
+from performance import Found
 
-from twist_fl.report.performance import Found
 from twist_fl.report.plots import DPI, NO_LINE, figure_of, log_ticks, looks_of, styled
 
 

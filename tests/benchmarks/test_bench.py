@@ -1,4 +1,4 @@
-"""`twist-fl bench`: what it keeps, what it refuses, and that docs/performance.md is what it has found."""
+"""`benchmarks/bench.py`: what it keeps, and that docs/performance.md is what it has found."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import bench
+import performance
+import performance_plots
 import pytest
 import run as gpu
 import torch
@@ -15,20 +18,17 @@ from common import copy_bandwidth, flops_per_second
 from ddp import PAPER, paper_ratios
 from growth import server_share
 from legible import assert_legible
-from rich.console import Console
 from steps import ddp_steps, random_model
 from torch import distributed
 from wire import round_by_wire
 
 from twist_fl.blueprint.cost import state_bytes
 from twist_fl.blueprint.drawing import full_blueprint
-from twist_fl.cli import bench
 from twist_fl.federation.packing import Packing
 from twist_fl.model.subnet import get_state
-from twist_fl.report import performance, performance_plots
 from twist_fl.report.plots import styled
+from twist_fl.report.published import fill
 from twist_fl.rounds import start, twist_round
-from twist_fl.system.errors import ConfigError, LaunchError
 from twist_fl.training.client_state import MomentShelf
 from twist_fl.training.interval import train_interval
 from twist_fl.training.job import Job
@@ -37,7 +37,6 @@ from twist_fl.training.worker import Worker
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "performance.md").read_text()
 MakeJob = Callable[..., Job]
-QUIET = Console(quiet=True)
 
 
 # The page
@@ -45,7 +44,7 @@ QUIET = Console(quiet=True)
 
 def test_the_tables_are_the_published_results() -> None:
     found = performance.read(ROOT / "results" / "performance")
-    assert performance.fill(PAGE, performance.tables(found)) == PAGE
+    assert fill(PAGE, performance.tables(found)) == PAGE
 
 
 def test_every_table_has_a_place_and_every_place_a_table() -> None:
@@ -55,7 +54,7 @@ def test_every_table_has_a_place_and_every_place_a_table() -> None:
 
 def test_a_table_without_a_place() -> None:
     with pytest.raises(KeyError, match="no place for table 'b'"):
-        performance.fill("<!-- table: a -->\n<!-- /table -->", {"b": "| 1 |\n"})
+        fill("<!-- table: a -->\n<!-- /table -->", {"b": "| 1 |\n"})
 
 
 def test_files_the_page_names_exist() -> None:
@@ -94,32 +93,21 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script += "open(out, 'w').write(json.dumps({'options': options}))\n"
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "round.py").write_text(script)
-    monkeypatch.setattr(bench, "conf_dir", lambda: tmp_path / "conf")
+    monkeypatch.setattr(bench, "TREE", tmp_path)
     return tmp_path
 
 
 def test_a_result_has_its_provenance(tree: Path) -> None:
-    bench.run_benches(QUIET, "round", ["--keep", "4"], tree / "results")
+    bench.run_benches("round", ["--keep", "4"], tree / "results")
     found = json.loads((tree / "results" / "round.json").read_text())
     assert found["options"] == ["--keep", "4"]
     assert {"commit", "torch", "hardware"} <= found.keys()
 
 
 def test_of_a_benchmark_that_fails_nothing_is_kept(tree: Path) -> None:
-    with pytest.raises(LaunchError, match=r"benchmarks/round.py ended with status 3"):
-        bench.run_benches(QUIET, "round", ["fail"], tree / "results")
+    with pytest.raises(SystemExit, match=r"benchmarks/round.py ended with status 3"):
+        bench.run_benches("round", ["fail"], tree / "results")
     assert not (tree / "results").exists()
-
-
-def test_an_unknown_benchmark_is_refused_with_the_list(tree: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no benchmark 'speed'; there are round, .*wire"):
-        bench.run_benches(QUIET, "speed", [], None)
-
-
-def test_without_a_source_tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "conf_dir", lambda: tmp_path / "conf")
-    with pytest.raises(ConfigError, match=f"{tmp_path} has none: clone the repository"):
-        bench.run_benches(QUIET, "round", [], None)
 
 
 def test_every_benchmark_is_there() -> None:
