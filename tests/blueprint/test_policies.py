@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,14 +18,15 @@ from local_grid import LocalGrid, assert_same_run, same
 from twist_fl.blueprint.architectures import KINDS
 from twist_fl.blueprint.blocks import Layout, make_layout
 from twist_fl.blueprint.blueprint import Blueprint
-from twist_fl.blueprint.division import Division, Policy, Scores
+from twist_fl.blueprint.division import Division, Scores
 from twist_fl.blueprint.drawing import draw_round, draw_ticket
-from twist_fl.blueprint.policies import EVERY_BLOCK_EVERY_ROUND, POLICIES, Deal
+from twist_fl.blueprint.policies import Deal, policy_of
 from twist_fl.federation.strategy import TwistStrategy
 from twist_fl.model.subnet import State
 from twist_fl.rounds import plan, run, start
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.results import final_results
+from twist_fl.system.doors import POLICY
 from twist_fl.system.errors import ConfigError
 from twist_fl.tickets.evaluate import ticket_distribution
 from twist_fl.training.importance import block_scores, score_blocks
@@ -48,7 +48,7 @@ def layout_of(blocks: int = 12) -> Layout:
     return make_layout({"model_type": "gpt2", "vocab_size": 2, "n_positions": 2, **sizes}, blocks)
 
 
-def division(*num_sub: int, policy: Policy = "random", common: tuple[int, ...] = ()) -> Division:
+def division(*num_sub: int, policy: str = "random", common: tuple[int, ...] = ()) -> Division:
     return Division("both", tuple((n, n) for n in num_sub), 1, 2, common, policy)
 
 
@@ -67,17 +67,13 @@ def places(draw: st.DrawFn) -> tuple[int, list[int], list[int]]:
     return num_full, num_sub, common
 
 
-def test_every_policy_of_the_configuration_is_there() -> None:
-    assert POLICIES.keys() == set(get_args(Policy)) > EVERY_BLOCK_EVERY_ROUND
-
-
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POLICY.own)
 @given(places(), st.integers(1, 99), st.integers(0, 9))
 def test_rows_are_sorted_distinct_of_their_size_and_hold_the_common_blocks(
     policy: str, given_: tuple[int, list[int], list[int]], round_: int, seed: int
 ) -> None:
     num_full, num_sub, common = given_
-    rows = POLICIES[policy](deal(num_full, num_sub, common, round_, seed))
+    rows = policy_of(policy)(deal(num_full, num_sub, common, round_, seed))
     assert [len(row) for row in rows] == num_sub
     for row in rows:
         assert row == tuple(sorted(set(row)))
@@ -99,7 +95,7 @@ def test_one_rolling_worker_is_fedrolex(num_full: int, num_sub: int, round_: int
         if offset + num_sub <= num_full
         else [*range(offset, num_full), *range(offset + num_sub - num_full)]
     )
-    (ours,) = POLICIES["rolling"](deal(num_full, [num_sub], [], round_))
+    (ours,) = policy_of("rolling")(deal(num_full, [num_sub], [], round_))
     assert ours == tuple(sorted(theirs))
 
 
@@ -111,7 +107,7 @@ def test_in_as_many_rounds_as_blocks_a_rolling_worker_holds_all_equally_often(
     rest = num_full - len(common)
     for worker, size in enumerate(num_sub):
         rounds = range(first, first + rest)
-        held = [POLICIES["rolling"](deal(num_full, num_sub, common, round_))[worker] for round_ in rounds]
+        held = [policy_of("rolling")(deal(num_full, num_sub, common, round_))[worker] for round_ in rounds]
         counts = {block: sum(block in row for row in held) for block in range(num_full)}
         assert all(counts[block] == (rest if block in common else size - len(common)) for block in counts)
 
@@ -135,7 +131,7 @@ def test_ordered_subnets_are_nested_the_common_blocks_first(
     given_: tuple[int, list[int], list[int]], round_: int
 ) -> None:
     num_full, num_sub, common = given_
-    rows = sorted(POLICIES["ordered"](deal(num_full, num_sub, common, round_)), key=len)
+    rows = sorted(policy_of("ordered")(deal(num_full, num_sub, common, round_)), key=len)
     assert all(set(small) <= set(large) for small, large in pairwise(rows))
     rest = [block for block in range(num_full) if block not in common]
     assert all(set(row) == {*common, *rest[: len(row) - len(common)]} for row in rows)

@@ -74,7 +74,7 @@ class BlueprintConfig:
     """What is divided, and how much of it a worker holds."""
 
     setting: Literal["attn", "ffn", "both"] = "both"
-    policy: Literal["random", "rolling", "ordered", "static", "importance"] = "random"
+    policy: str = "random"
     """Which blocks. random: Algorithm 1; rolling: a window that moves (FedRolex); ordered: the first ones (HeteroFL);
     static: drawn once; importance: Algorithm 1 with the common blocks that score highest."""
     num_sub: list[int] = field(default_factory=lambda: [6])
@@ -239,8 +239,8 @@ class LogConfig:
     """Loss, perplexity, bytes, seconds, lost replies and ticket perplexities as scalars in the run's folder
     tensorboard; needs the package: pip install 'twist-fl[tensorboard]'."""
     tracker: str | None = None
-    """For other trackers: module:function, called once with the configuration (a dict) and the run's folder (a Path);
-    what it returns is called with every event (a dict), where the server runs."""
+    """Another tracker: a function, called once with the configuration (a dict) and the run's folder
+    (a Path); what it returns is called with every event (a dict), where the server runs."""
 
 
 @dataclass
