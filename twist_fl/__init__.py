@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from twist_fl.blueprint.drawing import draw_round as draw_round
     from twist_fl.blueprint.drawing import draw_ticket as draw_ticket
     from twist_fl.blueprint.drawing import full_blueprint as full_blueprint
+    from twist_fl.blueprint.policies import Deal as Deal
+    from twist_fl.blueprint.policies import Policy as Policy
     from twist_fl.cli.train import train as train
     from twist_fl.config.schema import Config as Config
     from twist_fl.config.schema import load_config as load_config
@@ -41,6 +43,7 @@ _HOMES = {
     "blueprint.blueprint": ("Blueprint",),
     "blueprint.division": ("Division",),
     "blueprint.drawing": ("draw_round", "draw_ticket", "full_blueprint"),
+    "blueprint.policies": ("Deal", "Policy"),
     "cli.train": ("train",),
     "config.schema": ("Config", "load_config", "presets"),
     "model.subnet": ("build_model", "get_state", "load_state", "slice_state"),

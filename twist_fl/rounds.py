@@ -63,7 +63,7 @@ class RoundReport:
 def start(job: Job) -> RunState:
     params = job.initial_state()
     kept = job.moments_travel or job.config.algorithm == "ddp"
-    scores = score_blocks(job, params, 0) if job.config.blueprint.policy == "importance" else None
+    scores = score_blocks(job, params, 0) if job.division.num_common else None
     moments = zero_moments(params) if kept else None
     outer = new_outer(job.config.aggregate, job.layout, params)
     return RunState(params, [0] * job.config.train.workers, moments=moments, outer=outer, scores=scores)

@@ -26,12 +26,13 @@ from twist_fl.model.subnet import State
 from twist_fl.rounds import plan, run, start
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.results import final_results
+from twist_fl.runs.resume import go_on
 from twist_fl.system.doors import POLICY
 from twist_fl.system.errors import ConfigError
 from twist_fl.tickets.evaluate import ticket_distribution
 from twist_fl.training.importance import block_scores, score_blocks
 from twist_fl.training.interval import next_token_loss
-from twist_fl.training.job import Job
+from twist_fl.training.job import Job, job_from_json
 
 MakeJob = Callable[..., Job]
 LAYERS = range(1, 4)
@@ -263,6 +264,90 @@ def test_importance_is_the_same_after_a_resume(every: int, tiny_job: MakeJob, tm
     assert (whole.scores == first) == (every == 0)
     best = job.scored(whole.scores).division.common_blocks("attn", 1)
     assert all(set(best) <= set(task.blueprint.held("attn", 1)) for task in plan(job, ours))
+
+
+# A user's own
+
+
+OURS = """
+from twist_fl import Policy
+
+def last(deal):
+    rest = [block for block in range(deal.num_full) if block not in deal.common]
+    return [sorted([*deal.common, *rest[len(rest) - size + len(deal.common):]]) for size in deal.num_sub]
+
+def turning(deal):
+    return [(deal.round % deal.num_full,)] * len(deal.num_sub)
+
+frozen = Policy(turning, still=True)
+covering = Policy(last, covers=True)
+
+def nothing(deal): return None
+def few(deal): return [(0,)]
+def words(deal): return [("a", "b")] * 3
+def long(deal): return [range(3)] * 3
+def twice(deal): return [(1, 1)] * 3
+def backwards(deal): return [(2, 1)] * 3
+def beyond(deal): return [(2, 4)] * 3
+def stranger(deal): return [(1, 3)] * 3
+"""
+
+
+def test_a_users_policy_says_which_blocks(user_module: Callable[[str], str], tiny_job: MakeJob) -> None:
+    module = user_module(OURS)
+    job = tiny_job(f"blueprint.policy={module}:last", "blueprint.num_sub=[1,2,3]", "blueprint.common=[1]")
+    for kind in KINDS:
+        held = [blueprint.held(kind, 1) for blueprint in job.blueprints(5)]
+        assert held == [(1,), (1, 3), (1, 2, 3)]
+    turning, frozen = (
+        tiny_job(f"blueprint.policy={module}:{name}", "blueprint.num_sub=1") for name in ("turning", "frozen")
+    )
+    assert [turning.blueprints(round_)[0].held("attn", 1) for round_ in (1, 2, 4)] == [(1,), (2,), (0,)]
+    assert [frozen.blueprints(round_)[0].held("attn", 1) for round_ in (1, 2, 4)] == [(1,), (1,), (1,)]
+
+
+def test_only_a_policy_that_covers_needs_places_for_all_blocks(
+    user_module: Callable[[str], str], tiny_job: MakeJob
+) -> None:
+    module = user_module(OURS)
+    few = ("blueprint.num_sub=1", "train.workers=2")
+    assert tiny_job(f"blueprint.policy={module}:last", *few).blueprints(1)[0].held("attn", 1) == (3,)
+    with pytest.raises(ConfigError, match="2 workers with 0 common blocks cannot cover all 4 blocks"):
+        tiny_job(f"blueprint.policy={module}:covering", *few)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nothing", "must give a row of block ids for each worker: 'NoneType' object is not iterable"),
+        ("words", "must give a row of block ids for each worker: 'str' object cannot be interpreted as an integer"),
+        ("few", "gave 1 rows for 3 workers"),
+        ("long", "gave worker 0 the blocks [0, 1, 2], and its num_sub is 2"),
+        ("twice", "gave worker 0 the blocks [1, 1]: they must be distinct, ascending, and from 0 to 3"),
+        ("backwards", "gave worker 0 the blocks [2, 1]: they must be distinct, ascending, and from 0 to 3"),
+        ("beyond", "gave worker 0 the blocks [2, 4]: they must be distinct, ascending, and from 0 to 3"),
+        ("stranger", "gave worker 0 the blocks [1, 3]: the common blocks [0] must be among them"),
+    ],
+)
+def test_a_users_policy_that_gives_other_rows_is_refused_before_a_run_starts(
+    name: str, reason: str, user_module: Callable[[str], str], tiny_job: MakeJob
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tiny_job(f"blueprint.policy={user_module(OURS)}:{name}", "blueprint.num_sub=2", "blueprint.common=[0]")
+    assert str(caught.value) == f"the policy {name} {reason}"
+
+
+def test_a_worker_needs_no_policy_and_a_server_that_goes_on_does(
+    user_module: Callable[[str], str], tiny_job: MakeJob, tmp_path: Path
+) -> None:
+    job = tiny_job(f"blueprint.policy={user_module(OURS)}:last")
+    text = job.to_json().replace(":last", ":gone")
+    theirs = job_from_json(text)
+    assert (theirs.config.blueprint.policy[-5:], theirs.layout) == (":gone", job.layout)
+    folder = RunFolder(tmp_path / "run")
+    folder.create(theirs)
+    with pytest.raises(ConfigError, match=r"^blueprint\.policy='of_the_users_\d+:gone': the module .* has no gone$"):
+        go_on(folder)
 
 
 # Mixed sizes

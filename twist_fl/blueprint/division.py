@@ -32,7 +32,7 @@ class Division:
     `num_sub` holds sizes, (heads, FFN blocks) per divided layer: one per worker, or with `assign="drawn"` those that
     may be drawn. A kind that `setting` leaves out is held whole, and so are the first `undivided_first` and the last
     `undivided_last` layers. Every worker holds the common blocks (C): the ids in `common`, or with
-    `policy="importance"` the `num_common` that lead the layer's `scores`.
+    a `num_common` as many as lead the layer's `scores`.
     """
 
     setting: Setting
@@ -62,11 +62,11 @@ class Division:
 
     @property
     def common_size(self) -> int:
-        return self.num_common if self.policy == "importance" else len(self.common)
+        return self.num_common or len(self.common)
 
     def common_blocks(self, kind: Kind, layer: int) -> tuple[int, ...]:
         """C of one layer."""
-        return self.by_score(kind, layer)[: self.num_common] if self.policy == "importance" else self.common
+        return self.by_score(kind, layer)[: self.num_common] if self.num_common else self.common
 
     def by_score(self, kind: Kind, layer: int) -> tuple[int, ...]:
         """The layer's blocks, most important first; equal ones by id. Raises ValueError without scores."""

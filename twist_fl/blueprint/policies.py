@@ -112,8 +112,6 @@ class Policy:
 
 RANDOM = Policy(random_rows, covers=True)
 STATIC = Policy(random_rows, covers=True, still=True)
-IMPORTANCE = Policy(random_rows, covers=True)
-"""The common blocks are those that score highest: `Division.common_blocks`."""
 ROLLING = Policy(rolling_rows)
 ORDERED = Policy(ordered_rows)
 

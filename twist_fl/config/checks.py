@@ -9,7 +9,6 @@ from math import inf
 from typing import Any
 
 from twist_fl.blueprint.architectures import ARCHITECTURES
-from twist_fl.system.doors import DOORS
 from twist_fl.system.errors import ConfigError
 
 # Written so that NaN fails each.
@@ -77,9 +76,6 @@ def _check_bounds(config: Any) -> None:
 def check_values(config: Any) -> None:
     """Raises ConfigError for the first value of a `Config` that cannot be."""
     _check_bounds(config)
-    for door in DOORS:
-        for _, name in _values(config, door.key):
-            door.check(name)
     check_name("name", config.name)
     _check_device_name(config.train.device)
     for device in config.deploy.devices:

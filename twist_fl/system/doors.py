@@ -1,5 +1,4 @@
-"""Where a user's own code comes in: a policy, an aggregation rule, a data source, a tracker, an export format, an
-architecture.
+"""Where a user's own code comes in: a policy, an aggregation rule, a data source, a tracker, an export format.
 
 Each is given by the name of one of ours, by the name of an entry point of an installed package, or as `module:name`.
 Ours are found in the same way. Nothing is imported before it is used.
@@ -7,12 +6,11 @@ Ours are found in the same way. Nothing is imported before it is used.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -34,23 +32,22 @@ class Door:
     """What is expected, as it is written in Python: `(deal) -> rows`."""
     where: str = "where the server runs"
     """The machines that need the module."""
-    callable: bool = True
 
     @property
     def names(self) -> list[str]:
         """Ours, and those of installed packages."""
         return [*self.own, *sorted(entry_points(group=self.group).names - self.own.keys())]
 
-    def check(self, name: str) -> None:
-        """Raises ConfigError unless `name` is known, or module:name; imports nothing."""
+    def check(self, name: str, suggest: Callable[[str, Sequence[str]], str] = lambda word, words: "") -> None:
+        """Imports nothing. Raises ConfigError, with what `suggest` says, unless `name` is known or module:name."""
         module, colon, attribute = name.partition(":")
         if colon and not (module and attribute):
             raise ConfigError(f"{self.key}={name!r} is not of the form module:name, for example my_module:mine")
         if not colon and name not in self.own and name not in self.names:
-            close = difflib.get_close_matches(name, self.names, 1)
-            near = f", did you mean {close[0]!r}?" if close else ""
-            one_of = f"one of {', '.join(self.names)}, or " if self.names else ""
-            raise ConfigError(f"{self.key}={name!r} must be {one_of}module:name of your own{near}")
+            one_of = ", ".join(self.names)
+            raise ConfigError(
+                f"{self.key}={name!r} must be one of {one_of}, or module:name of your own{suggest(name, self.names)}"
+            )
 
     def find(self, name: str) -> Any:
         """What the name stands for. Raises ConfigError if it cannot be had here, or cannot be called as it will be."""
@@ -67,8 +64,7 @@ class Door:
             ) from error
         if found is None:
             raise ConfigError(f"{self.key}={name!r}: the module {module} has no {attribute}")
-        if self.callable:
-            self._check_signature(name, found)
+        self._check_signature(name, found)
         return found
 
     def _check_signature(self, name: str, found: Any) -> None:
@@ -83,12 +79,7 @@ class Door:
         try:
             signature.bind(*given)
         except TypeError as error:
-            names = ", ".join(signature.parameters)
-            raise ConfigError(f"{expected}, found {attribute_of(name)}({names}): {error}") from error
-
-
-def attribute_of(name: str) -> str:
-    return name.rpartition(":")[2]
+            raise ConfigError(f"{expected}, found {name.rpartition(':')[2]}{signature}: {error}") from error
 
 
 def _ours(module: str, **names: str) -> dict[str, str]:
@@ -104,7 +95,7 @@ POLICY = Door(
         rolling="ROLLING",
         ordered="ORDERED",
         static="STATIC",
-        importance="IMPORTANCE",
+        importance="RANDOM",  # with common blocks by score: `Division.common_blocks`
     ),
     "(deal) -> rows",
 )
@@ -115,3 +106,19 @@ TRACKER = Door(
     "(config, folder) -> function of an event",
 )
 DOORS = (POLICY, TRACKER)
+_OF_THE_SERVER = (POLICY, TRACKER)
+
+
+def names_in(config: Any) -> Iterator[tuple[Door, str]]:
+    """The doors that are settings, with what a configuration names."""
+    for door in DOORS:
+        section, _, key = door.key.partition(".")
+        if name := getattr(getattr(config, section), key):
+            yield door, name
+
+
+def check_doors(config: Any) -> None:
+    """Raises ConfigError if something that the server will call cannot be had here."""
+    for door, name in names_in(config):
+        if door in _OF_THE_SERVER:
+            door.find(name)

@@ -23,6 +23,7 @@ from twist_fl.data.corpus import Corpus, Shard
 from twist_fl.data.run_text import RunText
 from twist_fl.model.hf_config import config_from_dict, model_config
 from twist_fl.system.cores import usable_cores
+from twist_fl.system.doors import check_doors
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.untrusted import Field, read_fields
 from twist_fl.training import device
@@ -170,6 +171,7 @@ def make_job(config: Config) -> Job:
     Raises ConfigError before anything starts, and before any text is read if the sizes alone are impossible, or if
     pretrained weights do not fit them.
     """
+    check_doors(config)
     model = model_config(config)
     layout, _ = _divide(config, model.to_dict())
     device.check_memory(layout.num_params(), "the model")
@@ -182,7 +184,7 @@ def make_job(config: Config) -> Job:
     _fit_batches(config, text.num_windows)
     _set_threads(config)
     job = _job(config, model.to_dict(), text, uuid.uuid4().hex)
-    if config.blueprint.policy != "importance":
+    if not job.division.num_common:  # else it draws by scores
         job.blueprints(1)  # what is wrong with a policy shows before anything starts
     return job
 
