@@ -72,7 +72,7 @@ def test_the_seal_is_what_sha256sum_reads(sealed: Path) -> None:
 
 def test_all_files_have_the_modes_that_the_user_asks_for(tmp_path: Path) -> None:
     code = (
-        "import os, sys, torch; from pathlib import Path; from twist_fl.files import *; os.umask(0o027)\n"
+        "import os, sys, torch; from pathlib import Path; from twist_fl.system.files import *; os.umask(0o027)\n"
         "with new_folder(Path(sys.argv[1]) / 'made') as making:\n"
         "    write_text('text', making / 'text'); save_tensors({'a': torch.ones(1)}, making / 'tensors')\n"
     )
