@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from twist_fl.training.aggregate import StreamingMean as StreamingMean
     from twist_fl.training.job import Job as Job
     from twist_fl.training.job import make_job as make_job
+    from twist_fl.training.rules import per_block as per_block
 
 __version__ = "0.1.0"
 
@@ -53,6 +54,7 @@ _HOMES = {
     "tickets.export": ("Ticket", "export_ticket", "make_ticket"),
     "training.aggregate": ("StreamingMean",),
     "training.job": ("Job", "make_job"),
+    "training.rules": ("per_block",),
 }
 
 

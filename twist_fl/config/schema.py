@@ -152,11 +152,14 @@ class TrainConfig:
 
 @dataclass
 class AggregateConfig:
-    """What the server makes of the mean of a round's replies."""
+    """What the server makes of a round's replies."""
 
+    rule: str = "mean"
+    """What replaces a block, of the replies that held it. mean: theirs; median: of each number (FedMedian), whatever
+    the workers' weights; it keeps all replies in memory. Moments that travel are means. For ddp, of gradients."""
     optimizer: Literal["mean", "momentum", "nesterov", "adam"] = "mean"
-    """mean: it is the next model; else the outer optimiser whose gradient is what the round has changed (FedAvgM,
-    DiLoCo, FedAdam), for each block in the rounds in which somebody held it. Not for ddp."""
+    """mean: what `rule` gives is the next model; else the outer optimiser whose gradient is what the round has changed
+    (FedAvgM, DiLoCo, FedAdam), for each block in the rounds in which somebody held it. Not for ddp."""
     server_lr: float = 1.0
     """The outer optimiser's learning rate."""
     momentum: float = 0.9

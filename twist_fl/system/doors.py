@@ -99,14 +99,20 @@ POLICY = Door(
     ),
     "(deal) -> rows",
 )
+RULE = Door(
+    "aggregate.rule",
+    "twist_fl.aggregation_rules",
+    _ours("training.aggregate", mean="StreamingMean") | _ours("training.rules", median="median"),
+    "(layout, state, memory) -> aggregator",
+)
 TRACKER = Door(
     "log.tracker",
     "twist_fl.trackers",
     _ours("runs.tensorboard", tensorboard="tracker"),
     "(config, folder) -> function of an event",
 )
-DOORS = (POLICY, TRACKER)
-_OF_THE_SERVER = (POLICY, TRACKER)
+DOORS = (POLICY, RULE, TRACKER)
+_OF_THE_SERVER = (POLICY, RULE, TRACKER)
 
 
 def names_in(config: Any) -> Iterator[tuple[Door, str]]:
