@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from twist_fl.config.schema import Config as Config
     from twist_fl.config.schema import load_config as load_config
     from twist_fl.config.schema import presets as presets
+    from twist_fl.data.formats import Part as Part
     from twist_fl.model.subnet import build_model as build_model
     from twist_fl.model.subnet import get_state as get_state
     from twist_fl.model.subnet import load_state as load_state
@@ -47,6 +48,7 @@ _HOMES = {
     "blueprint.policies": ("Deal", "Policy"),
     "cli.train": ("train",),
     "config.schema": ("Config", "load_config", "presets"),
+    "data.formats": ("Part",),
     "model.subnet": ("build_model", "get_state", "load_state", "slice_state"),
     "runs.checkpoint": ("RunFolder",),
     "runs.trained": ("TrainedRun",),

@@ -105,13 +105,20 @@ RULE = Door(
     _ours("training.aggregate", mean="StreamingMean") | _ours("training.rules", median="median"),
     "(layout, state, memory) -> aggregator",
 )
+SOURCE = Door(
+    "data.source",
+    "twist_fl.sources",
+    _ours("data.sources", builtin="builtin", files="files", wikitext="wikitext", hub="hub"),
+    "(config, meter) -> parts",
+    "on every node",
+)
 TRACKER = Door(
     "log.tracker",
     "twist_fl.trackers",
     _ours("runs.tensorboard", tensorboard="tracker"),
     "(config, folder) -> function of an event",
 )
-DOORS = (POLICY, RULE, TRACKER)
+DOORS = (POLICY, RULE, SOURCE, TRACKER)
 _OF_THE_SERVER = (POLICY, RULE, TRACKER)
 
 
