@@ -118,7 +118,15 @@ TRACKER = Door(
     _ours("runs.tensorboard", tensorboard="tracker"),
     "(config, folder) -> function of an event",
 )
+EXPORT_FORMAT = Door(
+    "format",
+    "twist_fl.export_formats",
+    _ours("tickets.export", transformers="export_ticket"),
+    "(ticket, folder, tokenizer_folder) -> None",
+    "here",
+)
 DOORS = (POLICY, RULE, SOURCE, TRACKER)
+"""Those that are settings."""
 _OF_THE_SERVER = (POLICY, RULE, TRACKER)
 
 
