@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import count
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -151,3 +152,19 @@ def no_flower(monkeypatch: pytest.MonkeyPatch) -> None:
             raise AssertionError("a run was begun")
 
     monkeypatch.setattr(train, "flower_run", lambda *given: nullcontext(Refused()))
+
+
+_MODULES = count()
+
+
+@pytest.fixture
+def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """`user_module(code)`: the name of a new module of the user's, with that code, on the path."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def write(code: str) -> str:
+        name = f"of_the_users_{next(_MODULES)}"
+        (tmp_path / f"{name}.py").write_text(code)
+        return name
+
+    return write

@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from twist_fl.blueprint.drawing import draw_round as draw_round
     from twist_fl.blueprint.drawing import draw_ticket as draw_ticket
     from twist_fl.blueprint.drawing import full_blueprint as full_blueprint
+    from twist_fl.blueprint.policies import Deal as Deal
+    from twist_fl.blueprint.policies import Policy as Policy
     from twist_fl.cli.train import train as train
     from twist_fl.config.schema import Config as Config
     from twist_fl.config.schema import load_config as load_config
     from twist_fl.config.schema import presets as presets
+    from twist_fl.data.formats import Part as Part
     from twist_fl.federation.client import client_app as client_app
     from twist_fl.federation.strategy import TwistStrategy as TwistStrategy
     from twist_fl.model.subnet import build_model as build_model
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from twist_fl.training.aggregate import StreamingMean as StreamingMean
     from twist_fl.training.job import Job as Job
     from twist_fl.training.job import make_job as make_job
+    from twist_fl.training.rules import per_block as per_block
 
 __version__ = "0.1.0"
 
@@ -43,8 +47,10 @@ _HOMES = {
     "blueprint.blueprint": ("Blueprint",),
     "blueprint.division": ("Division",),
     "blueprint.drawing": ("draw_round", "draw_ticket", "full_blueprint"),
+    "blueprint.policies": ("Deal", "Policy"),
     "cli.train": ("train",),
     "config.schema": ("Config", "load_config", "presets"),
+    "data.formats": ("Part",),
     "federation.client": ("client_app",),
     "federation.strategy": ("TwistStrategy",),
     "model.subnet": ("build_model", "get_state", "load_state", "slice_state"),
@@ -54,6 +60,7 @@ _HOMES = {
     "tickets.export": ("Ticket", "export_ticket", "make_ticket"),
     "training.aggregate": ("StreamingMean",),
     "training.job": ("Job", "make_job"),
+    "training.rules": ("per_block",),
 }
 
 

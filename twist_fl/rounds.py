@@ -13,7 +13,18 @@ from pathlib import Path
 
 from twist_fl.blueprint.division import Debt, Scores
 from twist_fl.model.subnet import State, mask_state, slice_state
-from twist_fl.training.aggregate import LARGEST, Memory, ReplyError, StreamingMean, check_state, coverage_debt
+from twist_fl.system.doors import RULE
+from twist_fl.system.errors import ConfigError
+from twist_fl.training.aggregate import (
+    LARGEST,
+    Aggregator,
+    Memory,
+    ReplyError,
+    Rule,
+    StreamingMean,
+    check_state,
+    coverage_debt,
+)
 from twist_fl.training.client_state import MomentShelf
 from twist_fl.training.importance import score_blocks
 from twist_fl.training.interval import MOMENTS, SQUARES, Moments, adam_step, zero_moments
@@ -63,7 +74,7 @@ class RoundReport:
 def start(job: Job) -> RunState:
     params = job.initial_state()
     kept = job.moments_travel or job.config.algorithm == "ddp"
-    scores = score_blocks(job, params, 0) if job.config.blueprint.policy == "importance" else None
+    scores = score_blocks(job, params, 0) if job.division.num_common else None
     moments = zero_moments(params) if kept else None
     outer = new_outer(job.config.aggregate, job.layout, params)
     return RunState(params, [0] * job.config.train.workers, moments=moments, outer=outer, scores=scores)
@@ -107,17 +118,25 @@ class RoundMean:
         self._in_place = in_place
         # The hybrid variant's own worker trains the server's parameters where they are, in_place or not.
         self._before = {name: value.clone() for name, value in state.params.items()} if state.outer else {}
-        self._params = self._mean_for(state.params, in_place and job.config.algorithm != "ddp")  # DDP's: of gradients
+        self._spare: list[Memory] = []
+        rule = RULE.find(job.config.aggregate.rule)
+        self._params = self._begin(
+            rule, state.params, in_place and job.config.algorithm != "ddp"
+        )  # DDP's: of gradients
         moments = state.moments.values if state.moments and job.moments_travel else {}
-        self._moments = {name: self._mean_for(values, in_place) for name, values in moments.items()}
+        self._moments = {name: self._begin(StreamingMean, values, in_place) for name, values in moments.items()}
         self._loss_sum = 0.0
         self._cursors = list(state.cursors)
 
-    def _mean_for(self, values: State, in_place: bool) -> StreamingMean:
+    def _begin(self, rule: Rule, values: State, in_place: bool) -> Aggregator:
         """Memory that another round has given back is taken; nobody else gets it."""
-        memory = self.state.spare.pop() if self.state.spare else None
+        self._spare.append(self.state.spare.pop(0) if self.state.spare else {})
         own = values if in_place else {name: tensor.clone() for name, tensor in values.items()}
-        return StreamingMean(self.job.layout, own, memory)
+        begun = rule(self.job.layout, own, self._spare[-1])
+        if not isinstance(begun, Aggregator):
+            name = self.job.config.aggregate.rule
+            raise ConfigError(f"aggregate.rule={name!r} gave {begun!r}, expected an object with add, held and finish")
+        return begun
 
     def add(self, task: Task, reply: Reply, lasts: bool = False) -> None:
         """Count the reply in; a bad one is named in the report and dropped, one more from the same worker is not read.
@@ -189,11 +208,10 @@ class RoundMean:
         params, moments, outer = self._next() if answered else (state.params, state.moments, state.outer)
         blueprints = [task.blueprint for task in self.tasks if task.worker in answered]
         debt = coverage_debt(self.job.layout, self.job.division, blueprints)
-        spare = [mean.memory for mean in (self._params, *self._moments.values())]
         round_, every, scores = state.round + 1, self.job.config.blueprint.score_every, state.scores
         if scores is not None and every and round_ % every == 0:
             scores = score_blocks(self.job, params, round_)
-        return RunState(params, self._cursors, round_, debt, moments, outer, scores, spare)
+        return RunState(params, self._cursors, round_, debt, moments, outer, scores, self._spare)
 
     def _next(self) -> tuple[State, Moments | None, OuterState | None]:
         """The next parameters and moments: the means of what was trained, or DDP's step by the mean gradient."""

@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from twist_fl.blueprint import cost
 from twist_fl.blueprint.blocks import make_layout
-from twist_fl.blueprint.division import Assign, Division, Policy, Setting
+from twist_fl.blueprint.division import Assign, Division, Setting
 from twist_fl.blueprint.drawing import draw_round
 from twist_fl.model.subnet import build_model
 from twist_fl.training.interval import next_token_loss
@@ -125,7 +125,7 @@ def test_an_interval_exchanges_once() -> None:
 
 @pytest.mark.parametrize("policy", ["random", "rolling", "static"])
 @pytest.mark.parametrize("assign", ["fixed", "shuffled", "drawn"])
-def test_unequal_workers_cost_what_their_rounds_do(assign: Assign, policy: Policy) -> None:
+def test_unequal_workers_cost_what_their_rounds_do(assign: Assign, policy: str) -> None:
     sizes = ((12, 6), (6, 6), (4, 12), (6, 6))
     drawn = Division("both", sizes, policy=policy, assign=assign, drawn_workers=4 if assign == "drawn" else 0)
     rounds = [draw_round(GPT2, drawn, 3, round_ + 1) for round_ in range(7)]

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,19 +18,21 @@ from local_grid import LocalGrid, assert_same_run, same
 from twist_fl.blueprint.architectures import KINDS
 from twist_fl.blueprint.blocks import Layout, make_layout
 from twist_fl.blueprint.blueprint import Blueprint
-from twist_fl.blueprint.division import Division, Policy, Scores
+from twist_fl.blueprint.division import Division, Scores
 from twist_fl.blueprint.drawing import draw_round, draw_ticket
-from twist_fl.blueprint.policies import EVERY_BLOCK_EVERY_ROUND, POLICIES, Deal
+from twist_fl.blueprint.policies import Deal, policy_of
 from twist_fl.federation.strategy import TwistStrategy
 from twist_fl.model.subnet import State
 from twist_fl.rounds import plan, run, start
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.results import final_results
+from twist_fl.runs.resume import go_on
+from twist_fl.system.doors import POLICY
 from twist_fl.system.errors import ConfigError
 from twist_fl.tickets.evaluate import ticket_distribution
 from twist_fl.training.importance import block_scores, score_blocks
 from twist_fl.training.interval import next_token_loss
-from twist_fl.training.job import Job
+from twist_fl.training.job import Job, job_from_json
 
 MakeJob = Callable[..., Job]
 LAYERS = range(1, 4)
@@ -48,7 +49,7 @@ def layout_of(blocks: int = 12) -> Layout:
     return make_layout({"model_type": "gpt2", "vocab_size": 2, "n_positions": 2, **sizes}, blocks)
 
 
-def division(*num_sub: int, policy: Policy = "random", common: tuple[int, ...] = ()) -> Division:
+def division(*num_sub: int, policy: str = "random", common: tuple[int, ...] = ()) -> Division:
     return Division("both", tuple((n, n) for n in num_sub), 1, 2, common, policy)
 
 
@@ -67,17 +68,13 @@ def places(draw: st.DrawFn) -> tuple[int, list[int], list[int]]:
     return num_full, num_sub, common
 
 
-def test_every_policy_of_the_configuration_is_there() -> None:
-    assert POLICIES.keys() == set(get_args(Policy)) > EVERY_BLOCK_EVERY_ROUND
-
-
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POLICY.own)
 @given(places(), st.integers(1, 99), st.integers(0, 9))
 def test_rows_are_sorted_distinct_of_their_size_and_hold_the_common_blocks(
     policy: str, given_: tuple[int, list[int], list[int]], round_: int, seed: int
 ) -> None:
     num_full, num_sub, common = given_
-    rows = POLICIES[policy](deal(num_full, num_sub, common, round_, seed))
+    rows = policy_of(policy)(deal(num_full, num_sub, common, round_, seed))
     assert [len(row) for row in rows] == num_sub
     for row in rows:
         assert row == tuple(sorted(set(row)))
@@ -99,7 +96,7 @@ def test_one_rolling_worker_is_fedrolex(num_full: int, num_sub: int, round_: int
         if offset + num_sub <= num_full
         else [*range(offset, num_full), *range(offset + num_sub - num_full)]
     )
-    (ours,) = POLICIES["rolling"](deal(num_full, [num_sub], [], round_))
+    (ours,) = policy_of("rolling")(deal(num_full, [num_sub], [], round_))
     assert ours == tuple(sorted(theirs))
 
 
@@ -111,7 +108,7 @@ def test_in_as_many_rounds_as_blocks_a_rolling_worker_holds_all_equally_often(
     rest = num_full - len(common)
     for worker, size in enumerate(num_sub):
         rounds = range(first, first + rest)
-        held = [POLICIES["rolling"](deal(num_full, num_sub, common, round_))[worker] for round_ in rounds]
+        held = [policy_of("rolling")(deal(num_full, num_sub, common, round_))[worker] for round_ in rounds]
         counts = {block: sum(block in row for row in held) for block in range(num_full)}
         assert all(counts[block] == (rest if block in common else size - len(common)) for block in counts)
 
@@ -135,7 +132,7 @@ def test_ordered_subnets_are_nested_the_common_blocks_first(
     given_: tuple[int, list[int], list[int]], round_: int
 ) -> None:
     num_full, num_sub, common = given_
-    rows = sorted(POLICIES["ordered"](deal(num_full, num_sub, common, round_)), key=len)
+    rows = sorted(policy_of("ordered")(deal(num_full, num_sub, common, round_)), key=len)
     assert all(set(small) <= set(large) for small, large in pairwise(rows))
     rest = [block for block in range(num_full) if block not in common]
     assert all(set(row) == {*common, *rest[: len(row) - len(common)]} for row in rows)
@@ -267,6 +264,90 @@ def test_importance_is_the_same_after_a_resume(every: int, tiny_job: MakeJob, tm
     assert (whole.scores == first) == (every == 0)
     best = job.scored(whole.scores).division.common_blocks("attn", 1)
     assert all(set(best) <= set(task.blueprint.held("attn", 1)) for task in plan(job, ours))
+
+
+# A user's own
+
+
+OURS = """
+from twist_fl import Policy
+
+def last(deal):
+    rest = [block for block in range(deal.num_full) if block not in deal.common]
+    return [sorted([*deal.common, *rest[len(rest) - size + len(deal.common):]]) for size in deal.num_sub]
+
+def turning(deal):
+    return [(deal.round % deal.num_full,)] * len(deal.num_sub)
+
+frozen = Policy(turning, still=True)
+covering = Policy(last, covers=True)
+
+def nothing(deal): return None
+def few(deal): return [(0,)]
+def words(deal): return [("a", "b")] * 3
+def long(deal): return [range(3)] * 3
+def twice(deal): return [(1, 1)] * 3
+def backwards(deal): return [(2, 1)] * 3
+def beyond(deal): return [(2, 4)] * 3
+def stranger(deal): return [(1, 3)] * 3
+"""
+
+
+def test_a_users_policy_says_which_blocks(user_module: Callable[[str], str], tiny_job: MakeJob) -> None:
+    module = user_module(OURS)
+    job = tiny_job(f"blueprint.policy={module}:last", "blueprint.num_sub=[1,2,3]", "blueprint.common=[1]")
+    for kind in KINDS:
+        held = [blueprint.held(kind, 1) for blueprint in job.blueprints(5)]
+        assert held == [(1,), (1, 3), (1, 2, 3)]
+    turning, frozen = (
+        tiny_job(f"blueprint.policy={module}:{name}", "blueprint.num_sub=1") for name in ("turning", "frozen")
+    )
+    assert [turning.blueprints(round_)[0].held("attn", 1) for round_ in (1, 2, 4)] == [(1,), (2,), (0,)]
+    assert [frozen.blueprints(round_)[0].held("attn", 1) for round_ in (1, 2, 4)] == [(1,), (1,), (1,)]
+
+
+def test_only_a_policy_that_covers_needs_places_for_all_blocks(
+    user_module: Callable[[str], str], tiny_job: MakeJob
+) -> None:
+    module = user_module(OURS)
+    few = ("blueprint.num_sub=1", "train.workers=2")
+    assert tiny_job(f"blueprint.policy={module}:last", *few).blueprints(1)[0].held("attn", 1) == (3,)
+    with pytest.raises(ConfigError, match="2 workers with 0 common blocks cannot cover all 4 blocks"):
+        tiny_job(f"blueprint.policy={module}:covering", *few)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nothing", "must give a row of block ids for each worker: 'NoneType' object is not iterable"),
+        ("words", "must give a row of block ids for each worker: 'str' object cannot be interpreted as an integer"),
+        ("few", "gave 1 rows for 3 workers"),
+        ("long", "gave worker 0 the blocks [0, 1, 2], and its num_sub is 2"),
+        ("twice", "gave worker 0 the blocks [1, 1]: they must be distinct, ascending, and from 0 to 3"),
+        ("backwards", "gave worker 0 the blocks [2, 1]: they must be distinct, ascending, and from 0 to 3"),
+        ("beyond", "gave worker 0 the blocks [2, 4]: they must be distinct, ascending, and from 0 to 3"),
+        ("stranger", "gave worker 0 the blocks [1, 3]: the common blocks [0] must be among them"),
+    ],
+)
+def test_a_users_policy_that_gives_other_rows_is_refused_before_a_run_starts(
+    name: str, reason: str, user_module: Callable[[str], str], tiny_job: MakeJob
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        tiny_job(f"blueprint.policy={user_module(OURS)}:{name}", "blueprint.num_sub=2", "blueprint.common=[0]")
+    assert str(caught.value) == f"the policy {name} {reason}"
+
+
+def test_a_worker_needs_no_policy_and_a_server_that_goes_on_does(
+    user_module: Callable[[str], str], tiny_job: MakeJob, tmp_path: Path
+) -> None:
+    job = tiny_job(f"blueprint.policy={user_module(OURS)}:last")
+    text = job.to_json().replace(":last", ":gone")
+    theirs = job_from_json(text)
+    assert (theirs.config.blueprint.policy[-5:], theirs.layout) == (":gone", job.layout)
+    folder = RunFolder(tmp_path / "run")
+    folder.create(theirs)
+    with pytest.raises(ConfigError, match=r"^blueprint\.policy='of_the_users_\d+:gone': the module .* has no gone$"):
+        go_on(folder)
 
 
 # Mixed sizes

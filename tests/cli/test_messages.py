@@ -93,7 +93,9 @@ def test_every_synonym_is_of_a_setting_that_exists_and_is_none_itself() -> None:
 REFUSED = {
     "train.optimizer=sgd": "train.optimizer='sgd' must be one of adam, adamw",
     "train.fraction=0.5": "unknown key 'train.fraction': every worker trains in every round, with a share",
-    "data.source=file": "data.source='file' must be one of builtin, files, wikitext, hub, did you mean 'files'?",
+    "data.source=file": "'file' must be one of builtin, files, wikitext, hub, or module:name of your own, did you mean "
+    "'files'?",
+    "data.source=huggingface": "or module:name of your own, did you mean 'hub'?",
     "blueprint.setting=mlp": "blueprint.setting='mlp' must be one of attn, ffn, both, did you mean 'ffn'?",
     "train.precision=bf16": "train.precision='bf16' must be one of float32, tf32, bfloat16, did you mean 'bfloat16'?",
     "flower.wire_dtype=fp32": "must be one of float32, bfloat16, float16, did you mean 'float32'?",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from twist_fl.config.schema import DataConfig
 from twist_fl.data import documents as pieces_module
 from twist_fl.data.documents import Piece, Source, held_out, lines, pieces, running_documents
 from twist_fl.data.progress import Meter
+from twist_fl.data.run_text import RunText
 from twist_fl.data.sources import find_source
 from twist_fl.system.errors import ConfigError
 
@@ -459,3 +460,62 @@ def test_hidden_files_are_not_read(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", ROWS)
     shutil.copy(tmp_path / "a.jsonl", tmp_path / ".b.jsonl")
     assert everything(found(tmp_path)) == sorted(ROWS)
+
+
+OURS = """
+from twist_fl import Part
+
+def parts(config, meter):
+    meter.say(f"reading {config.path}")
+    return [Part("train", lambda: iter(["one", "two"])), Part("test", lambda: iter(["three"]))]
+
+def one(config, meter):
+    return [Part("all", lambda: iter(f"document {i}" for i in range(20)))]
+
+def lines(config, meter):
+    return [Part("train", lambda: iter(["one ", "two"]), lines=True), Part("test", lambda: iter(["three"]))]
+
+def empty(config, meter): return []
+def silent(config, meter): return [Part("all", lambda: iter([]))]
+def words(config, meter): return ["one", "two"]
+def bare(config): ...
+"""
+
+
+def test_a_users_source_is_read_as_ours_are(user_module: Callable[[str], str], tmp_path: Path) -> None:
+    module = user_module(OURS)
+    text = found("anything", source=f"{module}:parts")
+    assert documents(text) == {"train": ["one", "two"], "test": ["three"]}
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "train.jsonl", ["one", "two"])
+    write(tmp_path / "data" / "test.jsonl", ["three"])
+    assert found(tmp_path / "data").digest == text.digest
+    assert everything(found("anything", source=f"{module}:one")) == sorted(f"document {i}" for i in range(20))
+    read = found("anything", source=f"{module}:lines").pieces()
+    assert [tuple(piece) for piece in read] == [("one ", False, True), ("two", False, True), ("three", True, False)]
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("empty", "data.source='M:empty' gave [], expected a list of twist_fl.Part"),
+        ("words", "data.source='M:words' gave ['one', 'two'], expected a list of twist_fl.Part"),
+        ("silent", "data.path='anything' holds no text"),
+        ("bare", "data.source='M:bare' must be a function (config, meter) -> parts, found bare(config): too many "
+         "positional arguments"),
+        ("none", "data.source='M:none': the module M has no none"),
+    ],
+)  # fmt: skip
+def test_a_users_source_that_gives_no_text_is_refused(
+    name: str, reason: str, user_module: Callable[[str], str]
+) -> None:
+    module = user_module(OURS)
+    with pytest.raises(ConfigError) as caught:
+        found("anything", source=f"{module}:{name}")
+    assert str(caught.value) == reason.replace("M", module)
+
+
+def test_a_node_without_the_source_says_what_to_install_and_where() -> None:
+    text = RunText(DataConfig(source="not_here:parts"), 1, "0" * 32)
+    with pytest.raises(ConfigError, match=r"not_here.*: install it on every node, or name its folder in PYTHONPATH"):
+        text.open()

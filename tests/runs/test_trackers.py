@@ -38,6 +38,9 @@ def never(config, folder):
     raise PermissionError("log in first")
 
 number = 5
+
+def bare(event):
+    pass
 """
 
 
@@ -60,12 +63,15 @@ def config(**log: Any) -> Config:
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("my_tracker", "'my_tracker' is not of the form module:function, for example my_tracker:start"),
-        (":start", "':start' is not of the form module:function"),
+        ("my_tracker", "'my_tracker' must be one of tensorboard, or module:name of your own"),
+        (":start", "':start' is not of the form module:name, for example my_module:mine"),
         ("no_such_module:start", "'no_such_module:start': No module named 'no_such_module': install it where the "
          "server runs, or name its folder in PYTHONPATH"),
-        ("my_tracker:stop", "'my_tracker:stop': the module my_tracker has no such function"),
-        ("my_tracker:number", "'my_tracker:number': the module my_tracker has there a int, not a function"),
+        ("my_tracker:stop", "'my_tracker:stop': the module my_tracker has no stop"),
+        ("my_tracker:number", "'my_tracker:number' must be a function (config, folder) -> function of an event, found "
+         "a int"),
+        ("my_tracker:bare", "'my_tracker:bare' must be a function (config, folder) -> function of an event, found "
+         "bare(event): too many positional arguments"),
     ],
 )  # fmt: skip
 def test_a_tracker_that_cannot_be_had_is_refused(name: str, reason: str, tracker_module: Any) -> None:

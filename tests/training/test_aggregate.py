@@ -254,8 +254,8 @@ def test_a_round_takes_the_sums_of_the_round_before_and_nobody_elses(
     assert len(state.spare) == 3
     tasks, given = plan(job, state), [id(memory) for memory in state.spare]
     first, second = RoundMean(job, state, tasks), RoundMean(job, state, tasks)
-    assert sorted(id(mean.memory) for mean in (first._params, *first._moments.values())) == sorted(given)
-    assert not {id(mean.memory) for mean in (second._params, *second._moments.values())} & set(given)
+    assert [id(memory) for memory in first._spare] == given
+    assert not {id(memory) for memory in second._spare} & set(given)
     for mean, seed in ((first, 1), (second, 2)):
         for task in tasks:
             mean.add(task, honest(job, task, random_state, seed))
@@ -384,9 +384,8 @@ def bytes_of(state: RunState, mean: RoundMean) -> list[bytes]:
     """All that a reply could touch: parameters, moments and sums, whoever's memory they are in."""
     assert state.moments is not None
     states = [state.params, *state.moments.values.values()]
-    means = [mean._params, *mean._moments.values()]
     return [tensor.numpy().tobytes() for values in states for tensor in values.values()] + [
-        half.tobytes() for each in means for half in each.memory.values()
+        half.tobytes() for each in mean._spare for half in each.values()
     ]
 
 

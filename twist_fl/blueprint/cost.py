@@ -12,6 +12,7 @@ from twist_fl.blueprint.blocks import Layout
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import draw_round, draw_ticket, full_blueprint
+from twist_fl.blueprint.policies import policy_of
 
 BYTES_PER_PARAM = 4
 TRAINING_BYTES_PER_PARAM = 16
@@ -119,7 +120,7 @@ def groups(layout: Layout, division: Division, seed: int, rounds: int, steps: in
     Of fixed sizes each is a group, in the order of the workers. Where sizes are dealt out or drawn anew every round,
     all workers are one group: sizes are a function of seed and round, so every round is counted, not estimated.
     """
-    static = division.assign == "fixed" or division.policy == "static"
+    static = division.assign == "fixed" or policy_of(division.policy).still
     drawn = [division.sizes(layout, seed, round_ + 1)[first:] for round_ in range(1 if static else rounds)]
     if division.assign == "fixed":
         found = [(workers, {size: workers}) for size, workers in Counter(drawn[0]).items()]

@@ -10,10 +10,9 @@ import numpy as np
 
 from twist_fl.blueprint.architectures import KINDS, Kind
 from twist_fl.blueprint.blocks import Layout, Param
-from twist_fl.blueprint.policies import EVERY_BLOCK_EVERY_ROUND
+from twist_fl.blueprint.policies import policy_of
 
 Setting = Literal["attn", "ffn", "both"]
-Policy = Literal["random", "rolling", "ordered", "static", "importance"]
 TicketPolicy = Literal["random", "ordered", "importance"]
 Assign = Literal["fixed", "shuffled", "drawn"]
 Sizes = tuple[tuple[int, int], ...]
@@ -33,7 +32,7 @@ class Division:
     `num_sub` holds sizes, (heads, FFN blocks) per divided layer: one per worker, or with `assign="drawn"` those that
     may be drawn. A kind that `setting` leaves out is held whole, and so are the first `undivided_first` and the last
     `undivided_last` layers. Every worker holds the common blocks (C): the ids in `common`, or with
-    `policy="importance"` the `num_common` that lead the layer's `scores`.
+    a `num_common` as many as lead the layer's `scores`.
     """
 
     setting: Setting
@@ -41,7 +40,8 @@ class Division:
     undivided_first: int = 2
     undivided_last: int = 2
     common: tuple[int, ...] = ()
-    policy: Policy = "random"
+    policy: str = "random"
+    """`policies.policy_of` it chooses the blocks."""
     assign: Assign = "fixed"
     drawn_workers: int = 0
     """Workers that sizes are drawn for."""
@@ -62,11 +62,11 @@ class Division:
 
     @property
     def common_size(self) -> int:
-        return self.num_common if self.policy == "importance" else len(self.common)
+        return self.num_common or len(self.common)
 
     def common_blocks(self, kind: Kind, layer: int) -> tuple[int, ...]:
         """C of one layer."""
-        return self.by_score(kind, layer)[: self.num_common] if self.policy == "importance" else self.common
+        return self.by_score(kind, layer)[: self.num_common] if self.num_common else self.common
 
     def by_score(self, kind: Kind, layer: int) -> tuple[int, ...]:
         """The layer's blocks, most important first; equal ones by id. Raises ValueError without scores."""
@@ -101,7 +101,7 @@ class Division:
     def _covers(self, layout: Layout, sizes: Sequence[tuple[int, int]]) -> bool:
         """Whether `sizes` have the places that the policy needs: N_full - |C| <= sum of (N_sub - |C|)."""
         common = self.common_size
-        return self.policy not in EVERY_BLOCK_EVERY_ROUND or all(
+        return not policy_of(self.policy).covers or all(
             layout.num_blocks[i] - common <= sum(size[i] - common for size in sizes)
             for i, kind in enumerate(KINDS)
             if self.divides(kind)
@@ -143,7 +143,7 @@ class Division:
             raise ValueError(f"{what} is below {max(common, 1)}, the blocks every worker must hold")
         if self.policy == "rolling" and max(num_sub) == common < num_full:
             raise ValueError(f"{what}: the {common} common blocks fill it and leave no window to roll: use more")
-        everywhere = self.policy in EVERY_BLOCK_EVERY_ROUND and self.assign != "drawn"
+        everywhere = policy_of(self.policy).covers and self.assign != "drawn"
         if everywhere and sum(n - common for n in num_sub) < num_full - common:
             raise ValueError(
                 f"{what}: {num_workers} workers with {common} common blocks cannot cover all {num_full} blocks; "

@@ -12,7 +12,7 @@ from twist_fl.blueprint.architectures import KINDS, Kind
 from twist_fl.blueprint.blocks import Layout
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.division import Debt, Division, generator
-from twist_fl.blueprint.policies import POLICIES, Deal
+from twist_fl.blueprint.policies import Deal, policy_of
 
 _TRAIN, _TICKET = 0, 1
 
@@ -29,7 +29,8 @@ def full_blueprint(layout: Layout) -> Blueprint:
 
 def draw_round(layout: Layout, division: Division, seed: int, round_: int, debt: Debt = frozenset()) -> list[Blueprint]:
     """One blueprint per worker for a training round; layers and kinds are drawn independently."""
-    if division.policy == "static":
+    policy = policy_of(division.policy)
+    if policy.still:
         round_, debt = 1, frozenset()
     sizes = division.sizes(layout, seed, round_)
     full = full_blueprint(layout)
@@ -43,7 +44,7 @@ def draw_round(layout: Layout, division: Division, seed: int, round_: int, debt:
             num_sub = [size[i] for size in sizes]
             common = division.common_blocks(kind, layer)
             deal = Deal(layout.num_blocks[i], num_sub, common, round_, rng, owed)
-            for worker, held in enumerate(POLICIES[division.policy](deal)):
+            for worker, held in enumerate(policy(deal)):
                 rows[kind][worker][layer] = held
     return [
         Blueprint(layout.num_blocks, tuple(attn), tuple(ffn))

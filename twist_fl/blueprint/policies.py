@@ -1,6 +1,6 @@
 """Which blocks each worker holds in one layer of one round: Algorithm 1 (paper, section 3.1), and what others do.
 
-A policy is a function of a `Deal` that gives one row of sorted block ids per worker; `POLICIES` names them all.
+A policy is a function of a `Deal` that gives one row of sorted block ids per worker; `doors.POLICY` names them all.
 What is random in a row comes from the deal's generator alone. numpy only.
 """
 
@@ -8,8 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from operator import index
+from typing import Any
 
 import numpy as np
+
+from twist_fl.system.doors import POLICY
+from twist_fl.system.errors import ConfigError
 
 Row = tuple[int, ...]
 
@@ -89,12 +95,49 @@ def ordered_rows(deal: Deal) -> list[Row]:
     return [tuple(sorted(deal.order[:size])) for size in deal.num_sub]
 
 
-POLICIES: dict[str, Callable[[Deal], list[Row]]] = {
-    "random": random_rows,
-    "static": random_rows,  # the first round's draw, for good
-    "importance": random_rows,  # with common blocks chosen by their score
-    "rolling": rolling_rows,
-    "ordered": ordered_rows,
-}
-EVERY_BLOCK_EVERY_ROUND = frozenset({"random", "static", "importance"})
-"""Policies that need places for all blocks in every round: the constraint of section 3.1."""
+@dataclass(frozen=True)
+class Policy:
+    """What `blueprint.policy` names. A function of a deal alone is one that promises nothing."""
+
+    rows: Callable[[Deal], Sequence[Sequence[int]]]
+    covers: bool = False
+    """It needs places for all blocks in every round: the constraint of section 3.1."""
+    still: bool = False
+    """The first round's draw, for good."""
+
+    def __call__(self, deal: Deal) -> list[Row]:
+        """Raises ConfigError for rows that are none: see `_checked`."""
+        return _checked(deal, self.rows(deal), self.rows)
+
+
+RANDOM = Policy(random_rows, covers=True)
+STATIC = Policy(random_rows, covers=True, still=True)
+ROLLING = Policy(rolling_rows)
+ORDERED = Policy(ordered_rows)
+
+
+@cache
+def policy_of(name: str) -> Policy:
+    """Raises ConfigError if it cannot be had here."""
+    found = POLICY.find(name)
+    return found if isinstance(found, Policy) else Policy(found)
+
+
+def _checked(deal: Deal, rows: Any, function: Callable[..., Any]) -> list[Row]:
+    """Raises ConfigError unless there is a row of num_sub[s] sorted block ids for each worker, the common in it."""
+    name, workers = getattr(function, "__name__", str(function)), len(deal.num_sub)
+    try:
+        found = [tuple(map(index, row)) for row in rows]
+    except TypeError as error:
+        raise ConfigError(f"the policy {name} must give a row of block ids for each worker: {error}") from error
+    if len(found) != workers:
+        raise ConfigError(f"the policy {name} gave {len(found)} rows for {workers} workers")
+    for worker, (row, size) in enumerate(zip(found, deal.num_sub, strict=True)):
+        what = f"the policy {name} gave worker {worker} the blocks {list(row)}"
+        if len(row) != size:
+            raise ConfigError(f"{what}, and its num_sub is {size}")
+        if list(row) != sorted(set(row) & set(range(deal.num_full))):
+            raise ConfigError(f"{what}: they must be distinct, ascending, and from 0 to {deal.num_full - 1}")
+        if left := sorted(set(deal.common) - set(row)):
+            raise ConfigError(f"{what}: the common blocks {left} must be among them")
+    return found

@@ -93,13 +93,15 @@ def tickets(
     sizes: options.Sizes = None,
     draws: options.Draws = 20,
     windows: options.Windows = None,
+    save: options.SaveTickets = None,
+    format: options.Format = "transformers",
     places: options.Places = None,
 ) -> None:
     """Draw random subnets from a trained run and show the distribution of their perplexity."""
     counts = block_counts(sizes)
     from twist_fl.cli import look
 
-    look.tickets(console, run, counts, draws, windows, places or [])
+    look.tickets(console, run, counts, draws, windows, save, format, places or [])
 
 
 @app.command()
@@ -131,11 +133,7 @@ def prune(
 
 
 @app.command()
-def deploy(
-    run: options.RunDir,
-    device: options.Devices = None,
-    places: options.Places = None,
-) -> None:
+def deploy(run: options.RunDir, device: options.Devices = None, places: options.Places = None) -> None:
     """Ship to each device the largest ticket that meets its limits, as a small dense model, and measure it there."""
     from twist_fl.cli import commands
 

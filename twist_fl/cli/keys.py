@@ -16,6 +16,7 @@ import yaml
 from rich.console import Console
 
 from twist_fl.config.schema import Config
+from twist_fl.system.doors import DOORS
 
 
 def keys(console: Console) -> None:
@@ -23,16 +24,19 @@ def keys(console: Console) -> None:
     console.print("\n".join(_explained(Config())), highlight=False, markup=False, soft_wrap=True)
 
 
-def _explained(section: Any, indent: str = "") -> Iterator[str]:
+def _explained(section: Any, indent: str = "", prefix: str = "") -> Iterator[str]:
     hints, notes = get_type_hints(type(section)), _notes()[type(section).__name__]
+    doors = {door.key: door for door in DOORS}
     for field in fields(section):
-        value, hint = getattr(section, field.name), hints[field.name]
-        choices = ", ".join(map(str, get_args(hint))) if get_origin(hint) is Literal else ""
-        for text in filter(None, (notes.get(field.name), choices and f"One of {choices}.")):
+        value, hint, key = getattr(section, field.name), hints[field.name], f"{prefix}{field.name}"
+        choices = list(map(str, get_args(hint))) if get_origin(hint) is Literal else []
+        if key in doors:
+            choices = [*doors[key].names, "or module:name of your own"]
+        for text in filter(None, (notes.get(field.name), f"One of {', '.join(choices)}." if choices else "")):
             yield from wrap(text, 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
         if is_dataclass(value):
             yield f"{indent}{field.name}:"
-            yield from _explained(value, indent + "  ")
+            yield from _explained(value, indent + "  ", f"{key}.")
         else:
             plain = yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
             yield f"{indent}{field.name}: {plain}"

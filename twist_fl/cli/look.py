@@ -12,7 +12,9 @@ from rich.table import Table
 from twist_fl.cli.progress import waits_for
 from twist_fl.config.finding import no_run, runs_in
 from twist_fl.config.shares import ShareError
+from twist_fl.config.suggest import choice
 from twist_fl.runs.trained import TrainedRun, chosen_sizes
+from twist_fl.system.doors import EXPORT_FORMAT
 from twist_fl.system.errors import ConfigError
 
 _COLDEST, _HOTTEST = 0.01, 100
@@ -24,9 +26,15 @@ def tickets(
     sizes: Sequence[int] | ShareError | None,
     draws: int,
     windows: int | None,
+    save: Path | None = None,
+    format: str = "transformers",
     places: Sequence[str] = (),
 ) -> None:
-    """Perplexity of random tickets of several sizes."""
+    """Perplexity of random tickets of several sizes; with `save`, a folder of the first of each."""
+    EXPORT_FORMAT.check(format, choice)
+    EXPORT_FORMAT.find(format)
+    if format != "transformers" and not save:
+        raise ConfigError(f"--format {format} says what --save writes: give --save FOLDER")
     waits_for(console, "loading torch and the run")
     run = TrainedRun(path, places)
     from twist_fl.config.sizes import blocks_per_layer
@@ -41,7 +49,11 @@ def tickets(
             row = run.tickets(size, draws, test).summary()
         values = [f"{row[key]:.2f}" for key in ("mean", "std", "min", "max")]
         table.add_row(f"{size}/{blocks_per_layer(job.layout, job.division)}", f"{row['num_params']:,}", *values)
+        if save:
+            run.export(run.blueprint(size), save / str(size), format)
     console.print(table)
+    if save:
+        console.print(f"the first of each size: {save.resolve()}", soft_wrap=True)
 
 
 def generate(

@@ -69,6 +69,13 @@ Save = Annotated[
     Path | None,
     new_folder("Also put each pruned model in a folder METHOD-SIZE below this one."),
 ]
+SaveTickets = Annotated[
+    Path | None,
+    new_folder("Also write the first ticket of each size to a folder SIZE below this one."),
+]
+Format = Annotated[
+    str, typer.Option(help="What --save writes: transformers, or module:name of your own (docs/extending.md).")
+]
 Page = Annotated[
     Path | None,
     new_file("A Markdown page whose <!-- table: NAME --> places are filled, too."),

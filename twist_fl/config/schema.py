@@ -45,9 +45,9 @@ class ModelConfig:
 class DataConfig:
     """Text, tokenizer and windows."""
 
-    source: Literal["builtin", "files", "wikitext", "hub"] = "builtin"
+    source: str = "builtin"
     """builtin: the Python documentation this interpreter carries; files: `path`; wikitext: WikiText, whose rows are
-    lines of running text; hub: a data set of the Hugging Face hub."""
+    lines of running text; hub: a data set of the Hugging Face hub. Every node reads the text itself."""
     path: str | None = None
     """files, wikitext: a file, a folder or a glob of txt, md, jsonl, json, csv, parquet or arrow, also .gz, or what
     save_to_disk wrote (wikitext: default is the hub's); hub: the name of the data set."""
@@ -74,7 +74,7 @@ class BlueprintConfig:
     """What is divided, and how much of it a worker holds."""
 
     setting: Literal["attn", "ffn", "both"] = "both"
-    policy: Literal["random", "rolling", "ordered", "static", "importance"] = "random"
+    policy: str = "random"
     """Which blocks. random: Algorithm 1; rolling: a window that moves (FedRolex); ordered: the first ones (HeteroFL);
     static: drawn once; importance: Algorithm 1 with the common blocks that score highest."""
     num_sub: list[int] = field(default_factory=lambda: [6])
@@ -152,11 +152,14 @@ class TrainConfig:
 
 @dataclass
 class AggregateConfig:
-    """What the server makes of the mean of a round's replies."""
+    """What the server makes of a round's replies."""
 
+    rule: str = "mean"
+    """What replaces a block, of the replies that held it. mean: theirs; median: of each number (FedMedian), whatever
+    the workers' weights; it keeps all replies in memory. Moments that travel are means. For ddp, of gradients."""
     optimizer: Literal["mean", "momentum", "nesterov", "adam"] = "mean"
-    """mean: it is the next model; else the outer optimiser whose gradient is what the round has changed (FedAvgM,
-    DiLoCo, FedAdam), for each block in the rounds in which somebody held it. Not for ddp."""
+    """mean: what `rule` gives is the next model; else the outer optimiser whose gradient is what the round has changed
+    (FedAvgM, DiLoCo, FedAdam), for each block in the rounds in which somebody held it. Not for ddp."""
     server_lr: float = 1.0
     """The outer optimiser's learning rate."""
     momentum: float = 0.9
@@ -239,8 +242,8 @@ class LogConfig:
     """Loss, perplexity, bytes, seconds, lost replies and ticket perplexities as scalars in the run's folder
     tensorboard; needs the package: pip install 'twist-fl[tensorboard]'."""
     tracker: str | None = None
-    """For other trackers: module:function, called once with the configuration (a dict) and the run's folder (a Path);
-    what it returns is called with every event (a dict), where the server runs."""
+    """Another tracker: a function, called once with the configuration (a dict) and the run's folder
+    (a Path); what it returns is called with every event (a dict), where the server runs."""
 
 
 @dataclass

@@ -48,6 +48,7 @@ KEY_SYNONYMS = {
     "train.warmup": "warmup_steps warmup_ratio warm_up",
     "train.clip_norm": "max_grad_norm grad_clip clip gradient_clipping",
     "train.optimizer": "optim optimiser",
+    "aggregate.rule": "aggregator aggregation_rule robust_aggregation",
     "aggregate.server_lr": "server_learning_rate outer_lr",
     "aggregate.momentum": "server_momentum outer_momentum",
     "aggregate.optimizer": "server_optimizer outer_optimizer",

@@ -52,6 +52,8 @@ class Part:
     texts: Callable[[], Iterator[str]]
     running: bool = False
     """The texts are one after the other of one document, and not a document each."""
+    lines: bool = False
+    """The texts are lines of running text, as WikiText's: nothing says where a document ends."""
     num_bytes: int | None = None
     """Of all texts, where that is known before they are read."""
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from twist_fl.config.checks import shown
 from twist_fl.config.hub import beside, expanded, is_path, prepare_hub, reachable
 from twist_fl.config.schema import DataConfig
 from twist_fl.config.suggest import nearest
@@ -17,6 +18,7 @@ from twist_fl.data import builtin_text
 from twist_fl.data.documents import Piece, Source, held_out, lines, pieces, running_documents, survey
 from twist_fl.data.formats import Part, dataset_part, file_part, kind, one_line, some
 from twist_fl.data.progress import Meter
+from twist_fl.system.doors import SOURCE
 from twist_fl.system.errors import ConfigError
 
 _WIKITEXT = ("Salesforce/wikitext", "wikitext-103-raw-v1")
@@ -32,10 +34,9 @@ def find_source(config: DataConfig, meter: Meter) -> Source:
     parts = _parts(config, meter)
     train, test = _divide(parts, config, meter)
     if test:
-        read = partial(_of_splits, train, test, config.source == "wikitext")
+        read = partial(_of_splits, train, test)
         return _filled(survey(read, meter, _num_bytes([*train, *test])), config)
-    if config.source == "wikitext":
-        parts = [replace(part, running=True) for part in parts]
+    parts = [replace(part, running=part.running or part.lines) for part in parts]
     documents = partial(_documents, parts)
     return _filled(held_out(documents, config.test_fraction, meter, _num_bytes(parts)), config)
 
@@ -47,15 +48,16 @@ def _num_bytes(parts: Sequence[Part]) -> int | None:
 
 def _filled(text: Source, config: DataConfig) -> Source:
     if not text.num_bytes:
-        raise ConfigError(f"data.path={config.path!r} holds no text")
+        named = f"data.path={config.path!r}" if config.path else f"data.source={config.source}"
+        raise ConfigError(f"{named} holds no text")
     return text
 
 
-def _of_splits(train: Sequence[Part], test: Sequence[Part], are_lines: bool) -> Iterator[Piece]:
+def _of_splits(train: Sequence[Part], test: Sequence[Part]) -> Iterator[Piece]:
     """A row is a document, a file of plain text is one; of WikiText each row is a line of running text."""
     for is_train, parts in ((True, train), (False, test)):
         for part in parts:
-            if are_lines:
+            if part.lines:
                 found = (piece for line in _lines(part) for piece, _ in pieces([line]))
                 yield from (Piece(text, False, is_train) for text in found)
             else:
@@ -80,17 +82,28 @@ def _documents(parts: Sequence[Part], longest: int | None) -> Iterator[str]:
 
 
 def _parts(config: DataConfig, meter: Meter) -> list[Part]:
-    if config.source == "builtin":
-        return [Part("builtin", lambda: iter(builtin_text.documents()))]
-    if config.source == "hub" or (config.source == "wikitext" and not config.path):
-        return _hub(config)
+    parts = SOURCE.find(config.source)(config, meter)
+    if not isinstance(parts, list) or not parts or not all(isinstance(part, Part) for part in parts):
+        raise ConfigError(f"data.source={config.source!r} gave {shown(parts)}, expected a list of twist_fl.Part")
+    return parts
+
+
+def builtin(config: DataConfig, meter: Meter) -> list[Part]:
+    return [Part("builtin", lambda: iter(builtin_text.documents()))]
+
+
+def files(config: DataConfig, meter: Meter) -> list[Part]:
     if _saved(expanded(config.path or "")):
         return _from_disk(config)
-    files = _text_files(config, meter)
-    return [file_part(file, name, config.column) for name, file in files]
+    return [file_part(file, name, config.column) for name, file in _text_files(config, meter)]
 
 
-def _hub(config: DataConfig) -> list[Part]:
+def wikitext(config: DataConfig, meter: Meter) -> list[Part]:
+    read = files if config.path else hub
+    return [replace(part, lines=True) for part in read(config, meter)]
+
+
+def hub(config: DataConfig, meter: Meter) -> list[Part]:
     repository, name = config.path or _WIKITEXT[0], config.name or (None if config.path else _WIKITEXT[1])
     if is_path(repository) or not _HUB_NAME.fullmatch(repository):
         raise ConfigError(

@@ -12,6 +12,7 @@ from twist_fl.data.run_text import RunText
 from twist_fl.model.hf_config import model_config
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.trackers import check_trackers
+from twist_fl.system.doors import check_doors
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import write_text
 from twist_fl.training.job import Job, with_config
@@ -46,8 +47,8 @@ def go_on(folder: RunFolder, overrides: Sequence[str] = ()) -> Continued:
     """Write the settings in `overrides` into the run's folder, and find where it goes on.
 
     A finished run whose evaluation changes is evaluated again. Raises ConfigError for a setting that would make it
-    another run, a budget that is already spent, a damaged checkpoint, a tracker that is not here, or while a server is
-    at work in the folder.
+    another run, a budget that is already spent, a damaged checkpoint, a policy or tracker that is not here, or
+    while a server is at work in the folder.
     """
     before = folder.job()
     folder.newest()  # what is damaged is refused before anything starts
@@ -58,6 +59,7 @@ def go_on(folder: RunFolder, overrides: Sequence[str] = ()) -> Continued:
             f" ({trained / job.rounds_per_interval:g} intervals)" if job.rounds_per_interval > 1 else ""
         )
         raise ConfigError(f"{' '.join(overrides)} is {job.num_rounds} rounds, and {spent} are trained: give more")
+    check_doors(job.config)
     check_trackers(job.config)
     note = ""
     with folder.lock("server"):

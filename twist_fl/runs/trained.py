@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from twist_fl.config.shares import ShareError, blocks_of_share
 from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.system.doors import EXPORT_FORMAT
 from twist_fl.system.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -104,17 +105,19 @@ class TrainedRun:
             batch_size=config.eval.batch_size,
         )
 
-    def export(self, blueprint: Blueprint, folder: Path | str) -> Path:
-        """Write the ticket as a dense model with its tokenizer, whole or not at all; the folder's absolute path.
+    def export(self, blueprint: Blueprint, folder: Path | str, format: str = "transformers") -> Path:
+        """Write the ticket as a dense model with its tokenizer; the folder's absolute path.
 
-        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) opens it without this package.
+        transformers: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) opens it without this
+        package. Another `format` is module:name, or what an installed package calls its own: see docs/extending.md.
         """
-        from twist_fl.tickets.export import export_ticket, make_ticket
+        from twist_fl.tickets.export import make_ticket
 
+        write = EXPORT_FORMAT.find(format)
         fields, scale = self.job.model_config.to_dict(), self.job.config.blueprint.scale
         ticket = make_ticket(self.job.layout, self.state.params, fields, blueprint, scale)
         target = Path(folder).expanduser().resolve()
-        export_ticket(ticket, target, self.folder.checkpoints()[-1])
+        write(ticket, target, self.folder.checkpoints()[-1])
         return target
 
 

@@ -9,11 +9,11 @@ float32's 24), which weights of one model do. Memory does not grow with the numb
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,32 @@ class ReplyError(ValueError):
     """A reply that must not be averaged: it is named and dropped, and the round goes on."""
 
 
+@runtime_checkable
+class Aggregator(Protocol):
+    """What a rule makes for one round."""
+
+    def add(
+        self,
+        blueprint: Blueprint,
+        state: Mapping[str, torch.Tensor],
+        weight: int,
+        given: Blueprint | None,
+        lasts: bool,
+    ) -> None:
+        """Count in the blocks of `blueprint`; see `StreamingMean.add`."""
+
+    def held(self) -> Mapping[str, npt.NDArray[np.bool_]]:
+        """For each parameter, the blocks that some reply held; asked after `finish`."""
+
+    def finish(self) -> State:
+        """The new state."""
+
+
+Rule = Callable[[Layout, State, Memory], Aggregator]
+"""Of the model's layout, the server's values, which are the rule's to change, and a dictionary for large arrays, which
+the next round's aggregator is given as this one leaves it. It is in no checkpoint: what is in it must not matter."""
+
+
 class StreamingMean:
     """The mean of each block over its replies, in the place of the value that it replaces.
 
@@ -47,7 +73,7 @@ class StreamingMean:
     def __init__(self, layout: Layout, state: State, memory: Memory | None = None) -> None:
         self.memory: Memory = {} if memory is None else memory
         self._layout, self._state = layout, state
-        self._waiting: list[_Reply] = []
+        self._waiting: list[HeldReply] = []
         self._weights = {param.name: np.zeros(param.num_blocks, np.int64) for param in layout.params}
         self._nums = {param.name: np.zeros(param.num_blocks, np.int64) for param in layout.params}
 
@@ -63,7 +89,7 @@ class StreamingMean:
 
         `given` is what `state` holds, if that is more. With `lasts`, nobody changes `state` before `finish`.
         """
-        self._waiting.append(_Reply(blueprint, given or blueprint, state, weight))
+        self._waiting.append(HeldReply(blueprint, given or blueprint, state, weight))
         if not lasts:
             self._sum_up(last=False)
 
@@ -104,7 +130,7 @@ class StreamingMean:
         self, param: Param, blocks: slice, with_sums: bool
     ) -> Iterator[tuple[tuple[slice, ...], Array, list[tuple[Array, slice]]]]:
         """The blocks in pieces: where in an array of (outer, sections, blocks, inner), their values, their sums."""
-        places = _blocked(param, self._state[param.name], param.num_blocks)
+        places = blocked(param, self._state[param.name], param.num_blocks)
         *outer, inner = places.shape
         if with_sums and param.name not in self.memory:
             self.memory[param.name] = np.empty((*outer, inner - inner // 2))
@@ -119,7 +145,7 @@ class StreamingMean:
 
 
 @dataclass(frozen=True)
-class _Reply:
+class HeldReply:
     blueprint: Blueprint
     given: Blueprint
     state: Mapping[str, torch.Tensor]
@@ -129,7 +155,7 @@ class _Reply:
         """The parameter by blocks, and how far each that counts lies from its place in the full model."""
         every = range(param.num_blocks)
         given, counts = layout.held(param, self.given) or every, layout.held(param, self.blueprint) or every
-        values = _blocked(param, self.state[param.name].contiguous(), len(given))
+        values = blocked(param, self.state[param.name].contiguous(), len(given))
         return values, _shifts(tuple(given), tuple(counts))
 
 
@@ -184,7 +210,7 @@ def _weighted(value: Array, weight: int) -> Array:
     return value if weight == 1 else np.multiply(value, weight, dtype=np.float64)
 
 
-def _blocked(param: Param, tensor: torch.Tensor, num_held: int) -> Array:
+def blocked(param: Param, tensor: torch.Tensor, num_held: int) -> Array:
     """The tensor's own memory as (outer, sections, num_held, inner)."""
     array: Array = tensor.view(param.blocked(num_held)).numpy()
     return array

@@ -23,6 +23,7 @@ from twist_fl.data.corpus import Corpus, Shard
 from twist_fl.data.run_text import RunText
 from twist_fl.model.hf_config import config_from_dict, model_config
 from twist_fl.system.cores import usable_cores
+from twist_fl.system.doors import check_doors
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.untrusted import Field, read_fields
 from twist_fl.training import device
@@ -170,6 +171,7 @@ def make_job(config: Config) -> Job:
     Raises ConfigError before anything starts, and before any text is read if the sizes alone are impossible, or if
     pretrained weights do not fit them.
     """
+    check_doors(config)
     model = model_config(config)
     layout, _ = _divide(config, model.to_dict())
     device.check_memory(layout.num_params(), "the model")
@@ -181,13 +183,17 @@ def make_job(config: Config) -> Job:
     _fit_vocabulary(config, model, text.open())
     _fit_batches(config, text.num_windows)
     _set_threads(config)
-    return _job(config, model.to_dict(), text, uuid.uuid4().hex)
+    job = _job(config, model.to_dict(), text, uuid.uuid4().hex)
+    if not job.division.num_common:  # else it draws by scores
+        job.blueprints(1)  # what is wrong with a policy shows before anything starts
+    return job
 
 
 def job_from_json(text: str) -> Job:
     """The job of a run's folder or of a message. Its text is not looked for before it is needed.
 
-    Raises ValueError for what is no job. Names that become folders here are such.
+    Raises ValueError for what is no job. Names that become folders here are such. That the sizes cover all blocks
+    was seen when the job was made: a policy of the user's need only be where the server is.
     """
     fields = read_fields(text, {"config": Field(str), "model": Field(dict), "corpus": Field(str), "run_id": Field(str)})
     for key in ("corpus", "run_id"):
@@ -195,7 +201,7 @@ def job_from_json(text: str) -> Job:
     config = from_yaml(fields["config"])
     # Jobs of before windows were counted in them open their text for it.
     known = RunText(config.data, config.train.workers, fields["corpus"], fields.get("windows"))
-    return _job(config, fields["model"], known, fields["run_id"])
+    return _job(config, fields["model"], known, fields["run_id"], coverage=False)
 
 
 def with_config(job: Job, config: Config, text: RunText) -> Job:
@@ -208,15 +214,15 @@ def _set_threads(config: Config) -> None:
     config.train.threads = config.train.threads or max(1, usable_cores() // config.train.workers)
 
 
-def _job(config: Config, model: Mapping[str, Any], text: RunText, run_id: str) -> Job:
-    return Job(config, model, *_divide(config, model), text, run_id)
+def _job(config: Config, model: Mapping[str, Any], text: RunText, run_id: str, coverage: bool = True) -> Job:
+    return Job(config, model, *_divide(config, model, coverage), text, run_id)
 
 
-def _divide(config: Config, model: Mapping[str, Any]) -> tuple[Layout, Division]:
+def _divide(config: Config, model: Mapping[str, Any], coverage: bool = True) -> tuple[Layout, Division]:
     division = make_division(config)
     try:
         layout = make_layout(model, config.blueprint.ffn_blocks)
-        division.check(layout, coverage=config.algorithm == "twist")
+        division.check(layout, coverage and config.algorithm == "twist")
         for size in config.eval.sizes:
             ticket_sizes(layout, division, size)
     except ValueError as error:

@@ -1,0 +1,145 @@
+"""Where a user's own code comes in: a policy, an aggregation rule, a data source, a tracker, an export format.
+
+Each is given by the name of one of ours, by the name of an entry point of an installed package, or as `module:name`.
+Ours are found in the same way. Nothing is imported before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from twist_fl.system.environment import WORKING_FOLDER
+from twist_fl.system.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Door:
+    """A setting that takes a name of `own`, of the entry points in `group`, or `module:name`."""
+
+    key: str
+    group: str
+    own: Mapping[str, str]
+    """Ours, each as module:name."""
+    signature: str
+    """What is expected, as it is written in Python: `(deal) -> rows`."""
+    where: str = "where the server runs"
+    """The machines that need the module."""
+
+    @property
+    def names(self) -> list[str]:
+        """Ours, and those of installed packages."""
+        return [*self.own, *sorted(entry_points(group=self.group).names - self.own.keys())]
+
+    def check(self, name: str, suggest: Callable[[str, Sequence[str]], str] = lambda word, words: "") -> None:
+        """Imports nothing. Raises ConfigError, with what `suggest` says, unless `name` is known or module:name."""
+        module, colon, attribute = name.partition(":")
+        if colon and not (module and attribute):
+            raise ConfigError(f"{self.key}={name!r} is not of the form module:name, for example my_module:mine")
+        if not colon and name not in self.own and name not in self.names:
+            one_of = ", ".join(self.names)
+            raise ConfigError(
+                f"{self.key}={name!r} must be one of {one_of}, or module:name of your own{suggest(name, self.names)}"
+            )
+
+    def find(self, name: str) -> Any:
+        """What the name stands for. Raises ConfigError if it cannot be had here, or cannot be called as it will be."""
+        self.check(name)
+        target = self.own.get(name) or next((e.value for e in entry_points(group=self.group, name=name)), name)
+        module, _, attribute = target.partition(":")
+        if (here := os.environ.get(WORKING_FOLDER) or str(Path.cwd())) not in sys.path:
+            sys.path.append(here)  # last: what lies there hides nothing
+        try:
+            found = getattr(importlib.import_module(module), attribute, None)
+        except (ImportError, SyntaxError, TypeError) as error:  # TypeError: a name that begins with a dot
+            raise ConfigError(
+                f"{self.key}={name!r}: {error}: install it {self.where}, or name its folder in PYTHONPATH"
+            ) from error
+        if found is None:
+            raise ConfigError(f"{self.key}={name!r}: the module {module} has no {attribute}")
+        self._check_signature(name, found)
+        return found
+
+    def _check_signature(self, name: str, found: Any) -> None:
+        expected = f"{self.key}={name!r} must be a function {self.signature}"
+        if not callable(found):
+            raise ConfigError(f"{expected}, found a {type(found).__name__}")
+        try:
+            signature = inspect.signature(found)
+        except ValueError:  # of a builtin that does not say
+            return
+        given = self.signature.partition(")")[0].strip("(").split(", ")
+        try:
+            signature.bind(*given)
+        except TypeError as error:
+            raise ConfigError(f"{expected}, found {name.rpartition(':')[2]}{signature}: {error}") from error
+
+
+def _ours(module: str, **names: str) -> dict[str, str]:
+    return {name: f"twist_fl.{module}:{attribute}" for name, attribute in names.items()}
+
+
+POLICY = Door(
+    "blueprint.policy",
+    "twist_fl.policies",
+    _ours(
+        "blueprint.policies",
+        random="RANDOM",
+        rolling="ROLLING",
+        ordered="ORDERED",
+        static="STATIC",
+        importance="RANDOM",  # with common blocks by score: `Division.common_blocks`
+    ),
+    "(deal) -> rows",
+)
+RULE = Door(
+    "aggregate.rule",
+    "twist_fl.aggregation_rules",
+    _ours("training.aggregate", mean="StreamingMean") | _ours("training.rules", median="median"),
+    "(layout, state, memory) -> aggregator",
+)
+SOURCE = Door(
+    "data.source",
+    "twist_fl.sources",
+    _ours("data.sources", builtin="builtin", files="files", wikitext="wikitext", hub="hub"),
+    "(config, meter) -> parts",
+    "on every node",
+)
+TRACKER = Door(
+    "log.tracker",
+    "twist_fl.trackers",
+    _ours("runs.tensorboard", tensorboard="tracker"),
+    "(config, folder) -> function of an event",
+)
+EXPORT_FORMAT = Door(
+    "format",
+    "twist_fl.export_formats",
+    _ours("tickets.export", transformers="export_ticket"),
+    "(ticket, folder, tokenizer_folder) -> None",
+    "here",
+)
+DOORS = (POLICY, RULE, SOURCE, TRACKER)
+"""Those that are settings."""
+_OF_THE_SERVER = (POLICY, RULE, TRACKER)
+
+
+def names_in(config: Any) -> Iterator[tuple[Door, str]]:
+    """The doors that are settings, with what a configuration names."""
+    for door in DOORS:
+        section, _, key = door.key.partition(".")
+        if name := getattr(getattr(config, section), key):
+            yield door, name
+
+
+def check_doors(config: Any) -> None:
+    """Raises ConfigError if something that the server will call cannot be had here."""
+    for door, name in names_in(config):
+        if door in _OF_THE_SERVER:
+            door.find(name)
