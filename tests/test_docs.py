@@ -97,7 +97,7 @@ def test_every_command_of_ours_is_one_that_exists(line: str) -> None:
 
 
 def divides(config: Config) -> None:
-    """Raises ValueError if the workers cannot hold what they are to hold; of a checkpoint only the run knows, and of the
+    """Raises ValueError if the workers cannot hold what they are to hold; of a checkpoint only the run knows, of the
     reader's policy, which is not here, the reader."""
     if config.model.pretrained is None:
         coverage = config.algorithm == "twist" and ":" not in config.blueprint.policy
