@@ -97,9 +97,11 @@ def test_every_command_of_ours_is_one_that_exists(line: str) -> None:
 
 
 def divides(config: Config) -> None:
-    """Raises ValueError if the workers cannot hold what they are to hold; of a checkpoint only the run knows."""
+    """Raises ValueError if the workers cannot hold what they are to hold; of a checkpoint only the run knows, of the
+    reader's policy, which is not here, the reader."""
     if config.model.pretrained is None:
-        make_division(config).check(make_layout(model_config(config).to_dict()), coverage=config.algorithm == "twist")
+        coverage = config.algorithm == "twist" and ":" not in config.blueprint.policy
+        make_division(config).check(make_layout(model_config(config).to_dict()), coverage)
 
 
 def test_make_and_flwr_are_given_what_they_know() -> None:
