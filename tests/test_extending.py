@@ -8,21 +8,31 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import Run
 from test_docs import ROOT, commands
+from transformers import AutoModelForCausalLM
 
 from twist_fl import RunFolder, TrainedRun
+from twist_fl.blueprint import architectures
+from twist_fl.model.masked import MaskedModel
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()
 
 
-def test_its_commands_do_what_its_examples_say(
-    run: Run, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's examples, as the module `mine` in the working folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "mine", raising=False)
-    Path("mine.py").write_text("\n\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)))
+    monkeypatch.setattr(architectures, "ARCHITECTURES", {**architectures.ARCHITECTURES})
+    code = "\n\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
+    Path("mine.py").write_text(code + "\nWITHOUT_NORM = replace(STARCODER2, rows=STARCODER2.rows[:-2])\n")
+    Path("mine.py").write_text("from dataclasses import replace\n" + Path("mine.py").read_text())
+
+
+def test_its_commands_do_what_its_examples_say(run: Run, tiny: tuple[str, ...], mine: None) -> None:
     train, tickets = (line.split()[1:] for line in commands(PAGE))
     more = ["eval.every=0", "eval.max_windows=4", "train.rounds=2", "--local"]
     status, _, error = run("train", "demo", *tiny, *train[2:], *more)
@@ -41,3 +51,35 @@ def test_its_commands_do_what_its_examples_say(
     ]
     saved = np.load("tickets/2/weights.npz")
     assert sum(value.size for value in saved.values()) == trained.tickets(2, 1).num_params
+
+
+def test_an_architecture_of_ones_own(run: Run, tiny: tuple[str, ...], mine: None) -> None:
+    """Its subnets are the whole model masked; its tickets open in transformers, without this package's table."""
+    words = ["model.architecture=mine:STARCODER2", "model.n_kv_head=2", "train.rounds=2", "eval.every=0", "name=coder"]
+    status, _, error = run("train", "demo", *tiny, *words, "eval.max_windows=4", "eval.sizes=1", "--local")
+    assert (status, error) == (0, error)
+    trained = TrainedRun("runs/coder")
+    assert trained.job.model_fields["model_type"] == "starcoder2"
+    ticket, tokens = trained.blueprint(1, draw=3), torch.arange(12)[None]
+    with torch.inference_mode():
+        physical = trained.model(ticket)(tokens).logits
+        masked = MaskedModel(trained.job.models()).load(ticket, trained.state.params)(tokens).logits
+        opened = AutoModelForCausalLM.from_pretrained(trained.export(ticket, "ticket"), trust_remote_code=True)
+        exported = opened(tokens).logits
+    torch.testing.assert_close(physical, masked)
+    torch.testing.assert_close(physical, exported)
+    assert sum(each.numel() for each in opened.parameters()) < trained.job.layout.num_params()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("linear", "must be an Architecture, found a function"),
+        ("WITHOUT_NORM", "the block table of 'starcoder2' does not fit its model: "),
+        ("STARCODER", "the module mine has no STARCODER"),
+    ],
+)
+def test_an_architecture_that_cannot_be(name: str, reason: str, run: Run, tiny: tuple[str, ...], mine: None) -> None:
+    status, _, error = run("train", "demo", *tiny, f"model.architecture=mine:{name}", "--local")
+    assert status == 2
+    assert reason in error

@@ -8,6 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from twist_fl.blueprint.architectures import Architecture as Architecture
+    from twist_fl.blueprint.architectures import Blocks as Blocks
+    from twist_fl.blueprint.architectures import Row as Row
     from twist_fl.blueprint.blocks import Layout as Layout
     from twist_fl.blueprint.blocks import make_layout as make_layout
     from twist_fl.blueprint.blueprint import Blueprint as Blueprint
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "blueprint.architectures": ("Architecture", "Blocks", "Row"),
     "blueprint.blocks": ("Layout", "make_layout"),
     "blueprint.blueprint": ("Blueprint",),
     "blueprint.division": ("Division",),

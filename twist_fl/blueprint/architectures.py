@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from twist_fl.system.doors import ARCHITECTURE
+from twist_fl.system.errors import ConfigError
+
 Kind = Literal["attn", "ffn"]
 KINDS: tuple[Kind, Kind] = ("attn", "ffn")
 ModelDict = Mapping[str, Any]
@@ -55,11 +58,13 @@ class Architecture:
     in the model's own order.
     """
 
+    model_type: str
+    """Hugging Face's."""
     rows: tuple[Row, ...]
     outputs: Mapping[Kind, str]
     keys: Mapping[str, str]
     """Config keys of n_layer, n_head, n_embd, n_inner, n_positions; of n_kv_head and d_head where it has them."""
-    dropout: tuple[str, ...]
+    dropout: tuple[str, ...] = ()
     """Config keys that `model.dropout` sets."""
     scratch: ModelDict = field(default_factory=dict)
     """What else a model from scratch has otherwise than the family's defaults."""
@@ -180,6 +185,7 @@ def _conv1d(name: str, outputs: str | Blocks, inputs: str | Blocks) -> tuple[Row
 def _gpt2() -> Architecture:
     layer = "transformer.h.{layer}."
     return Architecture(
+        "gpt2",
         rows=(
             Row("transformer.wte.weight", ("vocab", "d_model")),
             Row("transformer.wpe.weight", ("positions", "d_model")),
@@ -202,11 +208,17 @@ def _gpt2() -> Architecture:
 
 
 def _llama(
-    qkv_bias: When, o_bias: When, mlp_bias: When = _never, qk_norm: When = _never, scratch: ModelDict | None = None
+    model_type: str,
+    qkv_bias: When,
+    o_bias: When,
+    mlp_bias: When = _never,
+    qk_norm: When = _never,
+    scratch: ModelDict | None = None,
 ) -> Architecture:
     """LLaMA and what was made after it: an attention block is a KV group, its queries included; the FFN is gated."""
     layer = "model.layers.{layer}."
     return Architecture(
+        model_type,
         rows=(
             Row("model.embed_tokens.weight", ("vocab", "d_model")),
             *_linear(layer + "self_attn.q_proj", _QUERIES, "d_model", qkv_bias),
@@ -235,6 +247,7 @@ def _opt() -> Architecture:
     layer, bias = "model.decoder.layers.{layer}.", _set("enable_bias", True)
     affine = _set("layer_norm_elementwise_affine", True)
     return Architecture(
+        "opt",
         rows=(
             Row("model.decoder.embed_tokens.weight", ("vocab", "d_embed")),
             Row("model.decoder.embed_positions.weight", ("positions_and_2", "d_model")),
@@ -261,6 +274,7 @@ def _opt() -> Architecture:
 def _gpt_neox() -> Architecture:
     layer, bias = "gpt_neox.layers.{layer}.", _set("attention_bias", True)
     return Architecture(
+        "gpt_neox",
         rows=(
             Row("gpt_neox.embed_in.weight", ("vocab", "d_model")),
             *_norm(layer + "input_layernorm"),
@@ -278,21 +292,35 @@ def _gpt_neox() -> Architecture:
     )
 
 
-ARCHITECTURES: dict[str, Architecture] = {
-    "gpt2": _gpt2(),
-    "llama": _llama(_set("attention_bias"), _set("attention_bias"), _set("mlp_bias")),
-    "mistral": _llama(_never, _never, scratch={"sliding_window": None}),
-    "qwen2": _llama(_always, _never),
-    "qwen3": replace(_llama(_set("attention_bias"), _set("attention_bias"), qk_norm=_always), since="4.51"),
-    "opt": _opt(),
-    "gpt_neox": replace(_gpt_neox(), since="5.17"),  # version 4 calls its head otherwise
-}
-"""By Hugging Face's model_type."""
+GPT2 = _gpt2()
+LLAMA = _llama("llama", _set("attention_bias"), _set("attention_bias"), _set("mlp_bias"))
+MISTRAL = _llama("mistral", _never, _never, scratch={"sliding_window": None})
+QWEN2 = _llama("qwen2", _always, _never)
+QWEN3 = replace(_llama("qwen3", _set("attention_bias"), _set("attention_bias"), qk_norm=_always), since="4.51")
+OPT = _opt()
+GPT_NEOX = replace(_gpt_neox(), since="5.17")  # version 4 calls its head otherwise
+ARCHITECTURES = {each.model_type: each for each in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, OPT, GPT_NEOX)}
+"""Those known here, by Hugging Face's model_type: ours, and what `use_architecture` has found."""
+
+
+def use_architecture(name: str) -> Architecture:
+    """What `model.architecture` names, known by its model_type from now on. Raises ConfigError if it cannot be had."""
+    found = ARCHITECTURE.find(name)
+    if not isinstance(found, Architecture):
+        raise ConfigError(f"model.architecture={name!r} must be an Architecture, found a {type(found).__name__}")
+    if ARCHITECTURES.setdefault(found.model_type, found) != found:
+        raise ConfigError(f"model.architecture={name!r}: the model_type {found.model_type!r} has another table already")
+    return found
 
 
 def architecture_of(config: ModelDict) -> Architecture:
     """Raises ValueError for a model_type without a table."""
     model_type = config.get("model_type")
+    if model_type not in ARCHITECTURES and model_type in ARCHITECTURE.names:
+        use_architecture(str(model_type))  # an installed package's
     if model_type not in ARCHITECTURES:
-        raise ValueError(f"model_type {model_type!r} has no block table; known: {', '.join(ARCHITECTURES)}")
+        raise ValueError(
+            f"model_type {model_type!r} has no block table; known: {', '.join(ARCHITECTURE.names)}, or give your own: "
+            "model.architecture=module:name"
+        )
     return ARCHITECTURES[model_type]

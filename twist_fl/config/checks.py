@@ -87,7 +87,7 @@ def check_values(config: Any) -> None:
             f"model.n_embd={model.n_embd} must be a multiple of model.n_head={model.n_head}: use {nearest}"
         )
     grouped = [name for name, architecture in ARCHITECTURES.items() if "n_kv_head" in architecture.keys]
-    if model.pretrained is None and model.n_kv_head is not None and model.architecture not in grouped:
+    if model.pretrained is None and model.n_kv_head is not None and model.architecture in {*ARCHITECTURES} - {*grouped}:
         raise ConfigError(
             f"model.n_kv_head={model.n_kv_head}: every head of model.architecture={model.architecture} has its own "
             f"keys and values; leave it null, or use one of {', '.join(grouped)}"

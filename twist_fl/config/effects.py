@@ -44,9 +44,15 @@ _IDLE: tuple[tuple[str, Reason], ...] = (
         ),
     ),
     (
-        "model.architecture model.n_layer model.n_head model.n_kv_head model.n_embd model.n_inner model.n_positions "
-        "model.dropout",
+        "model.n_layer model.n_head model.n_kv_head model.n_embd model.n_inner model.n_positions model.dropout",
         _if(lambda c: c.model.pretrained, "it is read from model.pretrained={0.model.pretrained}"),
+    ),
+    (
+        "model.architecture",
+        _if(
+            lambda c: c.model.pretrained and ":" not in c.model.architecture,
+            "it is read from model.pretrained={0.model.pretrained}",
+        ),
     ),
     (
         "data.vocab_size",

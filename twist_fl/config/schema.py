@@ -28,7 +28,8 @@ class ModelConfig:
 
     pretrained: str | None = None
     """Name on the Hugging Face hub, a folder, or a run's folder (its newest checkpoint); all below is read from it."""
-    architecture: Literal["gpt2", "llama", "mistral", "qwen2", "qwen3", "opt", "gpt_neox"] = "gpt2"
+    architecture: str = "gpt2"
+    """Of a model from scratch; for a pretrained one of a model_type that is not known, its block table."""
     n_layer: int = 12
     n_head: int = 12
     n_kv_head: int | None = None

@@ -6,18 +6,22 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig
 
-from twist_fl.blueprint.architectures import ARCHITECTURES, KINDS, Blocks
+from twist_fl.blueprint.architectures import KINDS, Blocks, architecture_of
+from twist_fl.blueprint.blocks import Layout
+from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.model import modeling_subnet
 from twist_fl.model.modeling_subnet import Family
+from twist_fl.system.errors import ConfigError
 
 _LAYER = ".{layer}."
 
 
 @cache
 def family_of(model_type: str) -> Family:
-    architecture, config = ARCHITECTURES[model_type], CONFIG_MAPPING[model_type]
+    architecture, config = architecture_of({"model_type": model_type}), CONFIG_MAPPING[model_type]
     model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
     layers, found = "", {kind: dict[str, None]() for kind in KINDS}
     for row in architecture.rows:
@@ -42,6 +46,26 @@ def family_of(model_type: str) -> Family:
 def model_class(model_type: str) -> Any:
     """The class of its subnets."""
     return modeling_subnet.model_class(family_of(model_type))
+
+
+def check_architecture(config: PreTrainedConfig, layout: Layout, ticket: Blueprint) -> None:
+    """Raises ConfigError unless the model of `config`, and its subnet `ticket`, have the block table's parameters."""
+    sized = type(config)(**config.to_dict() | subnet_sizes(layout, ticket))
+    try:
+        with torch.device("meta"):
+            whole: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+            subnet = model_class(config.model_type)(sized)
+        layout.check_names({name: tuple(each.shape) for name, each in whole.named_parameters()})
+        layout.check_names({name: tuple(each.shape) for name, each in subnet.named_parameters()}, ticket)
+    except (AttributeError, KeyError, ValueError) as error:
+        raise ConfigError(f"the block table of {config.model_type!r} does not fit its model: {error}") from error
+
+
+def subnet_sizes(layout: Layout, blueprint: Blueprint) -> dict[str, list[int]]:
+    """What a config needs on top of the full model's for the classes of `modeling_subnet.py`."""
+    heads, ffn_blocks = blueprint.shape
+    neurons = layout.sizes["ffn_width"]
+    return {"heads_per_layer": list(heads), "neurons_per_layer": [blocks * neurons for blocks in ffn_blocks]}
 
 
 def shipped_code(model_type: str) -> str:

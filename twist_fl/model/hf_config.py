@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twist_fl.blueprint.architectures import ARCHITECTURES, sizes_of
+from twist_fl.blueprint.architectures import ARCHITECTURES, architecture_of, sizes_of, use_architecture
 from twist_fl.config.finding import listed, runs_in
 from twist_fl.config.hub import local_path, reachable
 from twist_fl.config.schema import Config, ModelConfig
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 def model_config(config: Config) -> PreTrainedConfig:
     """Of a model from scratch, the vocabulary is only known with the text. Raises ConfigError."""
     model, window = config.model, config.data.window
+    use_architecture(model.architecture)
     if model.pretrained:
         loaded = _pretrained(model.pretrained)
     else:
@@ -34,7 +35,10 @@ def config_from_dict(fields: dict[str, Any]) -> PreTrainedConfig:
     """The inverse of `PreTrainedConfig.to_dict`."""
     from transformers import AutoConfig
 
-    loaded: PreTrainedConfig = AutoConfig.for_model(**fields)
+    try:
+        loaded: PreTrainedConfig = AutoConfig.for_model(**fields)
+    except ValueError as error:
+        raise ConfigError(f"transformers has no model of the model_type {fields.get('model_type')!r}") from error
     return loaded
 
 
@@ -62,9 +66,10 @@ def _pretrained(name: str) -> PreTrainedConfig:
     else:
         with reachable(f"model.pretrained={name!r}"):
             loaded = AutoConfig.from_pretrained(name)
-    if loaded.model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise ConfigError(f"model.pretrained={name!r} is a {loaded.model_type!r} model; known are {known}")
+    try:
+        architecture_of({"model_type": loaded.model_type})
+    except ValueError as error:
+        raise ConfigError(f"model.pretrained={name!r}: {error}") from error
     if hasattr(loaded, "heads_per_layer"):
         raise ConfigError(
             f"model.pretrained={name!r} is a ticket, whose layers differ in size: give the run it was drawn from"
@@ -98,7 +103,7 @@ def _check_sizes(fields: Mapping[str, Any]) -> None:
 
 def scratch_fields(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
     """The config of a model of these sizes as far as it is not its architecture's default. Raises ConfigError."""
-    architecture = ARCHITECTURES[model.architecture]
+    architecture = use_architecture(model.architecture)
     sizes = {
         "n_layer": model.n_layer,
         "n_head": model.n_head,
@@ -111,7 +116,7 @@ def scratch_fields(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
     fields: dict[str, Any] = {key: sizes[name] for name, key in architecture.keys.items()}
     fields |= dict.fromkeys(architecture.dropout, model.dropout) | dict(architecture.scratch)
     fields |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    fields |= {"model_type": model.architecture, "vocab_size": vocab_size}
+    fields |= {"model_type": architecture.model_type, "vocab_size": vocab_size}
     try:
         sizes_of(architecture, fields)
     except ValueError as error:

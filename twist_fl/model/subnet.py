@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from twist_fl.blueprint.architectures import KINDS
 from twist_fl.blueprint.blocks import Layout, Param, runs
 from twist_fl.blueprint.blueprint import Blueprint, Scale
-from twist_fl.model.families import model_class
+from twist_fl.model.families import model_class, subnet_sizes
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.threads import for_each, pieces
 
@@ -118,13 +118,6 @@ def take_back(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
             parameter.data = torch.empty_like(parameter.data)
-
-
-def subnet_sizes(layout: Layout, blueprint: Blueprint) -> dict[str, list[int]]:
-    """What a config needs on top of the full model's for the classes of `modeling_subnet.py`."""
-    heads, ffn_blocks = blueprint.shape
-    neurons = layout.sizes["ffn_width"]
-    return {"heads_per_layer": list(heads), "neurons_per_layer": [blocks * neurons for blocks in ffn_blocks]}
 
 
 def build_model(

@@ -64,7 +64,8 @@ class Door:
             ) from error
         if found is None:
             raise ConfigError(f"{self.key}={name!r}: the module {module} has no {attribute}")
-        self._check_signature(name, found)
+        if self.signature:
+            self._check_signature(name, found)
         return found
 
     def _check_signature(self, name: str, found: Any) -> None:
@@ -86,6 +87,22 @@ def _ours(module: str, **names: str) -> dict[str, str]:
     return {name: f"twist_fl.{module}:{attribute}" for name, attribute in names.items()}
 
 
+ARCHITECTURE = Door(
+    "model.architecture",
+    "twist_fl.architectures",
+    _ours(
+        "blueprint.architectures",
+        gpt2="GPT2",
+        llama="LLAMA",
+        mistral="MISTRAL",
+        qwen2="QWEN2",
+        qwen3="QWEN3",
+        opt="OPT",
+        gpt_neox="GPT_NEOX",
+    ),
+    "",  # an object, and not called
+    "on every node",
+)
 POLICY = Door(
     "blueprint.policy",
     "twist_fl.policies",
@@ -125,7 +142,7 @@ EXPORT_FORMAT = Door(
     "(ticket, folder, tokenizer_folder) -> None",
     "here",
 )
-DOORS = (POLICY, RULE, SOURCE, TRACKER)
+DOORS = (ARCHITECTURE, POLICY, RULE, SOURCE, TRACKER)
 """Those that are settings."""
 _OF_THE_SERVER = (POLICY, RULE, TRACKER)
 

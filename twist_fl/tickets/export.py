@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from twist_fl.blueprint.architectures import ARCHITECTURES, KINDS
+from twist_fl.blueprint.architectures import KINDS, architecture_of
 from twist_fl.blueprint.blocks import Layout
 from twist_fl.blueprint.blueprint import Blueprint, Scale
 from twist_fl.blueprint.cost import BYTES_PER_PARAM, state_bytes
@@ -21,9 +21,9 @@ from twist_fl.blueprint.drawing import draw_ticket
 from twist_fl.config.schema import DeviceConfig
 from twist_fl.config.sizes import blocks_per_layer, legal_sizes, ticket_sizes
 from twist_fl.data.tokenizer import copy_tokenizer
-from twist_fl.model.families import family_of, shipped_code
+from twist_fl.model.families import family_of, shipped_code, subnet_sizes
 from twist_fl.model.hf_config import padding_token
-from twist_fl.model.subnet import State, fold_scale, subnet_sizes
+from twist_fl.model.subnet import State, fold_scale
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import new_folder, save_tensors
 
@@ -152,7 +152,7 @@ def export_ticket(ticket: Ticket, folder: Path, tokenizer_folder: Path | None) -
         (making / "requirements.txt").write_text(f"torch\ntransformers>={family.since},<6\n")
         (making / MODEL_CODE).write_text(shipped_code(family.model_type), encoding="utf-8")
         if tokenizer_folder:
-            architecture = ARCHITECTURES[ticket.model_config["model_type"]]
+            architecture = architecture_of(ticket.model_config)
             copy_tokenizer(tokenizer_folder, making, ticket.model_config[architecture.keys["n_positions"]])
 
 

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from twist_fl.blueprint.architectures import KINDS
+from twist_fl.blueprint.architectures import KINDS, use_architecture
 from twist_fl.blueprint.blocks import Layout, make_layout
 from twist_fl.blueprint.blueprint import Blueprint, Scale
 from twist_fl.blueprint.division import Debt, Division, Scores
-from twist_fl.blueprint.drawing import draw_round, full_blueprint
+from twist_fl.blueprint.drawing import draw_round, draw_ticket, full_blueprint
 from twist_fl.config.checks import check_name
 from twist_fl.config.schema import Config, from_yaml, to_yaml
 from twist_fl.config.sizes import make_division, ticket_sizes
@@ -23,7 +23,7 @@ from twist_fl.data.corpus import Corpus, Shard
 from twist_fl.data.run_text import RunText
 from twist_fl.model.hf_config import config_from_dict, model_config
 from twist_fl.system.cores import usable_cores
-from twist_fl.system.doors import check_doors
+from twist_fl.system.doors import ARCHITECTURE, check_doors
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.untrusted import Field, read_fields
 from twist_fl.training import device
@@ -186,6 +186,10 @@ def make_job(config: Config) -> Job:
     job = _job(config, model.to_dict(), text, uuid.uuid4().hex)
     if not job.division.num_common:  # else it draws by scores
         job.blueprints(1)  # what is wrong with a policy shows before anything starts
+    if model.model_type not in ARCHITECTURE.own:
+        from twist_fl.model.families import check_architecture
+
+        check_architecture(job.model_config, job.layout, draw_ticket(job.layout, job.division, (1, 1), 0, 0))
     return job
 
 
@@ -220,6 +224,7 @@ def _job(config: Config, model: Mapping[str, Any], text: RunText, run_id: str, c
 
 def _divide(config: Config, model: Mapping[str, Any], coverage: bool = True) -> tuple[Layout, Division]:
     division = make_division(config)
+    use_architecture(config.model.architecture)
     try:
         layout = make_layout(model, config.blueprint.ffn_blocks)
         division.check(layout, coverage and config.algorithm == "twist")
