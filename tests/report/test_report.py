@@ -25,13 +25,14 @@ from omegaconf import OmegaConf
 from twist_fl.config.schema import load_config
 from twist_fl.report import plots
 from twist_fl.report.cells import MAX_COLUMNS, fit, markdown, narrow, turned
-from twist_fl.report.compare import comparison_table, duration_text, read_runs
+from twist_fl.report.compare import comparison_table, read_runs
 from twist_fl.report.conclusions import conclusions
 from twist_fl.report.glossary import ALGORITHMS, WORDS
 from twist_fl.report.page import figures, write_report
 from twist_fl.report.tables import device_tables, memory_cells, perplexity_cells, run_tables, sent_cells
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.units import duration_text
 
 SIZES = (8, 6, 4, 3)
 MakeRun = Callable[..., RunFolder]
