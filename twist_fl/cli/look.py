@@ -12,6 +12,7 @@ from rich.table import Table
 from twist_fl.cli.progress import waits_for
 from twist_fl.config.finding import no_run, runs_in
 from twist_fl.config.shares import ShareError
+from twist_fl.report.cells import titled
 from twist_fl.runs.trained import chosen_sizes, load_final
 from twist_fl.system.errors import ConfigError
 
@@ -35,7 +36,7 @@ def tickets(
     config = job.config
     test = job.corpus.test[: windows or config.eval.max_windows]
     models = job.models()
-    table = Table(title=f"{path}: round {state.round}, {draws} random tickets a size, {test.size:,} test tokens")
+    table = Table()
     for column in ("blocks", "parameters", "mean", "std", "min", "max"):
         table.add_column(column, justify="right")
     for size in chosen_sizes(job, sizes):
@@ -48,7 +49,8 @@ def tickets(
             ).summary()  # fmt: skip
         values = [f"{row[key]:.2f}" for key in ("mean", "std", "min", "max")]
         table.add_row(f"{size}/{blocks_per_layer(job.layout, job.division)}", f"{row['num_params']:,}", *values)
-    console.print(table)
+    title = f"{path}, round {state.round}: perplexity (lower is better) of {draws} random tickets a size, "
+    console.print(titled(f"{title}on {test.size:,} test tokens", table))
 
 
 def generate(
