@@ -19,17 +19,18 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Train, or with mode="deploy" ship tickets of a trained run; see [tool.flwr.app.config] for the keys."""
-    from twist_fl.federation.apps import open_run, train_run, wait_for
+    from twist_fl.federation.apps import mistakes_in_words, open_run, train_run, wait_for
     from twist_fl.federation.shipping import deploy_run
 
     given = context.run_config
     mode, run_dir = str(given["mode"]), str(given["run-dir"])
     wait_for(str(given["wait-for"]))
-    if mode == "train":
-        train_run(grid, *open_run(run_dir, str(given["preset"]), str(given["overrides"])))
-    elif mode == "deploy":
-        folder = RunFolder(Path(run_dir))
-        job = at_places(folder.job(), shlex.split(str(given["overrides"])))
-        deploy_run(grid, folder, job, str(given["devices"]))
-    else:
-        raise ConfigError(f'mode={mode!r} must be "train" or "deploy"')
+    with mistakes_in_words():
+        if mode == "train":
+            train_run(grid, *open_run(run_dir, str(given["preset"]), str(given["overrides"])))
+        elif mode == "deploy":
+            folder = RunFolder(Path(run_dir))
+            job = at_places(folder.job(), shlex.split(str(given["overrides"])))
+            deploy_run(grid, folder, job, str(given["devices"]))
+        else:
+            raise ConfigError(f'mode={mode!r} must be "train" or "deploy"')

@@ -72,7 +72,7 @@ def test_an_interrupted_run_is_gone_on_with_as_it_says(
     monkeypatch.setattr(local, "twist_round", interrupted)
     status, output, _ = run("train", "--local", "demo", *tiny, *LITTLE, *words)
     assert status == 130
-    said = re.search(r"interrupted; 2 rounds are saved. Go on with:  twist-fl (.*)$", output, re.M)
+    said = re.search(r"interrupted; round 2 is saved; go on after it with:  twist-fl (.*)$", output, re.M)
     assert said is not None
     assert not folder.finished(4)
     monkeypatch.setattr(local, "twist_round", rounds.twist_round)
@@ -80,6 +80,22 @@ def test_an_interrupted_run_is_gone_on_with_as_it_says(
     assert status == 0
     assert f"{folder.path.name}: goes on after round 2 of 4" in output
     assert_is_oracle(folder, tmp_path / "oracle")
+
+
+def test_a_run_of_which_nothing_is_saved_says_that_it_begins_again(
+    run: Run, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*given: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(local, "twist_round", interrupted)
+        _, output, _ = run("train", "--local", "demo", *tiny, *LITTLE, "train.rounds=1", f"dir={tmp_path / 'run'}")
+    assert "interrupted; nothing is saved yet; begin again with:  twist-fl train --local --resume " in output
+    status, output, _ = run("train", "--local", "--resume", tmp_path / "run")
+    assert status == 0
+    assert "run: nothing is saved, begins again with round 1 of 1" in output
+    assert run("cost", tmp_path / "run")[1].count("0 B") == 0  # nothing was sent, which is no measurement of bytes
 
 
 def test_what_a_finished_run_suggests_can_be_pasted(run: Run, tiny_job: MakeJob, tmp_path: Path) -> None:

@@ -189,6 +189,19 @@ def test_what_the_system_refuses_is_named(run: Run, trained: Path, tmp_path: Pat
     assert error == "error: file: File exists\n"
 
 
+def test_a_status_of_no_folder_is_of_those_that_train_makes(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    status, _, error = run("status")
+    assert (status, error) == (2, "error: runs holds no run (no job.json): give a run's folder, or a folder of runs\n")
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "job.json").touch()
+    status, output, _ = run("status")
+    assert status == 0
+    assert output.startswith("runs/mine: ")
+
+
 def test_versions(run: Run) -> None:
     status, output, _ = run("--version")
     assert status == 0

@@ -95,7 +95,7 @@ def test_a_harmed_checkpoint_is_refused_with_the_way_on_or_is_the_same(run_folde
     for seed in range(250):
         harm(newest, random.Random(seed))
         try:
-            found = whole.load()
+            found = RunFolder(run_folder).load()
             assert found is not None
             assert_same_run(found, ours)
             assert found.scores == ours.scores

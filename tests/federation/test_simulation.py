@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from twist_fl.federation.apps import mistakes_in_words
 from twist_fl.federation.simulation import Simulation, why_it_ended
+from twist_fl.system.errors import ConfigError
 
 BEGIN = "twist_fl: a simulation begins\n"
 CLIENT = """\x1b[91mERROR \x1b[0m:     Traceback (most recent call last):
@@ -47,6 +50,25 @@ def test_the_first_error_of_the_chain_or_what_died(log: str, reason: str, tmp_pa
     file = tmp_path / "flower.log"
     file.write_text(log)
     assert why_it_ended(file) == reason
+
+
+def test_a_mistake_is_one_line_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For who watches `flwr run --stream`, and for the command that reads Flower's log."""
+    log, flower = tmp_path / "flower.log", logging.getLogger("flwr")
+    log.write_text(BEGIN)
+    handler = logging.FileHandler(log)
+    flower.addHandler(handler)
+    try:
+        with pytest.raises(ConfigError) as caught, mistakes_in_words():
+            raise ConfigError("unknown key 'lr'")
+        flower.error("Simulation raised an exception", exc_info=caught.value)  # as Flower does
+    finally:
+        flower.removeHandler(handler)
+        flower.filters.clear()
+        handler.close()
+    assert capsys.readouterr().out == "twist_fl: error: unknown key 'lr'\n"
+    assert "Traceback" not in log.read_text()
+    assert why_it_ended(log) == "twist_fl.system.errors.ConfigError: unknown key 'lr'"
 
 
 def test_a_simulation_is_over_when_a_part_of_it_is(tmp_path: Path) -> None:

@@ -497,6 +497,21 @@ def test_a_task_that_was_changed_on_the_way_is_refused(tiny_job: MakeJob, random
             wire.task_from_records(replace(job, run_id="another"), content)
 
 
+def test_a_task_whose_process_died_half_way_says_so(job: Job, tmp_path: Path) -> None:
+    """Another process is given the same message, and finds in the segment what the first has begun to train."""
+    worker, state = Worker(job, MomentShelf(tmp_path)), start(job)
+    task = plan(job, state)[1]
+    with new_segment(job, task.blueprint) as segment:
+        content = task_records(job, state, task, segment)
+        parcel = wire.task_from_records(job, content)
+        worker.train(parcel.task, parcel.params, parcel.moments, parcel.in_place)
+        asked = Message(content, dst_node_id=1, message_type="train")
+        with pytest.raises(SegmentError) as second:
+            wire.task_from_records(job, content)
+    for reason in (f"<class 'SegmentError'>:<'{second.value}'>", f"Traceback\nx.SegmentError: {second.value}"):
+        assert wire.error_of(Message(Error(0, reason), reply_to=asked)) == "its process died while it trained"
+
+
 def test_a_worker_keeps_its_segment_until_it_fails_to_answer() -> None:
     segments = transport.Segments("run")
     first, other = segments.take(0, 100), segments.take(1, 100)

@@ -7,6 +7,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Mapping
+from io import StringIO
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -21,17 +22,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from omegaconf import OmegaConf
+from rich.console import Console
 
 from twist_fl.config.schema import load_config
 from twist_fl.report import plots
-from twist_fl.report.cells import MAX_COLUMNS, fit, markdown, narrow, turned
-from twist_fl.report.compare import comparison_table, duration_text, read_runs
+from twist_fl.report.cells import MAX_COLUMNS, fit, markdown, narrow, terminal_table, turned
+from twist_fl.report.compare import comparison_table, read_runs
 from twist_fl.report.conclusions import conclusions
 from twist_fl.report.glossary import ALGORITHMS, WORDS
 from twist_fl.report.page import figures, write_report
 from twist_fl.report.tables import device_tables, memory_cells, perplexity_cells, run_tables, sent_cells
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.units import duration_text
 
 SIZES = (8, 6, 4, 3)
 MakeRun = Callable[..., RunFolder]
@@ -200,6 +203,12 @@ def test_lost_replies_are_told_in_words(make_run: MakeRun, tmp_path: Path) -> No
 CELLS = st.tuples(st.integers(1, 30), st.integers(1, 30)).map(
     lambda shape: [[f"{line}.{column}" for column in range(shape[1])] for line in range(shape[0])]
 )
+
+
+def test_the_title_of_a_narrow_table_is_as_wide_as_the_terminal() -> None:
+    out, title = StringIO(), "Models on devices: what each received and holds"
+    Console(file=out, width=60).print(terminal_table(title, [["device", "phone"], ["MB", "2"]]))
+    assert out.getvalue().startswith(title + "\n")
 
 
 @given(CELLS)

@@ -94,6 +94,18 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(
     assert all(not event["notes"] for event in folder.events("round"))
 
 
+def test_a_run_that_goes_on_reads_each_byte_of_its_checkpoint_once_to_check_it(
+    tiny_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = begun(tiny_job(*LITTLE, "train.rounds=2", "checkpoint_every=1"), tmp_path / "run")
+    train_until(folder, 2, monkeypatch)
+    checked: list[Path] = []
+    monkeypatch.setattr("twist_fl.runs.checkpoint.check_seal", checked.append)
+    go_on(folder)
+    assert folder.load() is not None
+    assert checked == folder.checkpoints()
+
+
 def test_a_run_of_which_no_checkpoint_is_whole_begins_again(
     tiny_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

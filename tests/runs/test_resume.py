@@ -26,7 +26,7 @@ def test_a_run_is_interrupted_then_killed_then_ends_as_if_nothing_had_happened(
         output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, output
     saved = saved_rounds(folder)
-    assert f"interrupted; {saved} rounds are saved. Go on with:  twist-fl train --resume {folder.path}" in output
+    assert f"interrupted; round {saved} is saved; go on after it with:  twist-fl train --resume {folder.path}" in output
     assert processes_of(folder) == []
     assert not folder.events("done")
 

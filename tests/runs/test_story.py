@@ -221,6 +221,11 @@ def test_status_of_what_is_no_run_says_so(tmp_path: Path) -> None:
         show(tmp_path)
 
 
+def test_a_run_that_has_ended_is_shown_once_however_it_is_followed(tmp_path: Path) -> None:
+    folder = made(tmp_path / "run", BEGUN, event("done"))
+    assert sum(line.startswith("  rounds ") for line in show(folder, follow=True)) == 1
+
+
 def test_status_follows_until_nobody_is_at_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = made(tmp_path / "run", BEGUN)
     more = iter([[NODES], [round_event(9)], [round_event(10), event("done")]])

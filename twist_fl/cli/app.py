@@ -78,13 +78,13 @@ def demo(
 
 @app.command()
 def status(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, or a folder with runs in it.")],
+    runs: options.Runs = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the runs end.")] = False,
 ) -> None:
     """Show where runs stand, while they train and afterwards: round, loss, bytes, lost replies, time left."""
     from twist_fl.runs import status as looks
 
-    looks.show_status(console, runs, follow)
+    looks.show_status(console, runs or [Path("runs")], follow)
 
 
 @app.command()
@@ -121,9 +121,9 @@ def prune(
 ) -> None:
     """Prune a trained run after training, by the methods that TwIST is compared with, and show what each costs."""
     counts = block_counts(sizes)
-    from twist_fl.runs.checkpoint import RunFolder
+    from twist_fl.cli.progress import loading
 
-    RunFolder(run).check_run()
+    loading(console, run)
     from twist_fl.cli.prune import chosen_methods, prune_run
 
     prune_run(

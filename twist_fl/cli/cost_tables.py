@@ -19,7 +19,7 @@ from twist_fl.config.sizes import blocks_per_layer, legal_sizes, make_division, 
 from twist_fl.model.hf_config import model_config, scratch_fields
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
-from twist_fl.system.units import human_bytes
+from twist_fl.system.units import count, human_bytes
 
 GPT2_VOCABULARY = 50_257
 
@@ -154,14 +154,17 @@ def _measured(folder: RunFolder, moments_travel: bool) -> Table:
         kind: sum(each[way].get(kind, 0) for each in rounds for way in ("bytes_down", "bytes_up"))
         for kind in ("weights", "moments", "other")
     }
+    anything = any(sent.values())
+    measured = {kind: human_bytes(size) if anything else "" for kind, size in sent.items()}
     weights = sum(each["predicted_bytes"] for each in rounds)
     most = {
         key: max((each.get(key, 0) for each in rounds), default=0) for key in ("predicted_peak_bytes", "peak_bytes")
     }
     lines = [
-        ["weights sent", human_bytes(weights), human_bytes(sent["weights"])],
-        ["moments sent", human_bytes(2 * weights * moments_travel), human_bytes(sent["moments"])],
-        ["other sent", "", human_bytes(sent["other"])],
+        ["weights sent", human_bytes(weights), measured["weights"]],
+        ["moments sent", human_bytes(2 * weights * moments_travel), measured["moments"]],
+        ["other sent", "", measured["other"]],
         ["worker's peak memory", *(human_bytes(value) if value else "" for value in most.values())],
     ]
-    return _table(f"{len(rounds)} rounds so far, all workers", ["", "cost model", "measured"], lines)
+    how = "all workers" if anything or not rounds else "in one process, nothing was sent"
+    return _table(f"{count(len(rounds), 'round')} so far, {how}", ["", "cost model", "measured"], lines)

@@ -13,6 +13,7 @@ from twist_fl.cli.progress import waits_for
 from twist_fl.config.finding import no_run, runs_in
 from twist_fl.config.shares import ShareError
 from twist_fl.config.suggest import choice
+from twist_fl.report.cells import titled
 from twist_fl.runs.trained import TrainedRun, chosen_sizes
 from twist_fl.system.doors import EXPORT_FORMAT
 from twist_fl.system.errors import ConfigError
@@ -41,7 +42,7 @@ def tickets(
 
     job = run.job
     test = job.corpus.test[: windows or job.config.eval.max_windows]
-    table = Table(title=f"{path}: round {run.state.round}, {draws} random tickets a size, {test.size:,} test tokens")
+    table = Table()
     for column in ("blocks", "parameters", "mean", "std", "min", "max"):
         table.add_column(column, justify="right")
     for size in chosen_sizes(job, sizes):
@@ -51,7 +52,8 @@ def tickets(
         table.add_row(f"{size}/{blocks_per_layer(job.layout, job.division)}", f"{row['num_params']:,}", *values)
         if save:
             run.export(run.blueprint(size), save / str(size), format)
-    console.print(table)
+    title = f"{path}, round {run.state.round}: perplexity (lower is better) of {draws} random tickets a size, "
+    console.print(titled(f"{title}on {test.size:,} test tokens", table))
     if save:
         console.print(f"the first of each size: {save.resolve()}", soft_wrap=True)
 

@@ -8,6 +8,9 @@ from typing import Annotated, Any
 import typer
 
 RunDir = Annotated[Path, typer.Argument(help="Folder of a trained run, for example runs/demo/twist.")]
+Runs = Annotated[
+    list[Path] | None, typer.Argument(help="Folders of runs, or a folder with runs in it.", show_default="runs")
+]
 Sizes = Annotated[
     str | None, typer.Option(help="Ticket sizes in blocks per divided layer, as 8,6,4; default: as the run.")
 ]

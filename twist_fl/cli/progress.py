@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
@@ -37,6 +38,12 @@ def waits_for(console: Console, what: str) -> None:
     """A line that says it on a terminal, and stays: a text that is read shows its own progress below."""
     if console.is_terminal:
         console.print(f"{what} ...", style="dim", soft_wrap=True)
+
+
+def loading(console: Console, run: Path) -> None:
+    """What to say before torch is loaded for a run's sake. Raises ConfigError if there is no run."""
+    RunFolder(run).check_run()
+    waits_for(console, "loading torch and the run")
 
 
 class Running(Protocol):

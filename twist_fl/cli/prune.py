@@ -16,6 +16,7 @@ from twist_fl.config.sizes import blocks_per_layer
 from twist_fl.config.suggest import nearest
 from twist_fl.data.corpus import Windows
 from twist_fl.pruning.methods import METHODS, prune, pruned_perplexities, save_pruned, sparsity
+from twist_fl.report.cells import titled
 from twist_fl.runs.results import portable_config
 from twist_fl.runs.trained import TrainedRun, chosen_sizes
 from twist_fl.system.errors import ConfigError
@@ -78,7 +79,8 @@ def prune_run(
     }
     out = out or folder.path / "pruned.json"
     write_json(results, out)
-    console.print(_table(f"{path}: round {state.round}, {test.size:,} test tokens, full model {full:.2f}", rows))
+    title = f"{path}, round {state.round}: perplexity (lower is better) on {test.size:,} test tokens; "
+    console.print(titled(f"{title}full model {full:.2f}", _table(rows)))
     console.print(
         "Seconds, peak memory and calibration tokens are spent after training, for each size anew. "
         f"A random ticket (se) costs 0 s and 0 tokens; its perplexity is the mean ± std of {draws} draws.",
@@ -121,8 +123,8 @@ def _row(
     }
 
 
-def _table(title: str, rows: list[Row]) -> Table:
-    table = Table(title=title)
+def _table(rows: list[Row]) -> Table:
+    table = Table()
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:

@@ -93,6 +93,8 @@ def resume(console: Console, path: Path, overrides: Sequence[str] = (), local: b
         console.print(_what_next(folder), soft_wrap=True)
         return folder
     where = f"goes on after round {continued.round} of {job.num_rounds}"
+    if not continued.round:
+        where = f"nothing is saved, begins again with round 1 of {job.num_rounds}"
     if continued.round == job.num_rounds:
         where, local = f"all {job.num_rounds} rounds are trained; making its results", True
     with _simulation(folder, job.config, local) as simulation:
@@ -140,8 +142,13 @@ def _run(console: Console, folder: RunFolder, job: Job, simulation: Simulation |
                 events = progress.follow(simulation)
     except KeyboardInterrupt:
         words = f"twist-fl train {'--local ' * (simulation is None)}--resume {shlex.quote(str(folder.path))}"
-        console.print(f"\ninterrupted; {folder.saved_round} rounds are saved. Go on with:  {words}", soft_wrap=True)
+        round_ = folder.saved_round
+        saved = f"round {round_} is saved; go on after it" if round_ else "nothing is saved yet; begin again"
+        console.print(f"\ninterrupted; {saved} with:  {words}", soft_wrap=True)
         raise
+    finally:
+        if simulation:
+            waits_for(console, "stopping Flower and the workers")
     _require(events, "done", folder)
     results = read_json(folder.results_file, dict)
     console.print(f"{results_text(results)}; results in {folder.results_file}", soft_wrap=True)

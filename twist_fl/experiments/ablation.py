@@ -17,12 +17,12 @@ from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
 from twist_fl.experiments.shared import of_perplexity
 from twist_fl.report.cells import Cells
-from twist_fl.report.compare import MISSING, perplexity_text, size_label
+from twist_fl.report.compare import MISSING
 from twist_fl.report.glossary import LOWER
 from twist_fl.report.plots import LOG_FROM, NO_LINE, figure_of, log_ticks, looks_of
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.trained import TrainedRun
-from twist_fl.system.units import human_bytes
+from twist_fl.system.units import human_bytes, perplexity_text, size_label
 from twist_fl.tickets.evaluate import perplexity
 from twist_fl.training.job import Job
 

@@ -21,11 +21,11 @@ from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
 from twist_fl.experiments.shared import of_perplexity
 from twist_fl.report.cells import Cells, turned
-from twist_fl.report.compare import perplexity_text
 from twist_fl.report.glossary import LOWER
 from twist_fl.report.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.trained import TrainedRun
+from twist_fl.system.units import perplexity_text
 from twist_fl.tickets.evaluate import Tickets, perplexity
 
 LOST = [0, 1, 2, 3, 4, 6, 8, 9]

@@ -29,8 +29,9 @@ from twist_fl.experiments.shared import (
     tickets,
 )
 from twist_fl.report.cells import Cells
-from twist_fl.report.compare import MISSING, perplexity_text
+from twist_fl.report.compare import MISSING
 from twist_fl.report.plots import LOG_FROM, PERPLEXITY, figure_of, log_ticks
+from twist_fl.system.units import perplexity_text
 
 SIZES = (4, 6, 8, 10)
 LABELS = tuple(map(label, SIZES))

@@ -17,9 +17,10 @@ from twist_fl.experiments.recipe import COMMON, SHUFFLED
 from twist_fl.experiments.shared import about, caption, of_perplexity
 from twist_fl.experiments.table1 import CALIBRATION_WINDOWS
 from twist_fl.report.cells import Cells
-from twist_fl.report.compare import perplexity_text, size_label, spread_text
+from twist_fl.report.compare import spread_text
 from twist_fl.report.glossary import LOWER
 from twist_fl.report.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
+from twist_fl.system.units import perplexity_text, size_label
 
 LR = "train.lr=3e-4"
 BOTH = "blueprint.setting=both"

@@ -25,12 +25,12 @@ from twist_fl.experiments.lab import Lab, Task, measure
 from twist_fl.model.subnet import fold_scale
 from twist_fl.pruning.methods import Pruned, prune, pruned_perplexities, save_pruned
 from twist_fl.report.cells import Cells
-from twist_fl.report.compare import perplexity_text
 from twist_fl.report.glossary import LOWER
 from twist_fl.report.plots import COLORS, MARKERS, NO_LINE, PERPLEXITY, figure_of, scale_perplexity
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.trained import TrainedRun
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.units import perplexity_text
 from twist_fl.tickets.edge_client import decode
 from twist_fl.training.job import Job
 

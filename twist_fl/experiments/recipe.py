@@ -14,9 +14,10 @@ from twist_fl.experiments.lab import Lab, Task, measure, train
 from twist_fl.experiments.shared import of_perplexity
 from twist_fl.experiments.table1 import CALIBRATION_WINDOWS
 from twist_fl.report.cells import Cells
-from twist_fl.report.compare import perplexity_text, size_label, spread_text
+from twist_fl.report.compare import spread_text
 from twist_fl.report.glossary import LOWER
 from twist_fl.report.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
+from twist_fl.system.units import perplexity_text, size_label
 
 NUM_SEEDS = 3
 SHUFFLED = (MIXED, "blueprint.assign=shuffled")

@@ -18,13 +18,13 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from twist_fl.experiments.lab import SCALES, TRAIN, Lab, Task
 from twist_fl.experiments.measures import MEASURES
-from twist_fl.report.compare import duration_text
 from twist_fl.runs.events import EventReader
 from twist_fl.runs.local import train_local
 from twist_fl.runs.results import refuse_other_settings
 from twist_fl.system.errors import LaunchError
 from twist_fl.system.files import write_json
 from twist_fl.system.provenance import provenance
+from twist_fl.system.units import duration_text
 from twist_fl.training.job import make_job
 
 _LOOK_SECONDS = 0.5

@@ -9,9 +9,9 @@ from typing import Any
 
 from twist_fl.blueprint.division import Setting
 from twist_fl.experiments.lab import Lab, Task, measure
-from twist_fl.report.compare import size_label
 from twist_fl.report.glossary import LOWER
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.units import size_label
 
 PAPER: Mapping[str, Any] = json.loads(files("twist_fl.experiments").joinpath("paper.json").read_text())
 """Numbers printed in arXiv 2511.03983."""

@@ -12,9 +12,9 @@ from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task
 from twist_fl.experiments.shared import of_perplexity
 from twist_fl.report.cells import Cells
-from twist_fl.report.compare import perplexity_text, size_label
 from twist_fl.report.glossary import LOWER
 from twist_fl.report.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
+from twist_fl.system.units import perplexity_text, size_label
 
 INTERVALS = (5, 15, 50)
 """Batches between two draws; of the tiny scale's 1,500 batches all are divisors, 45 is not."""

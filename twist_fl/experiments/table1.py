@@ -27,9 +27,10 @@ from twist_fl.experiments.shared import (
     tickets,
 )
 from twist_fl.report.cells import Cells
-from twist_fl.report.compare import MISSING, perplexity_text, spread_text
+from twist_fl.report.compare import MISSING, spread_text
 from twist_fl.report.glossary import LOWER
 from twist_fl.report.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
+from twist_fl.system.units import perplexity_text
 
 SIZES = (8, 6, 4, 3)
 LABELS = tuple(map(label, SIZES))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,6 +30,23 @@ def wait_for(file: str) -> None:
     """Until the command that has started us, and stops us if it fails, has made the run's folder."""
     while file and not Path(file).exists():
         time.sleep(0.05)
+
+
+@contextmanager
+def mistakes_in_words() -> Iterator[None]:
+    """What the user can mend is one line of `flwr run --stream`; Flower would print a page of traceback before it."""
+    try:
+        yield
+    except ConfigError as error:
+        print(f"twist_fl: error: {error}", flush=True)
+        logging.getLogger("flwr").addFilter(_without_traceback)
+        raise error from None
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    if record.exc_info and isinstance(record.exc_info[1], ConfigError):
+        record.exc_info = (*record.exc_info[:2], None)
+    return True
 
 
 def open_run(run_dir: str, preset: str, overrides: str) -> tuple[RunFolder, Job]:

@@ -30,6 +30,10 @@ class SegmentError(ValueError):
     """A handle that does not name, or no longer names, the memory that this message needs."""
 
 
+class ChangedError(SegmentError):
+    """Somebody has written into the memory since its handle was sent."""
+
+
 @dataclass(frozen=True)
 class Handle:
     """What a message carries instead of its tensors: where they are, and what they add up to."""
@@ -62,7 +66,7 @@ class Segment:
         if handle.num_bytes != len(self.memory):
             raise SegmentError(f"segment {self.name} has {len(self.memory)} bytes, its handle says {handle.num_bytes}")
         if (found := checksum(self.memory)) != handle.checksum:
-            raise SegmentError(f"segment {self.name} has checksum {found:#x}, its handle says {handle.checksum:#x}")
+            raise ChangedError(f"segment {self.name} has checksum {found:#x}, its handle says {handle.checksum:#x}")
 
 
 def checksum(memory: torch.Tensor) -> int:

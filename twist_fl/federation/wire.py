@@ -18,7 +18,7 @@ from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.federation import transport
 from twist_fl.federation.packing import Packing
 from twist_fl.federation.tensors import KnownArrays, get_tensors, handle_of, put_tensors, take_whole
-from twist_fl.federation.transport import Segment, SegmentError
+from twist_fl.federation.transport import ChangedError, Segment, SegmentError
 from twist_fl.model.subnet import State, slice_state, take_slice
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.untrusted import Field, plain, read_exactly
@@ -46,6 +46,8 @@ _TASK = {
     "keep_from": Field(int, 0),
     "moment_step": Field(int, 0, or_null=True),
 }
+DIED = "its process died while it trained"
+"""Why a worker's reply does not count whose task, given to another process, is half trained where it lies."""
 _PARTITION = re.compile("[0-9]{1,18}")
 
 
@@ -158,6 +160,8 @@ def task_from_records(job: Job, content: RecordDict) -> Parcel:
     """Raises SegmentError if the tensors are not those that were sent, TaskError for what is no task."""
     try:
         return _read_task(job, content)
+    except ChangedError as error:
+        raise SegmentError(f"{DIED}: {error}") from error  # nobody else writes there
     except SegmentError:
         raise
     except (KeyError, TypeError, ValueError) as error:
@@ -240,4 +244,6 @@ def error_of(message: Message) -> str:
     form = r"<class '(?:[^']*\W)?(\w+)\)?'>:<'(.*)'>"
     reason = re.sub(form, r"\1: \2", (message.error.reason or "").strip(), flags=re.DOTALL)
     lines = [line for line in reason.splitlines() if line.strip()]
+    if lines and DIED in lines[-1]:
+        return DIED
     return plain(lines[-1].strip()) if lines else f"Flower error {message.error.code}"

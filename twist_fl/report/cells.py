@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
+from rich.console import Group
 from rich.table import Column, Table
+from rich.text import Text
 
 Cells = list[list[str]]
 """A header, then lines as long as it; the first column names the lines."""
@@ -49,10 +51,15 @@ def _markdown(cells: Cells) -> str:
     return "".join("| " + " | ".join(line) + " |\n" for line in (header, rule, *lines))
 
 
-def terminal_table(title: str, cells: Cells) -> Table:
+def terminal_table(title: str, cells: Cells) -> Group:
     """As it is or on its side, whichever fits a narrow terminal better."""
     header, *lines = narrow(cells)
-    table = Table(*header[:1], *(Column(name, justify="right") for name in header[1:]), title=title)
+    table = Table(*header[:1], *(Column(name, justify="right") for name in header[1:]))
     for line in lines:
         table.add_row(*line)
-    return table
+    return titled(title, table)
+
+
+def titled(title: str, table: Table) -> Group:
+    """With a title as wide as the terminal: a table breaks its own at its width, which may be two columns."""
+    return Group(Text(title, style="italic"), table)

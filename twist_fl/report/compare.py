@@ -11,9 +11,7 @@ from twist_fl.report.glossary import ALGORITHMS
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import read_json
-from twist_fl.system.units import duration_text as duration_text  # noqa: PLC0414 (whoever compares runs writes these, too)
-from twist_fl.system.units import perplexity_text as perplexity_text  # noqa: PLC0414
-from twist_fl.system.units import size_label as size_label  # noqa: PLC0414
+from twist_fl.system.units import size_label
 
 MISSING = "-"
 

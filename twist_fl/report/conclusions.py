@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isfinite
 
-from twist_fl.report.compare import FinishedRun, kappa, perplexity_text, size_label
+from twist_fl.report.compare import FinishedRun, kappa
+from twist_fl.system.units import perplexity_text, size_label
 
 _THIRD = 1 / 3
 _MOST_NAMED = 4

@@ -28,6 +28,7 @@ from twist_fl.report.tables import (
 from twist_fl.report.webpage import details, figure, note, page, paragraph, table, terms
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.files import write_text
+from twist_fl.system.units import count
 
 
 def figures(runs: Sequence[RunFolder], folder: Path) -> list[Path]:
@@ -73,10 +74,8 @@ def _summary(runs: Sequence[FinishedRun]) -> Iterator[str]:
     yield paragraph(f"Perplexity: {LOWER}. {' '.join(conclusions(runs))}")
     for run in runs:
         if run.lost_replies:
-            yield paragraph(
-                f"{run.label}: {run.lost_replies:,} {'reply' if run.lost_replies == 1 else 'replies'} of workers did "
-                "not count; those rounds are the mean of the others."
-            )
+            lost = f"{count(run.lost_replies, 'reply')} of workers did not count"
+            yield paragraph(f"{run.label}: {lost}; those rounds are the mean of the others.")
     seeds = _each([str(run.config["seed"]) for run in runs])
     yield note(f"A run is one training with one seed ({seeds}): small differences may be chance.")
 

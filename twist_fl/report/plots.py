@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullLocator
 
-from twist_fl.report.compare import FinishedRun, kappa, size_label
+from twist_fl.report.compare import FinishedRun, kappa
 from twist_fl.report.glossary import LOWER
+from twist_fl.system.units import size_label
 
 # Okabe and Ito's palette without yellow, told apart with any common colour blindness; markers for those without colour.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#808080")

@@ -6,18 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from twist_fl.report.cells import Cells, narrow
-from twist_fl.report.compare import (
-    MISSING,
-    Row,
-    duration_text,
-    kappa,
-    perplexity_text,
-    size_label,
-    sizes_of,
-    spread_text,
-)
+from twist_fl.report.compare import MISSING, Row, kappa, sizes_of, spread_text
 from twist_fl.report.glossary import LOWER
-from twist_fl.system.units import human_bytes
+from twist_fl.system.units import duration_text, human_bytes, perplexity_text, size_label
 
 PERPLEXITY = f"Test perplexity ({LOWER}), and of random tickets mean ± standard deviation"
 SENT = "What was sent: both directions, all rounds and workers"

@@ -48,6 +48,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = expanded(path).resolve()
         self.event_log = EventLog(self.events_file)
+        self._whole: Path | None = None  # a checkpoint that this process has checked
 
     @property
     def job_file(self) -> Path:
@@ -231,12 +232,14 @@ class RunFolder:
         damaged: dict[Path, DamagedError] = {}
         for round_, folder in reversed(checkpoints_of(self.path).items()):
             try:
-                _check(folder, round_)
+                if folder != self._whole:
+                    _check(folder, round_)
             except DamagedError as error:
                 damaged[folder] = error
                 continue
             if damaged:
                 raise self._damage(damaged, f"The checkpoint of round {round_} is whole. To go on after it")
+            self._whole = folder
             return folder
         if damaged:
             raise self._damage(damaged, "No other is whole. To begin again with round 1")

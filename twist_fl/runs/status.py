@@ -105,10 +105,12 @@ def show_status(console: Console, paths: Sequence[Path], follow: bool) -> None:
                 live.update(_picture(looks), refresh=True)
         return
     console.print(_picture(looks), soft_wrap=True)
+    followed = False
     while follow and any(look.busy for look in looks):
+        followed = True
         time.sleep(_LOOK_SECONDS)
         _tell(console, looks)
-    if follow:
+    if followed:
         _tell(console, looks)
         console.print(_picture(looks), soft_wrap=True)
 
