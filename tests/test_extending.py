@@ -26,7 +26,7 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "mine", raising=False)
-    monkeypatch.setattr(architectures, "ARCHITECTURES", {**architectures.ARCHITECTURES})
+    monkeypatch.setattr(architectures, "_KNOWN", {})
     code = "\n\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
     Path("mine.py").write_text(code + "\nWITHOUT_NORM = replace(STARCODER2, rows=STARCODER2.rows[:-2])\n")
     Path("mine.py").write_text("from dataclasses import replace\n" + Path("mine.py").read_text())

@@ -1,6 +1,6 @@
 """Which dimension of which parameter of one model is made of which blocks (paper, section 3.1).
 
-The table of `architectures.py`, resolved for a model's sizes, drives everything that knows about parameters: slicing,
+The table of an architecture, resolved for a model's sizes, drives everything that knows about parameters: slicing,
 aggregation, counting, bytes and export. Pure Python: neither torch nor Flower.
 """
 
@@ -116,9 +116,7 @@ class Layout:
     def check_names(self, shapes: Mapping[str, tuple[int, ...]], blueprint: Blueprint | None = None) -> None:
         """Raises ValueError unless `shapes` has exactly the parameters of the subnet, in their shapes."""
         if unknown := sorted(set(shapes) - set(self.by_name)):
-            raise ValueError(
-                f"parameter {unknown[0]!r} is not in the block table: add a row to blueprint/architectures.py"
-            )
+            raise ValueError(f"parameter {unknown[0]!r} is not in the block table: add a row to it")
         if missing := sorted(set(self.by_name) - set(shapes)):
             raise ValueError(f"parameter {missing[0]!r} is missing ({len(missing)} in all)")
         for param in self.params:
@@ -153,7 +151,7 @@ def make_layout(model_config: ModelDict, ffn_blocks: int | None = None) -> Layou
         return Param(name, tuple(shape), layer, blocks.kind, dim, blocks.sections, sizes[blocks.width])
 
     params: list[Param] = []
-    rows = [row for row in architecture.rows if row.when(model_config)]
+    rows = [row for row in architecture.rows if row.when is None or row.when(model_config)]
     per_layer = [row for row in rows if "{layer}" in row.name]
     for row in rows:
         if "{layer}" not in row.name:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from math import inf
 from typing import Any
 
-from twist_fl.blueprint.architectures import ARCHITECTURES
+from twist_fl.blueprint.architectures import use_architecture
+from twist_fl.system.doors import ARCHITECTURE
 from twist_fl.system.errors import ConfigError
 
 # Written so that NaN fails each.
@@ -86,8 +87,9 @@ def check_values(config: Any) -> None:
         raise ConfigError(
             f"model.n_embd={model.n_embd} must be a multiple of model.n_head={model.n_head}: use {nearest}"
         )
-    grouped = [name for name, architecture in ARCHITECTURES.items() if "n_kv_head" in architecture.keys]
-    if model.pretrained is None and model.n_kv_head is not None and model.architecture in {*ARCHITECTURES} - {*grouped}:
+    grouped = [name for name in ARCHITECTURE.own if "n_kv_head" in use_architecture(name).keys]
+    others = ARCHITECTURE.own.keys() - grouped
+    if model.pretrained is None and model.n_kv_head is not None and model.architecture in others:
         raise ConfigError(
             f"model.n_kv_head={model.n_kv_head}: every head of model.architecture={model.architecture} has its own "
             f"keys and values; leave it null, or use one of {', '.join(grouped)}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NoReturn
 
-from twist_fl.blueprint.architectures import ARCHITECTURES
+from twist_fl.blueprint.architectures import known_architecture
 from twist_fl.config.hub import expanded
 from twist_fl.system.errors import ConfigError
 
@@ -72,7 +72,8 @@ def _blocks(config: Any, key: str) -> tuple[int, str]:
     file = expanded(model.pretrained) / "config.json"
     if file.is_file():
         fields: Mapping[str, Any] = json.loads(file.read_text())
-        keys = ARCHITECTURES[fields["model_type"]].keys if fields.get("model_type") in ARCHITECTURES else {}
+        architecture = known_architecture(fields.get("model_type"))
+        keys = architecture.keys if architecture else {}
         for name, what in (("n_kv_head", "key/value heads of a layer"), ("n_head", "heads of a layer")):
             if isinstance(heads := fields.get(keys.get(name, "")), int):
                 return heads, what

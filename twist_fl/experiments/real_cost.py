@@ -135,8 +135,7 @@ def real_cost(
     Raises ConfigError unless a window is longer than `new_tokens`.
     """
     run = TrainedRun(folder.path)
-    job, state = run.job, run.state
-    config, windows = job.config, run.test
+    job, state, config, windows = run.job, run.state, run.job.config, run.test
     if new_tokens >= config.data.window:
         raise ConfigError(f"new_tokens={new_tokens} leaves no prompt: a window has data.window={config.data.window}")
     job = replace(job, division=replace(job.division, setting="both"))

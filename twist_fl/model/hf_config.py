@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twist_fl.blueprint.architectures import ARCHITECTURES, architecture_of, sizes_of, use_architecture
+from twist_fl.blueprint.architectures import (
+    Architecture,
+    architecture_of,
+    known_architecture,
+    sizes_of,
+    use_architecture,
+)
 from twist_fl.config.finding import listed, runs_in
 from twist_fl.config.hub import local_path, reachable
 from twist_fl.config.schema import Config, ModelConfig
@@ -85,17 +91,17 @@ def folder_config(what: str, folder: Path) -> Any:
 
     try:
         fields = read_fields((folder / "config.json").read_bytes(), {"model_type": Field(str)})
-        if fields["model_type"] in ARCHITECTURES:
-            _check_sizes(fields)
+        if architecture := known_architecture(fields["model_type"]):
+            _check_sizes(fields, architecture)
         return AutoConfig.from_pretrained(folder)
     except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{what}: its config.json is not a model's: {plain(reason)}") from error
 
 
-def _check_sizes(fields: Mapping[str, Any]) -> None:
+def _check_sizes(fields: Mapping[str, Any], architecture: Architecture) -> None:
     """Raises ValueError for a size that is none; one that is left out has the family's default."""
-    for key in ("vocab_size", *ARCHITECTURES[fields["model_type"]].keys.values()):
+    for key in ("vocab_size", *architecture.keys.values()):
         size = Field(int, 1, or_null=True)
         if key in fields and not size.holds(fields[key]):
             raise ValueError(f"{key}={shown(fields[key])} is no {size}")

@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-from twist_fl.blueprint.architectures import ARCHITECTURES
+from twist_fl.blueprint.architectures import known_architecture
 from twist_fl.model.families import model_class
 from twist_fl.model.hf_config import folder_config
 from twist_fl.system.errors import ConfigError
@@ -27,7 +27,7 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> Any:
     auto: Any = AutoModelForCausalLM
     if not trust_remote_code:
         config = folder_config(str(folder), folder)
-        if hasattr(config, "heads_per_layer") and config.model_type in ARCHITECTURES:
+        if hasattr(config, "heads_per_layer") and known_architecture(config.model_type):
             auto = model_class(config.model_type)
     try:
         model, info = auto.from_pretrained(

@@ -23,7 +23,7 @@ from twist_fl.config.hub import expanded
 from twist_fl.data.tokenizer import copy_tokenizer
 from twist_fl.runs.events import EventLog
 from twist_fl.system.errors import ConfigError, DamagedError
-from twist_fl.system.files import check_seal, new_folder, remove_unfinished, save_tensors, write_text
+from twist_fl.system.files import check_seal, load_tensors, new_folder, remove_unfinished, save_tensors, write_text
 from twist_fl.system.locks import holder, locked
 
 if TYPE_CHECKING:
@@ -262,12 +262,12 @@ class RunFolder:
         debt: set[tuple[Kind, int, int]] = {(kind, layer, block) for kind, layer, block in fields["debt"]}
         moments = None
         if fields["moment_step"] is not None:
-            moments = Moments(fields["moment_step"], _unprefixed(_load(folder / "moments.safetensors")))
+            moments = Moments(fields["moment_step"], _unprefixed(load_tensors(folder / "moments.safetensors")))
         outer = None
         if (folder / "outer.safetensors").is_file():
-            values = _unprefixed(_load(folder / "outer.safetensors"))
+            values = _unprefixed(load_tensors(folder / "outer.safetensors"))
             outer = OuterState(values, {name: counts.numpy() for name, counts in values.pop("rounds").items()})
-        params = _load(folder / "model.safetensors")
+        params = load_tensors(folder / "model.safetensors")
         scores = None
         if fields.get("scores"):
             scores = {(kind, layer): tuple(values) for kind, layer, *values in fields["scores"]}
@@ -280,13 +280,6 @@ def _check(folder: Path, round_: int) -> None:
     found = json.loads((folder / _STATE).read_text())["round"]
     if found != round_:
         raise DamagedError(f"{folder} is a checkpoint of round {found}, and not of the round in its name")
-
-
-def _load(file: Path) -> State:
-    """In memory of their own: rounds are averaged in place, and the file may go."""
-    from safetensors.torch import load_file
-
-    return {name: tensor.clone() for name, tensor in load_file(file).items()}
 
 
 def _prefixed(values: Mapping[str, State]) -> State:

@@ -91,7 +91,7 @@ ARCHITECTURE = Door(
     "model.architecture",
     "twist_fl.architectures",
     _ours(
-        "blueprint.architectures",
+        "blueprint.block_tables",
         gpt2="GPT2",
         llama="LLAMA",
         mistral="MISTRAL",

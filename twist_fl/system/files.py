@@ -123,6 +123,13 @@ def save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, making, {"format": "pt"})
 
 
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """In memory of their own: they may be changed in place, and the file may go."""
+    from safetensors.torch import load_file
+
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+
+
 @contextmanager
 def new_folder(path: Path, sealed: bool = False) -> Iterator[Path]:
     """A folder to fill, which takes the place of `path` when all of it is on the disk."""
