@@ -29,7 +29,6 @@ from twist_fl.pruning.choose import counts, lowest_of_all
 from twist_fl.pruning.fisher import keep_best
 from twist_fl.pruning.measure import measured
 from twist_fl.pruning.methods import (
-    METHODS,
     Pruned,
     prune,
     pruned_perplexities,
@@ -38,6 +37,7 @@ from twist_fl.pruning.methods import (
     sparsity,
     zeros,
 )
+from twist_fl.pruning.names import METHODS
 from twist_fl.rounds import start
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError

@@ -17,7 +17,8 @@ from twist_fl.config.schema import DeviceConfig
 from twist_fl.federation import shipping
 from twist_fl.federation.strategy import NoWorkersError
 from twist_fl.model.saved import open_model
-from twist_fl.pruning.methods import METHODS, prune
+from twist_fl.pruning.methods import prune
+from twist_fl.pruning.names import METHODS
 from twist_fl.rounds import start
 from twist_fl.system.errors import ConfigError
 from twist_fl.tickets.export import export_ticket, make_ticket

@@ -122,12 +122,14 @@ def prune(
     """Prune a trained run after training, by the methods that TwIST is compared with, and show what each costs."""
     counts = block_counts(sizes)
     from twist_fl.cli.progress import loading
+    from twist_fl.pruning.names import chosen_methods
 
-    loading(console, run)
-    from twist_fl.cli.prune import chosen_methods, prune_run
+    methods = chosen_methods(method)
+    loading(console, run, counts)
+    from twist_fl.cli.prune import prune_run
 
     prune_run(
-        console, run, chosen_methods(method), counts,
+        console, run, methods, counts,
         windows=windows, calibration=calibration, draws=draws, out=out, save=save, places=places or [],
     )  # fmt: skip
 

@@ -9,11 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from twist_fl.cli.progress import waits_for
+from twist_fl.cli.progress import loading, waits_for
 from twist_fl.config.finding import no_run, runs_in
 from twist_fl.config.shares import ShareError
 from twist_fl.config.suggest import choice
 from twist_fl.report.cells import titled
+from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.trained import TrainedRun, chosen_sizes
 from twist_fl.system.doors import EXPORT_FORMAT
 from twist_fl.system.errors import ConfigError
@@ -33,10 +34,10 @@ def tickets(
 ) -> None:
     """Perplexity of random tickets of several sizes; with `save`, a folder of the first of each."""
     EXPORT_FORMAT.check(format, choice)
-    EXPORT_FORMAT.find(format)
     if format != "transformers" and not save:
         raise ConfigError(f"--format {format} says what --save writes: give --save FOLDER")
-    waits_for(console, "loading torch and the run")
+    loading(console, path, sizes)
+    EXPORT_FORMAT.find(format)
     run = TrainedRun(path, places)
     from twist_fl.config.sizes import blocks_per_layer
 
@@ -76,6 +77,8 @@ def generate(
         raise ConfigError("the prompt is empty: give --prompt at least one token to continue")
     if temperature and not _COLDEST <= temperature <= _HOTTEST:
         raise ConfigError(f"--temperature {temperature:g} must be 0 (the likeliest token), or {_COLDEST} to {_HOTTEST}")
+    if size is not None and (path / "job.json").is_file():
+        chosen_sizes(RunFolder(path).job(), [size])
     waits_for(console, "loading torch and the model")
     model, tokenizer = _model_and_tokenizer(path, size, seed, trust_remote_code)
     import torch

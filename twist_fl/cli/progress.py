@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -12,9 +12,11 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from twist_fl.config.shares import ShareError
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.events import Event
 from twist_fl.runs.story import Follower, lines, round_text, warnings
+from twist_fl.runs.trained import chosen_sizes
 from twist_fl.system.units import duration_text
 
 _LOOK_SECONDS = 0.25
@@ -40,9 +42,9 @@ def waits_for(console: Console, what: str) -> None:
         console.print(f"{what} ...", style="dim", soft_wrap=True)
 
 
-def loading(console: Console, run: Path) -> None:
-    """What to say before torch is loaded for a run's sake. Raises ConfigError if there is no run."""
-    RunFolder(run).check_run()
+def loading(console: Console, run: Path, sizes: Sequence[int] | ShareError | None) -> None:
+    """What to say before torch is loaded for a run's sake. Raises ConfigError as `chosen_sizes`."""
+    chosen_sizes(RunFolder(run).job(), sizes)
     waits_for(console, "loading torch and the run")
 
 

@@ -13,9 +13,8 @@ from rich.table import Table
 
 from twist_fl.config.shares import ShareError
 from twist_fl.config.sizes import blocks_per_layer
-from twist_fl.config.suggest import nearest
 from twist_fl.data.corpus import Windows
-from twist_fl.pruning.methods import METHODS, prune, pruned_perplexities, save_pruned, sparsity
+from twist_fl.pruning.methods import prune, pruned_perplexities, save_pruned, sparsity
 from twist_fl.report.cells import titled
 from twist_fl.runs.results import portable_config
 from twist_fl.runs.trained import TrainedRun, chosen_sizes
@@ -26,18 +25,6 @@ from twist_fl.training.job import Job
 
 Row = dict[str, Any]
 _COLUMNS = ("method", "blocks", "perplexity", "sparsity", "seconds", "peak MB", "tokens")
-
-
-def chosen_methods(names: str) -> list[str]:
-    """METHODS of a list as "sparsegpt,wanda", or all. Raises ConfigError for a name that is none."""
-    if names == "all":
-        return list(METHODS)
-    chosen = names.split(",")
-    for name in chosen:
-        if name not in METHODS:
-            near = nearest(name, METHODS)
-            raise ConfigError(f"--method {name!r} is no pruning method{near}; there are {', '.join(METHODS)}, or all")
-    return chosen
 
 
 def prune_run(

@@ -28,6 +28,7 @@ from twist_fl.pruning import magnitude, sparsegpt, wanda, zpruner
 from twist_fl.pruning.calibrate import Inputs, Matrix, Say, Statistic, divided_matrices, draw_windows, layer_inputs
 from twist_fl.pruning.fisher import keep_best
 from twist_fl.pruning.measure import measured
+from twist_fl.pruning.names import CALIBRATED, METHODS, TICKETS
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import new_folder
 from twist_fl.system.threads import ranges
@@ -45,9 +46,6 @@ _WEIGHTS: dict[str, tuple[PruneMatrix, Statistic | None]] = {
     "zpruner": (zpruner.prune, zpruner.statistic),
     "magnitude": (magnitude.prune, None),
 }
-TICKETS = ("se", "se-unscaled")
-CALIBRATED = ("sparsegpt", "wanda", "zpruner", "block")
-METHODS = (*CALIBRATED, *TICKETS, "magnitude")
 
 
 @dataclass(frozen=True, eq=False)
