@@ -20,7 +20,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Train, or with mode="deploy" ship tickets of a trained run; see [tool.flwr.app.config] for the keys."""
     from twist_fl.federation.apps import mistakes_in_words, open_run, train_run, wait_for
-    from twist_fl.federation.shipping import deploy_run
+    from twist_fl.federation.deploy import deploy_run
 
     given = context.run_config
     mode, run_dir = str(given["mode"]), str(given["run-dir"])

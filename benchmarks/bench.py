@@ -19,7 +19,7 @@ from typing import Any
 import performance
 import performance_plots
 
-from twist_fl.report.published import fill
+from twist_fl.report.document_tables import fill
 from twist_fl.system.files import write_text
 from twist_fl.system.provenance import provenance
 

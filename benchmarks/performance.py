@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from twist_fl.report.cells import markdown
-from twist_fl.report.published import origin
+from twist_fl.report.document_tables import origin
 
 Found = Mapping[str, Mapping[str, Any]]
 """What each benchmark found, by its name."""

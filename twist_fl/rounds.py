@@ -13,8 +13,8 @@ from pathlib import Path
 
 from twist_fl.blueprint.division import Debt, Scores
 from twist_fl.model.subnet import State, mask_state, slice_state
-from twist_fl.system.doors import RULE
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.plugins import RULE
 from twist_fl.training.aggregate import (
     LARGEST,
     Aggregator,

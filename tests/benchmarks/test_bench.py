@@ -26,8 +26,8 @@ from twist_fl.blueprint.cost import state_bytes
 from twist_fl.blueprint.drawing import full_blueprint
 from twist_fl.federation.packing import Packing
 from twist_fl.model.subnet import get_state
+from twist_fl.report.document_tables import fill
 from twist_fl.report.plots import styled
-from twist_fl.report.published import fill
 from twist_fl.rounds import start, twist_round
 from twist_fl.training.client_state import MomentShelf
 from twist_fl.training.interval import train_interval

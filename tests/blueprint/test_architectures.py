@@ -36,8 +36,8 @@ from twist_fl.model.subnet import (
     take_back,
 )
 from twist_fl.rounds import run, start
-from twist_fl.system.doors import ARCHITECTURE
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.plugins import ARCHITECTURE
 from twist_fl.tickets.edge_client import receive_ticket
 from twist_fl.tickets.export import make_ticket, ticket_memory_bytes
 from twist_fl.tickets.measuring import quiet_environment

@@ -27,8 +27,8 @@ from twist_fl.rounds import plan, run, start
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.results import final_results
 from twist_fl.runs.resume import go_on
-from twist_fl.system.doors import POLICY
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.plugins import POLICY
 from twist_fl.tickets.evaluate import ticket_distribution
 from twist_fl.training.importance import block_scores, score_blocks
 from twist_fl.training.interval import next_token_loss

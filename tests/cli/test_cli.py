@@ -20,7 +20,7 @@ from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.drawing import draw_ticket
 from twist_fl.cli import app, train
 from twist_fl.config.schema import Config, DeviceConfig, from_yaml
-from twist_fl.federation import apps, shipping
+from twist_fl.federation import apps, deploy
 from twist_fl.federation.strategy import NoWorkersError
 from twist_fl.model.subnet import ModelCache
 from twist_fl.report.tables import device_cells
@@ -583,19 +583,19 @@ def test_report_of_a_run_that_is_not_finished(run: Run, untrained: Path, tmp_pat
 def test_deploying_a_run_without_a_checkpoint(untrained: Path) -> None:
     folder = RunFolder(untrained)
     with pytest.raises(ConfigError, match="has no checkpoint yet: train first"):
-        shipping.deploy_run(LocalGrid(1), folder, folder.job())
+        deploy.deploy_run(LocalGrid(1), folder, folder.job())
 
 
 def test_deploying_where_nobody_is(trained: Path) -> None:
     folder = RunFolder(trained)
     with pytest.raises(NoWorkersError, match="no edge client is connected"):
-        shipping.deploy_run(LocalGrid(0), folder, folder.job())
+        deploy.deploy_run(LocalGrid(0), folder, folder.job())
 
 
 def test_a_device_that_fails_is_named(trained: Path) -> None:
     folder = RunFolder(trained)
     with pytest.raises(NoWorkersError, match="device phone failed: ValueError: no room on this node"):
-        shipping.deploy_run(LocalGrid(1, broken=[0]), folder, folder.job(), "phone=3.5")
+        deploy.deploy_run(LocalGrid(1, broken=[0]), folder, folder.job(), "phone=3.5")
     assert not (trained / "deployed.json").exists()
     assert not (trained / "deployed").exists()
 
@@ -603,8 +603,8 @@ def test_a_device_that_fails_is_named(trained: Path) -> None:
 def test_the_three_default_devices_hold_the_whole_a_half_and_a_quarter(trained: Path) -> None:
     job = RunFolder(trained).job()
     sizes = {}
-    for device in shipping.default_devices(job):
-        blueprint = next(iter(shipping.plan_device(job, device).values()))
+    for device in deploy.default_devices(job):
+        blueprint = next(iter(deploy.plan_device(job, device).values()))
         sizes[device.name] = len(blueprint.attn[1])
         assert ticket_memory_bytes(job.layout, blueprint) <= (device.memory_mb or 0) * 1e6
     assert sizes == {"laptop": 4, "phone": 2, "watch": 1}
@@ -638,7 +638,7 @@ def test_a_device_that_is_too_slow_gets_a_smaller_ticket(
     fake_device(monkeypatch, ms_per_block=1)
     shutil.copytree(trained, tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
-    shipping.deploy_run(LocalGrid(2), folder, folder.job(), "laptop=99MB,5ms phone=3ms,1/1 watch=2.5ms,3/4")
+    deploy.deploy_run(LocalGrid(2), folder, folder.job(), "laptop=99MB,5ms phone=3ms,1/1 watch=2.5ms,3/4")
     rows = json.loads((folder.path / "deployed.json").read_text())
     assert [(row["name"], row["memory_mb"], row["latency_ms"], row["kappa"]) for row in rows] == [
         ("laptop", 99, 5, None),
@@ -671,10 +671,10 @@ def test_a_device_that_is_too_slow_with_every_ticket_is_told_how_slow(
     folder = RunFolder(tmp_path / "run")
     reason = r"'watch': latency_ms=1\.5 is too little; .* size 1, a token took 2 ms: use a higher limit"
     with pytest.raises(ConfigError, match=reason):
-        shipping.deploy_run(LocalGrid(1), folder, folder.job(), "watch=1.5ms")
+        deploy.deploy_run(LocalGrid(1), folder, folder.job(), "watch=1.5ms")
     assert not (folder.path / "deployed.json").exists()
     with pytest.raises(ConfigError, match=reason):  # the others are served all the same
-        shipping.deploy_run(LocalGrid(1), folder, folder.job(), "phone=3ms watch=1.5ms laptop=99MB")
+        deploy.deploy_run(LocalGrid(1), folder, folder.job(), "phone=3ms watch=1.5ms laptop=99MB")
     assert [row["name"] for row in json.loads((folder.path / "deployed.json").read_text())] == ["phone", "laptop"]
     assert {path.name for path in (folder.path / "deployed").iterdir()} == {"phone", "laptop"}
     assert not folder.events("deployed")

@@ -17,7 +17,7 @@ from test_cli import fake_device
 
 from twist_fl import rounds
 from twist_fl.cli.progress import waits_for
-from twist_fl.federation import apps, shipping
+from twist_fl.federation import apps, deploy
 from twist_fl.runs import local
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.local import train_local
@@ -146,7 +146,7 @@ def test_devices_here_measure_what_devices_behind_flower_do(
     shutil.copytree(folder.path, tmp_path / "flower")
     behind = RunFolder(tmp_path / "flower")
     devices = ["laptop=99MB,5ms", "phone=3ms,1/1", "watch=2.5ms,3/4"]
-    shipping.deploy_run(LocalGrid(2), behind, behind.job(), " ".join(devices))
+    deploy.deploy_run(LocalGrid(2), behind, behind.job(), " ".join(devices))
     status, output, _ = run("deploy", folder.path, *(word for each in devices for word in ("--device", each)))
     assert status == 0
     assert "laptop" in output

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
 from twist_fl.config.schema import DeviceConfig
 from twist_fl.data.corpus import cache_dir
-from twist_fl.federation import shipping
+from twist_fl.federation import deploy
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.provenance import commit
 from twist_fl.tickets.evaluate import perplexity
@@ -95,7 +95,7 @@ def test_tickets_are_shipped_to_two_devices(
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     for place, (row, device) in enumerate(zip(rows, devices, strict=True)):
-        blueprint = next(iter(shipping.plan_device(job, device).values()))
+        blueprint = next(iter(deploy.plan_device(job, device).values()))
         ticket = make_ticket(job.layout, ended.params, job.model_config.to_dict(), blueprint, "sqrt")
         kept, arrived = finished.path / "deployed" / device.name, cache_dir() / "tickets" / job.run_id / device.name
         for folder in (kept, arrived):

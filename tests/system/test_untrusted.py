@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from twist_fl.blueprint.drawing import full_blueprint
 from twist_fl.config.schema import DeviceConfig
-from twist_fl.federation import shipping
+from twist_fl.federation import deploy
 from twist_fl.federation.strategy import NoWorkersError
 from twist_fl.model.saved import open_model
 from twist_fl.pruning.methods import prune
@@ -33,7 +33,7 @@ def content(tiny_job: MakeJob) -> tuple[Job, RecordDict]:
     job = tiny_job()
     params = start(job).params
     ticket = make_ticket(job.layout, params, job.model_config.to_dict(), full_blueprint(job.layout), "sqrt")
-    return job, shipping._to_records(job, DeviceConfig("phone", 3.0), (0, 1), ticket)
+    return job, deploy._to_records(job, DeviceConfig("phone", 3.0), (0, 1), ticket)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,7 +47,7 @@ def test_a_device_leads_nowhere_outside_its_folder(
     fields = json.loads(str(records.config_records["ticket"]["json"])) | {"device": name}
     records["ticket"] = ConfigRecord({"json": json.dumps(fields)})
     with pytest.raises(ConfigError, match="is no name for a folder"):
-        shipping.receive(job, records)
+        deploy.receive(job, records)
     assert list(tmp_path.rglob("*")) == [tmp_path / "cache", victim.parent, victim]
 
 
@@ -120,4 +120,4 @@ def test_a_report_that_is_none_is_named(text: str, content: tuple[Job, RecordDic
     ticket = make_ticket(job.layout, params, job.model_config.to_dict(), full_blueprint(job.layout), "sqrt")
     answer = RecordDict({"report": ConfigRecord({"json": text})})
     with pytest.raises(NoWorkersError, match=r"^device phone sent a malformed report: (ValueError|JSONDecodeError)"):
-        shipping._ship(lambda sent: answer, job, DeviceConfig("phone", 3.0), (0, 1), ticket)
+        deploy._ship(lambda sent: answer, job, DeviceConfig("phone", 3.0), (0, 1), ticket)

@@ -1,6 +1,6 @@
 """What a block table says of an architecture: its parameters, and which of their dimensions are blocks (section 3.1).
 
-`block_tables.py` has ours; a user's come in by the same door. Pure Python: neither torch nor Flower.
+`block_tables.py` has ours; a user's come in in the same way. Pure Python: neither torch nor Flower.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from twist_fl.system.doors import ARCHITECTURE
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.plugins import ARCHITECTURE
 
 Kind = Literal["attn", "ffn"]
 KINDS: tuple[Kind, Kind] = ("attn", "ffn")

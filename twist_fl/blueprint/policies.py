@@ -1,6 +1,6 @@
 """Which blocks each worker holds in one layer of one round: Algorithm 1 (paper, section 3.1), and what others do.
 
-A policy is a function of a `Deal` that gives one row of sorted block ids per worker; `doors.POLICY` names them all.
+A policy is a function of a `Deal` that gives one row of sorted block ids per worker; `plugins.POLICY` names them all.
 What is random in a row comes from the deal's generator alone. numpy only.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from twist_fl.system.doors import POLICY
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.plugins import POLICY
 
 Row = tuple[int, ...]
 

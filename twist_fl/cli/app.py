@@ -99,9 +99,9 @@ def tickets(
 ) -> None:
     """Draw random subnets from a trained run and show the distribution of their perplexity."""
     counts = block_counts(sizes)
-    from twist_fl.cli import look
+    from twist_fl.cli import tickets as of_run
 
-    look.tickets(console, run, counts, draws, windows, save, format, places or [])
+    of_run.tickets(console, run, counts, draws, windows, save, format, places or [])
 
 
 @app.command()
@@ -155,9 +155,9 @@ def generate(
     ] = False,
 ) -> None:
     """Continue a text with a deployed ticket, or with a trained run."""
-    from twist_fl.cli import look
+    from twist_fl.cli import tickets as of_run
 
-    look.generate(console, model, prompt, new_tokens, temperature, size, seed, trust_remote_code)
+    of_run.generate(console, model, prompt, new_tokens, temperature, size, seed, trust_remote_code)
 
 
 @app.command()

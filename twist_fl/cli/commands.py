@@ -90,7 +90,7 @@ def deploy(console: Console, path: Path, devices: list[str], places: Sequence[st
     parse_devices(devices)
     measuring(1)  # loads torch for the measurements while this process loads it to plan
     waits_for(console, "loading torch and the run")
-    from twist_fl.federation.shipping import deploy_here, devices_of, plan_device
+    from twist_fl.federation.deploy import deploy_here, devices_of, plan_device
     from twist_fl.runs.trained import TrainedRun
 
     run = TrainedRun(path, places)

@@ -16,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from twist_fl.config.schema import Config
-from twist_fl.system.doors import DOORS
+from twist_fl.system.plugins import PLUGINS
 
 
 def keys(console: Console) -> None:
@@ -26,12 +26,12 @@ def keys(console: Console) -> None:
 
 def _explained(section: Any, indent: str = "", prefix: str = "") -> Iterator[str]:
     hints, notes = get_type_hints(type(section)), _notes()[type(section).__name__]
-    doors = {door.key: door for door in DOORS}
+    plugins = {plugin.key: plugin for plugin in PLUGINS}
     for field in fields(section):
         value, hint, key = getattr(section, field.name), hints[field.name], f"{prefix}{field.name}"
         choices = list(map(str, get_args(hint))) if get_origin(hint) is Literal else []
-        if key in doors:
-            choices = [*doors[key].names, "or module:name of your own"]
+        if key in plugins:
+            choices = [*plugins[key].names, "or module:name of your own"]
         for text in filter(None, (notes.get(field.name), f"One of {', '.join(choices)}." if choices else "")):
             yield from wrap(text, 110, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
         if is_dataclass(value):

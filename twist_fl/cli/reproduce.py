@@ -20,7 +20,7 @@ from twist_fl.experiments.pages import write_page
 from twist_fl.experiments.runner import Pool, check
 from twist_fl.report import plots
 from twist_fl.report.cells import Cells, markdown, terminal_table
-from twist_fl.report.published import fill, origin
+from twist_fl.report.document_tables import fill, origin
 from twist_fl.system.cores import usable_cores
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import read_json, write_json, write_text

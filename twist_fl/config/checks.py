@@ -9,8 +9,8 @@ from math import inf
 from typing import Any
 
 from twist_fl.blueprint.architectures import use_architecture
-from twist_fl.system.doors import ARCHITECTURE
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.plugins import ARCHITECTURE
 
 # Written so that NaN fails each.
 _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {

@@ -16,8 +16,8 @@ from twist_fl.config.hub import check_folder, expanded, is_path, local_path
 from twist_fl.config.layers import as_mapping, keys_of, parse_yaml, read_overrides, read_preset, typed
 from twist_fl.config.shares import ShareError, refuse_share
 from twist_fl.config.suggest import choice
-from twist_fl.system.doors import names_in
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.plugins import names_in
 
 
 def load(schema: Any, preset: str | None, overrides: Sequence[str], strict: bool, base: str | None = None) -> Any:
@@ -30,8 +30,8 @@ def load(schema: Any, preset: str | None, overrides: Sequence[str], strict: bool
     layers += [] if preset is None else [read_preset(preset)]
     given = read_overrides(overrides, schema)
     config = from_layers(schema, [*layers, *given])
-    for door, name in names_in(config):
-        door.check(name, choice)
+    for plugin, name in names_in(config):
+        plugin.check(name, choice)
     if strict:
         _check_places(config)
         check_effects(config, _merge(schema, layers)[0], {key for layer in given for key in keys_of(layer)})

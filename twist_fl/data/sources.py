@@ -18,8 +18,8 @@ from twist_fl.data import builtin_text
 from twist_fl.data.documents import Piece, Source, held_out, lines, pieces, running_documents, survey
 from twist_fl.data.formats import Part, dataset_part, file_part, kind, one_line, some
 from twist_fl.data.progress import Meter
-from twist_fl.system.doors import SOURCE
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.plugins import SOURCE
 
 _WIKITEXT = ("Salesforce/wikitext", "wikitext-103-raw-v1")
 _VALIDATION = re.compile(r"(?<![a-z])(val|valid|validation|dev)(?![a-z])", re.IGNORECASE)

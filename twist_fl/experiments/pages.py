@@ -9,8 +9,8 @@ from pathlib import Path
 
 from twist_fl.experiments.catalog import EXPERIMENTS
 from twist_fl.experiments.experiment import Data, Experiment
+from twist_fl.report.document_tables import short_commit
 from twist_fl.report.glossary import ALGORITHMS, WORDS
-from twist_fl.report.published import short_commit
 from twist_fl.report.webpage import figure, note, page, table, terms
 from twist_fl.system.files import read_json, write_text
 

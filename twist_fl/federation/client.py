@@ -53,8 +53,6 @@ def train(message: Message, context: Context) -> Message:
 
 def receive(message: Message, context: Context) -> Message:
     """Build the shipped ticket's small dense model, check its hash, measure it on local text."""
-    from twist_fl.federation import apps, shipping, wire
+    from twist_fl.federation import apps, deploy, wire
 
-    return Message(
-        shipping.receive(apps.worker_for(wire.job_of(message.content)).job, message.content), reply_to=message
-    )
+    return Message(deploy.receive(apps.worker_for(wire.job_of(message.content)).job, message.content), reply_to=message)

@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
 from twist_fl.blueprint.architectures import known_architecture
-from twist_fl.model.families import model_class
 from twist_fl.model.hf_config import folder_config
+from twist_fl.model.subnet_classes import model_class
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import SEAL, check_seal
 from twist_fl.system.untrusted import plain

@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from twist_fl.blueprint.architectures import KINDS
 from twist_fl.blueprint.blocks import Layout, Param, runs
 from twist_fl.blueprint.blueprint import Blueprint, Scale
-from twist_fl.model.families import model_class, subnet_sizes
+from twist_fl.model.subnet_classes import model_class, subnet_sizes
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.threads import for_each, pieces
 

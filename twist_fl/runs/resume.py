@@ -12,9 +12,9 @@ from twist_fl.data.run_text import RunText
 from twist_fl.model.hf_config import model_config
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.trackers import check_trackers
-from twist_fl.system.doors import check_doors
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import write_text
+from twist_fl.system.plugins import check_plugins
 from twist_fl.training.job import Job, with_config
 from twist_fl.training.schedule import learning_rate
 
@@ -59,7 +59,7 @@ def go_on(folder: RunFolder, overrides: Sequence[str] = ()) -> Continued:
             f" ({trained / job.rounds_per_interval:g} intervals)" if job.rounds_per_interval > 1 else ""
         )
         raise ConfigError(f"{' '.join(overrides)} is {job.num_rounds} rounds, and {spent} are trained: give more")
-    check_doors(job.config)
+    check_plugins(job.config)
     check_trackers(job.config)
     note = ""
     with folder.lock("server"):

@@ -1,6 +1,6 @@
 """Other eyes on a run: functions that are called with every event of its log, in the process that writes it.
 
-A tracker is a function that comes in by `doors.TRACKER`. It takes the run's configuration and folder, and returns what
+A tracker is a function that `plugins.TRACKER` finds. It takes the run's configuration and folder, and returns what
 is called with each event, a dict: see `events.FIELDS`. A run begins, and goes on, with "start"; it ends with "done" or
 "failed".
 """
@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from twist_fl.runs.events import Event
-from twist_fl.system.doors import TRACKER
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.plugins import TRACKER
 
 if TYPE_CHECKING:
     from twist_fl.config.schema import Config

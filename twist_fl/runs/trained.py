@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from twist_fl.config.shares import ShareError, blocks_of_share
 from twist_fl.runs.checkpoint import RunFolder
-from twist_fl.system.doors import EXPORT_FORMAT
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.plugins import EXPORT_FORMAT
 
 if TYPE_CHECKING:
     from twist_fl.blueprint.blueprint import Blueprint

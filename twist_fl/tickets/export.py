@@ -21,9 +21,9 @@ from twist_fl.blueprint.drawing import draw_ticket
 from twist_fl.config.schema import DeviceConfig
 from twist_fl.config.sizes import blocks_per_layer, legal_sizes, ticket_sizes
 from twist_fl.data.tokenizer import copy_tokenizer
-from twist_fl.model.families import family_of, shipped_code, subnet_sizes
 from twist_fl.model.hf_config import padding_token
 from twist_fl.model.subnet import State, fold_scale
+from twist_fl.model.subnet_classes import family_of, shipped_code, subnet_sizes
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import new_folder, save_tensors
 

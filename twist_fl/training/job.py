@@ -23,8 +23,8 @@ from twist_fl.data.corpus import Corpus, Shard
 from twist_fl.data.run_text import RunText
 from twist_fl.model.hf_config import config_from_dict, model_config
 from twist_fl.system.cores import usable_cores
-from twist_fl.system.doors import ARCHITECTURE, check_doors
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.plugins import ARCHITECTURE, check_plugins
 from twist_fl.system.untrusted import Field, read_fields
 from twist_fl.training import device
 
@@ -171,7 +171,7 @@ def make_job(config: Config) -> Job:
     Raises ConfigError before anything starts, and before any text is read if the sizes alone are impossible, or if
     pretrained weights do not fit them.
     """
-    check_doors(config)
+    check_plugins(config)
     model = model_config(config)
     layout, _ = _divide(config, model.to_dict())
     device.check_memory(layout.num_params(), "the model")
@@ -187,7 +187,7 @@ def make_job(config: Config) -> Job:
     if not job.division.num_common:  # else it draws by scores
         job.blueprints(1)  # what is wrong with a policy shows before anything starts
     if model.model_type not in ARCHITECTURE.own:
-        from twist_fl.model.families import check_architecture
+        from twist_fl.model.subnet_classes import check_architecture
 
         check_architecture(job.model_config, job.layout, draw_ticket(job.layout, job.division, (1, 1), 0, 0))
     return job

@@ -1,4 +1,4 @@
-"""The commands that look at a setting or at a trained run; no Flower here. `cli/app.py` holds their words."""
+"""Tickets of a trained run, and text that it writes; no Flower here. `cli/app.py` holds the words of these commands."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from twist_fl.config.suggest import choice
 from twist_fl.report.cells import titled
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.trained import TrainedRun, chosen_sizes
-from twist_fl.system.doors import EXPORT_FORMAT
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.plugins import EXPORT_FORMAT
 
 _COLDEST, _HOTTEST = 0.01, 100
 

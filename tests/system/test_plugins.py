@@ -9,23 +9,24 @@ from pathlib import Path
 import pytest
 
 from twist_fl.config.schema import from_yaml, load_config, to_yaml
-from twist_fl.system.doors import DOORS, POLICY, Door
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.plugins import PLUGINS, POLICY, Plugin
 
-DOOR = Door("section.key", "twist_fl.tests", {"ours": "operator:sub"}, "(first, second) -> anything", "on every node")
+MINE = Plugin("section.key", "twist_fl.tests", {"ours": "operator:sub"}, "(first, second) -> anything", "on every node")
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_ours_are_there_and_are_called_as_expected(door: Door) -> None:
-    assert door.own
-    assert all(callable(door.find(name)) for name in door.own)
+@pytest.mark.parametrize("plugin", PLUGINS)
+def test_ours_are_there_and_are_called_as_expected(plugin: Plugin) -> None:
+    assert plugin.own
+    for name in plugin.own:
+        assert callable(plugin.find(name)) == bool(plugin.signature)
 
 
 def test_a_module_in_the_folder_of_the_command_is_found_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv("TWIST_FL_WORKING_FOLDER", str(tmp_path))
     (tmp_path / "lies_in_the_folder.py").write_text("def mine(first, second): return first + second")
-    assert DOOR.find("lies_in_the_folder:mine")(1, 2) == 3
+    assert MINE.find("lies_in_the_folder:mine")(1, 2) == 3
     assert sys.path[-1] == str(tmp_path)
 
 
@@ -37,9 +38,9 @@ def test_an_entry_point_of_an_installed_package_is_found_by_its_name(
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(f"[twist_fl.tests]\ndoubled = {module}:mine\nours = {module}:mine\n")
-    assert DOOR.names == ["ours", "doubled"]
-    assert DOOR.find("doubled")(4) == 8
-    assert DOOR.find("ours")(5, 3) == 2
+    assert MINE.names == ["ours", "doubled"]
+    assert MINE.find("doubled")(4) == 8
+    assert MINE.find("ours")(5, 3) == 2
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_an_entry_point_of_an_installed_package_is_found_by_its_name(
 def test_what_cannot_be_called_so_is_refused(name: str, reason: str, user_module: Callable[[str], str]) -> None:
     module = user_module("def one(first): ...\ndef three(a, b, c): ...\ndef named(a, *, b): ...")
     with pytest.raises(ConfigError) as caught:
-        DOOR.find(name.replace("MODULE", module))
+        MINE.find(name.replace("MODULE", module))
     assert str(caught.value).replace(module, "MODULE") == f"section.key={reason}"
 
 

@@ -21,7 +21,7 @@ from twist_fl.system.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Door:
+class Plugin:
     """A setting that takes a name of `own`, of the entry points in `group`, or `module:name`."""
 
     key: str
@@ -87,7 +87,7 @@ def _ours(module: str, **names: str) -> dict[str, str]:
     return {name: f"twist_fl.{module}:{attribute}" for name, attribute in names.items()}
 
 
-ARCHITECTURE = Door(
+ARCHITECTURE = Plugin(
     "model.architecture",
     "twist_fl.architectures",
     _ours(
@@ -103,7 +103,7 @@ ARCHITECTURE = Door(
     "",  # an object, and not called
     "on every node",
 )
-POLICY = Door(
+POLICY = Plugin(
     "blueprint.policy",
     "twist_fl.policies",
     _ours(
@@ -116,47 +116,47 @@ POLICY = Door(
     ),
     "(deal) -> rows",
 )
-RULE = Door(
+RULE = Plugin(
     "aggregate.rule",
     "twist_fl.aggregation_rules",
     _ours("training.aggregate", mean="StreamingMean") | _ours("training.rules", median="median"),
     "(layout, state, memory) -> aggregator",
 )
-SOURCE = Door(
+SOURCE = Plugin(
     "data.source",
     "twist_fl.sources",
     _ours("data.sources", builtin="builtin", files="files", wikitext="wikitext", hub="hub"),
     "(config, meter) -> parts",
     "on every node",
 )
-TRACKER = Door(
+TRACKER = Plugin(
     "log.tracker",
     "twist_fl.trackers",
     _ours("runs.tensorboard", tensorboard="tracker"),
     "(config, folder) -> function of an event",
 )
-EXPORT_FORMAT = Door(
+EXPORT_FORMAT = Plugin(
     "format",
     "twist_fl.export_formats",
     _ours("tickets.export", transformers="export_ticket"),
     "(ticket, folder, tokenizer_folder) -> None",
     "here",
 )
-DOORS = (ARCHITECTURE, POLICY, RULE, SOURCE, TRACKER)
+PLUGINS = (ARCHITECTURE, POLICY, RULE, SOURCE, TRACKER)
 """Those that are settings."""
 _OF_THE_SERVER = (POLICY, RULE, TRACKER)
 
 
-def names_in(config: Any) -> Iterator[tuple[Door, str]]:
-    """The doors that are settings, with what a configuration names."""
-    for door in DOORS:
-        section, _, key = door.key.partition(".")
+def names_in(config: Any) -> Iterator[tuple[Plugin, str]]:
+    """The plugins that are settings, with what a configuration names."""
+    for plugin in PLUGINS:
+        section, _, key = plugin.key.partition(".")
         if name := getattr(getattr(config, section), key):
-            yield door, name
+            yield plugin, name
 
 
-def check_doors(config: Any) -> None:
+def check_plugins(config: Any) -> None:
     """Raises ConfigError if something that the server will call cannot be had here."""
-    for door, name in names_in(config):
-        if door in _OF_THE_SERVER:
-            door.find(name)
+    for plugin, name in names_in(config):
+        if plugin in _OF_THE_SERVER:
+            plugin.find(name)
