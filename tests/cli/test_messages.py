@@ -99,7 +99,7 @@ REFUSED = {
     "blueprint.setting=mlp": "blueprint.setting='mlp' must be one of attn, ffn, both, did you mean 'ffn'?",
     "train.precision=bf16": "train.precision='bf16' must be one of float32, tf32, bfloat16, did you mean 'bfloat16'?",
     "flower.wire_dtype=fp32": "must be one of float32, bfloat16, float16, did you mean 'float32'?",
-    "model.architecture=gpt-2": "llama, mistral, qwen2, qwen3, opt, gpt_neox, did you mean 'gpt2'?",
+    "model.architecture=gpt-2": "llama, mistral, qwen2, qwen3, opt, gpt_neox, or module:name of your own, did you mean 'gpt2'?",
     "algorithm=TwIST": "algorithm='TwIST' must be one of twist, fedavg, ddp, did you mean 'twist'?",
     "blueprint.policy=best": "blueprint.policy='best' must be one of random, rolling, ordered, static, importance",
     "blueprint.num_sub=abc": "blueprint.num_sub='abc' must be a whole number, or several as 6,3",

@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 from app_runs import PATIENCE, assert_is_rounds_run, processes_of, saved_rounds, started, twist_fl, wait_until
 
 from twist_fl.runs.checkpoint import RunFolder
@@ -53,8 +54,14 @@ def test_a_worker_whose_process_dies_is_replaced(small: tuple[str, ...], tmp_pat
     words = (*small, "flower.cpus_per_worker=1", "train.rounds=16", "train.interval=20", "checkpoint_every=1")
     with started("train", "demo", *words, f"dir={folder.path}") as process:
         wait_until(lambda: saved_rounds(folder) >= 2, process)
-        actor = next(each for each in processes_of(folder) if "ray::" in " ".join(each.cmdline()))
-        actor.kill()
+        actors: list[psutil.Process] = []
+
+        def found() -> bool:
+            actors.extend(each for each in processes_of(folder) if "ray::" in " ".join(each.cmdline()))
+            return bool(actors)
+
+        wait_until(found, process)
+        actors[0].kill()
         output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, output
     rounds = folder.events("round")

@@ -158,5 +158,5 @@ def names_in(config: Any) -> Iterator[tuple[Plugin, str]]:
 def check_plugins(config: Any) -> None:
     """Raises ConfigError if something that the server will call cannot be had here."""
     for plugin, name in names_in(config):
-        if plugin in _OF_THE_SERVER:
+        if plugin in _OF_THE_SERVER and name not in plugin.own:
             plugin.find(name)
