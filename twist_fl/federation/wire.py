@@ -202,6 +202,11 @@ def reply_to_records(
     return content
 
 
+def reply_fields(content: RecordDict) -> dict[str, Any]:
+    """What a reply says beside its tensors: loss, num_tokens, ... Raises KeyError or ValueError if it is no reply."""
+    return read_exactly(_text(content, "reply"), _REPLY)
+
+
 def reply_from_records(
     job: Job, blueprint: Blueprint, content: RecordDict, segment: Segment | None = None, kept: State | None = None
 ) -> Reply:
@@ -211,7 +216,7 @@ def reply_from_records(
     Raises ReplyError if the records are not those of a reply.
     """
     try:
-        fields = read_exactly(_text(content, "reply"), _REPLY)
+        fields = reply_fields(content)
         fields["note"] = plain(fields["note"])
         packing = Packing.of(job, blueprint)
         params, moments = get_tensors(content, packing, fields.pop("moment_step"), segment)
