@@ -16,7 +16,7 @@ import torch
 from hypothesis import settings
 
 from twist_fl.blueprint.blocks import Layout
-from twist_fl.cli import app, commands
+from twist_fl.cli import app, train
 from twist_fl.config.schema import load_config
 from twist_fl.model.subnet import State
 from twist_fl.training.job import Job, make_job
@@ -150,4 +150,4 @@ def no_flower(monkeypatch: pytest.MonkeyPatch) -> None:
         def begin(self) -> None:
             raise AssertionError("a run was begun")
 
-    monkeypatch.setattr(commands, "flower_run", lambda *given: nullcontext(Refused()))
+    monkeypatch.setattr(train, "flower_run", lambda *given: nullcontext(Refused()))

@@ -119,5 +119,11 @@ def test_the_shipped_model_file_needs_torch_and_transformers_only() -> None:
     assert found - sys.stdlib_module_names <= {"torch", "transformers"}
 
 
-def test_the_package_itself_is_nearly_empty() -> None:
-    assert not imports(PACKAGE / "__init__.py")
+def test_the_package_itself_only_says_where_its_names_are() -> None:
+    assert imports(PACKAGE / "__init__.py") <= {
+        "importlib",
+        "importlib.import_module",
+        "typing",
+        "typing.Any",
+        "typing.TYPE_CHECKING",
+    }

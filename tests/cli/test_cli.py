@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.drawing import draw_ticket
-from twist_fl.cli import app, commands
+from twist_fl.cli import app, train
 from twist_fl.config.schema import Config, DeviceConfig, from_yaml
 from twist_fl.federation import apps, shipping
 from twist_fl.federation.connecting import NoWorkersError
@@ -297,7 +297,7 @@ def test_a_run_that_fails_exits_with_1_and_the_reason(
     def flower_run(*given: Any) -> Iterator[Ended]:
         yield Ended()
 
-    monkeypatch.setattr(commands, "flower_run", flower_run)
+    monkeypatch.setattr(train, "flower_run", flower_run)
     words = "NoWorkersError: all are away"
     status, _, error = run("train", "--resume", untrained)
     assert status == 1

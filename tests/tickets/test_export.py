@@ -278,7 +278,10 @@ def test_no_code_that_a_message_names_is_run(state: State, tmp_path: Path) -> No
     ticket = make_ticket(LAYOUT, state, fields, full_blueprint(LAYOUT), "sqrt")
     receive_ticket(ticket.config_json, ticket.blueprint.to_json(), ticket.params, ticket.digest, tmp_path / "ticket")
     written = json.loads((tmp_path / "ticket" / "config.json").read_text())
-    assert written["auto_map"] == {"AutoModelForCausalLM": "modeling_subnet.SubnetGPT2LMHeadModel"}
+    assert written["auto_map"] == {
+        "AutoConfig": "modeling_subnet.SubnetGPT2Config",
+        "AutoModelForCausalLM": "modeling_subnet.SubnetGPT2LMHeadModel",
+    }
 
 
 # The exported folder
@@ -370,7 +373,9 @@ def test_a_smaller_ticket_without_its_code_is_an_error_not_a_wrong_model(state: 
 def test_the_folder_holds_the_ticket_and_nothing_else(exported: tuple[Ticket, Path]) -> None:
     ticket, folder = exported
     model_files = {"config.json", "generation_config.json", "model.safetensors", "modeling_subnet.py", "twist.json"}
-    assert {file.name for file in folder.iterdir()} == model_files | {"tokenizer.json", "tokenizer_config.json"}
+    others = {"requirements.txt", "tokenizer.json", "tokenizer_config.json"}
+    assert {file.name for file in folder.iterdir()} == model_files | others
+    assert (folder / "requirements.txt").read_text() == "torch\ntransformers>=4.46,<6\n"
     header = 8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")
     assert (folder / "model.safetensors").stat().st_size == header + 4 * ticket.num_params
 

@@ -1,13 +1,12 @@
 """The block table: every parameter of every known architecture, and which of its dimensions are blocks (section 3.1).
 
-A new architecture is a new entry here and a class in `modeling_subnet.py` (docs/code.md). Pure Python: neither torch
-nor Flower.
+A new architecture is a new entry here (docs/code.md). Pure Python: neither torch nor Flower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Kind = Literal["attn", "ffn"]
@@ -66,6 +65,8 @@ class Architecture:
     """What else a model from scratch has otherwise than the family's defaults."""
     refuse: tuple[Callable[[ModelDict], str | None], ...] = ()
     """Each says why a model cannot be divided exactly, or None."""
+    since: str = "4.46"
+    """The first version of transformers that has it, or the first that was tried."""
 
 
 def sizes_of(architecture: Architecture, config: ModelDict) -> dict[str, int]:
@@ -282,9 +283,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": _llama(_set("attention_bias"), _set("attention_bias"), _set("mlp_bias")),
     "mistral": _llama(_never, _never, scratch={"sliding_window": None}),
     "qwen2": _llama(_always, _never),
-    "qwen3": _llama(_set("attention_bias"), _set("attention_bias"), qk_norm=_always),
+    "qwen3": replace(_llama(_set("attention_bias"), _set("attention_bias"), qk_norm=_always), since="4.51"),
     "opt": _opt(),
-    "gpt_neox": _gpt_neox(),
+    "gpt_neox": replace(_gpt_neox(), since="5.17"),  # version 4 calls its head otherwise
 }
 """By Hugging Face's model_type."""
 

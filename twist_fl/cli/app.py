@@ -14,7 +14,7 @@ from rich.console import Console
 from twist_fl.cli import options
 from twist_fl.cli.bench import BENCHES
 from twist_fl.cli.usage import block_counts, explain, versions
-from twist_fl.config.schema import presets
+from twist_fl.config.schema import load_config, presets
 from twist_fl.federation.joining import node_arguments
 from twist_fl.system.errors import ConfigError, LaunchError
 
@@ -54,14 +54,14 @@ def train(
     local: options.Local = False,
 ) -> None:
     """Train with TwIST, or with algorithm=fedavg or ddp, through a Flower simulation on this machine."""
-    from twist_fl.cli import commands
+    from twist_fl.cli import train as runs
 
     if resume and preset and "=" not in preset:
         raise ConfigError(f"a run that goes on keeps its preset: leave out {preset}")
     if resume:
-        commands.resume(console, resume, [*filter(None, [preset]), *(overrides or [])], local)
+        runs.resume(console, resume, [*filter(None, [preset]), *(overrides or [])], local)
     else:
-        commands.train(console, "demo" if preset is None else preset, overrides or [], local=local)
+        runs.train_new(console, load_config("demo" if preset is None else preset, overrides or [], strict=True), local)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from rich.table import Table
 from twist_fl.cli.progress import waits_for
 from twist_fl.config.finding import no_run, runs_in
 from twist_fl.config.shares import ShareError
-from twist_fl.runs.trained import chosen_sizes, load_final
+from twist_fl.runs.trained import TrainedRun, chosen_sizes
 from twist_fl.system.errors import ConfigError
 
 _COLDEST, _HOTTEST = 0.01, 100
@@ -28,24 +28,17 @@ def tickets(
 ) -> None:
     """Perplexity of random tickets of several sizes."""
     waits_for(console, "loading torch and the run")
-    _, job, state = load_final(path, places)
-    from twist_fl.config.sizes import blocks_per_layer, ticket_sizes
-    from twist_fl.tickets.evaluate import ticket_distribution
+    run = TrainedRun(path, places)
+    from twist_fl.config.sizes import blocks_per_layer
 
-    config = job.config
-    test = job.corpus.test[: windows or config.eval.max_windows]
-    models = job.models()
-    table = Table(title=f"{path}: round {state.round}, {draws} random tickets a size, {test.size:,} test tokens")
+    job = run.job
+    test = job.corpus.test[: windows or job.config.eval.max_windows]
+    table = Table(title=f"{path}: round {run.state.round}, {draws} random tickets a size, {test.size:,} test tokens")
     for column in ("blocks", "parameters", "mean", "std", "min", "max"):
         table.add_column(column, justify="right")
     for size in chosen_sizes(job, sizes):
-        num_sub = ticket_sizes(job.layout, job.division, size)
-        whole = num_sub == job.layout.num_blocks
         with console.status(f"tickets of {size} blocks"):
-            row = ticket_distribution(
-                models, state.params, job.division, num_sub, test,
-                tickets=1 if whole else draws, seed=config.seed, batch_size=config.eval.batch_size,
-            ).summary()  # fmt: skip
+            row = run.tickets(size, draws, test).summary()
         values = [f"{row[key]:.2f}" for key in ("mean", "std", "min", "max")]
         table.add_row(f"{size}/{blocks_per_layer(job.layout, job.division)}", f"{row['num_params']:,}", *values)
     console.print(table)
@@ -93,7 +86,8 @@ def generate(
 
 def _model_and_tokenizer(path: Path, size: int | None, seed: int, trust_remote_code: bool) -> tuple[Any, Any]:
     if (path / "job.json").is_file():
-        return _of_run(path, size, seed)
+        run = TrainedRun(path)
+        return run.model(run.blueprint(size, seed=seed)), run.tokenizer()
     if not path.exists() or runs_in(path):
         raise no_run(path.resolve())
     if not ((path / "config.json").is_file() and (path / "tokenizer.json").is_file()):
@@ -106,21 +100,3 @@ def _model_and_tokenizer(path: Path, size: int | None, seed: int, trust_remote_c
 
     model = open_model(path, trust_remote_code)
     return model, AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-
-
-def _of_run(path: Path, size: int | None, seed: int) -> tuple[Any, Any]:
-    from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
-    from twist_fl.config.sizes import ticket_sizes
-    from twist_fl.data.tokenizer import load_tokenizer
-
-    folder, job, state = load_final(path)
-    try:
-        blueprint = (
-            full_blueprint(job.layout)
-            if size is None
-            else draw_ticket(job.layout, job.division, ticket_sizes(job.layout, job.division, size), seed, 0)
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    # The checkpoint's own tokenizer: where the text is does not matter.
-    return job.models().load_sliced(blueprint, state.params), load_tokenizer(str(folder.checkpoints()[-1]))

@@ -11,18 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from twist_fl.blueprint.drawing import full_blueprint
 from twist_fl.config.shares import ShareError
 from twist_fl.config.sizes import blocks_per_layer
 from twist_fl.config.suggest import nearest
 from twist_fl.data.corpus import Windows
 from twist_fl.pruning.methods import METHODS, prune, pruned_perplexities, save_pruned, sparsity
 from twist_fl.runs.results import portable_config
-from twist_fl.runs.trained import chosen_sizes, load_final
+from twist_fl.runs.trained import TrainedRun, chosen_sizes
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import write_json
 from twist_fl.system.provenance import provenance
-from twist_fl.tickets.evaluate import perplexity
 from twist_fl.training.job import Job
 
 Row = dict[str, Any]
@@ -55,17 +53,15 @@ def prune_run(
     places: Sequence[str] = (),
 ) -> None:
     """Prune the newest checkpoint of the run in `path` by every method to every size; a table, and pruned.json."""
-    folder, job, state = load_final(path, places)
-    config = job.config
+    run = TrainedRun(path, places)
+    folder, job, state, config = run.folder, run.job, run.state, run.job.config
     of = blocks_per_layer(job.layout, job.division)
     chosen = chosen_sizes(job, sizes)
     if min(chosen) == of:
         raise ConfigError(f"--sizes {of} is the whole layer, which leaves nothing to prune: give sizes below {of}")
     test = job.corpus.test[: windows or config.eval.max_windows]
     with console.status("the full model"):
-        full = perplexity(
-            job.models().load_sliced(full_blueprint(job.layout), state.params), test, config.eval.batch_size
-        )
+        full = run.perplexity(windows=test)
     rows: list[Row] = []
     for method in methods:
         for size in chosen:

@@ -10,9 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from twist_fl.cli.commands import resume as resume_run
-from twist_fl.cli.commands import train
-from twist_fl.config.schema import Config
+from twist_fl.cli.train import resume, train_new
+from twist_fl.config.schema import Config, load_config
 from twist_fl.config.suggest import nearest, settings_named
 from twist_fl.experiments.catalog import EXPERIMENTS
 from twist_fl.experiments.experiment import Data, Experiment
@@ -100,10 +99,10 @@ def _train_by_flower(console: Console, lab: Lab, runs: Sequence[Task]) -> None:
     for task in runs:
         folder = lab.run(task.name)
         if folder.job_file.is_file():
-            resume_run(console, folder.path)
+            resume(console, folder.path)
         else:
             lab.begin(task)
-            train(console, lab.scale.preset, lab.words(task), strict=False)
+            train_new(console, load_config(lab.scale.preset, lab.words(task)))
 
 
 def _show(console: Console, lab: Lab, experiment: Experiment, target: Path) -> None:

@@ -28,6 +28,7 @@ def conf_dir() -> Path:
 
 
 def presets() -> list[str]:
+    """Names of the YAML files in `conf/`, for `load_config`."""
     return sorted(path.stem for path in conf_dir().glob("*.yaml"))
 
 

@@ -245,6 +245,8 @@ class LogConfig:
 
 @dataclass
 class Config:
+    """All settings of a run, in sections."""
+
     name: str = "run"
     algorithm: Algorithm = "twist"
     """twist; fedavg: the same code with every blueprint full; ddp: one Adam step on the mean gradient of a batch

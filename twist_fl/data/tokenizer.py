@@ -14,8 +14,9 @@ from twist_fl.config.hub import local_path, reachable
 from twist_fl.system.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
-_NEW_CLASS = "TokenizersBackend"
-"""What transformers 5 writes for a tokenizer of tokenizer.json alone; version 4 does not know it."""
+_CLASS = "PreTrainedTokenizerFast"
+"""All of tokenizer.json and nothing else, in every version of transformers: some classes of version 5 version 4 does
+not know, and others build some of it anew."""
 _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -114,15 +115,19 @@ def copy_tokenizer(folder: Path, target: Path, context: int | None = None) -> No
         if (file := folder / name).is_file():
             shutil.copyfile(file, target / name)
     settings = target / "tokenizer_config.json"
-    fields = json.loads(settings.read_text()) if settings.is_file() else {}
-    if fields.get("tokenizer_class", _NEW_CLASS) == _NEW_CLASS:
-        fields["tokenizer_class"] = "PreTrainedTokenizerFast"
+    fields = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+    if (target / "tokenizer.json").is_file():
+        fields["tokenizer_class"] = _CLASS
+    if isinstance(fields.get("extra_special_tokens"), list):  # version 4 wants a dict there
+        fields["additional_special_tokens"] = fields.pop("extra_special_tokens")
+    # As version 5 has it; in version 4 token types are a third input of a model, and decoding loses spaces.
+    fields = {"model_input_names": ["input_ids", "attention_mask"], "clean_up_tokenization_spaces": False} | fields
     if context is not None:
         fields["model_max_length"] = context
         end = fields.get("eos_token", END_OF_TEXT if not settings.is_file() else None)
         if fields.get("pad_token") is None and end is not None:
             fields |= {"eos_token": end, "pad_token": end}
-    settings.write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n")
+    settings.write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def check_vocab_size(vocab_size: int) -> None:

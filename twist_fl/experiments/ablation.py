@@ -21,7 +21,7 @@ from twist_fl.report.compare import MISSING, perplexity_text, size_label
 from twist_fl.report.glossary import LOWER
 from twist_fl.report.plots import LOG_FROM, NO_LINE, figure_of, log_ticks, looks_of
 from twist_fl.runs.checkpoint import RunFolder
-from twist_fl.runs.trained import load_final
+from twist_fl.runs.trained import TrainedRun
 from twist_fl.system.units import human_bytes
 from twist_fl.tickets.evaluate import perplexity
 from twist_fl.training.job import Job
@@ -88,9 +88,10 @@ def interval_bytes(job: Job) -> dict[str, float]:
 
 def ordered_tickets(folder: RunFolder, *, sizes: list[int]) -> dict[str, Any]:
     """Perplexity of the tickets that hold each layer's first blocks, which nested subnets are trained for."""
-    _, job, state = load_final(folder.path)
+    run = TrainedRun(folder.path)
+    job, state = run.job, run.state
     division = replace(job.division, ticket_policy="ordered")
-    windows, config, models = job.corpus.test[: job.config.eval.max_windows], job.config, job.models()
+    windows, config, models = run.test, job.config, run.models
     rows = []
     for size in sizes:
         ticket = draw_ticket(job.layout, division, ticket_sizes(job.layout, division, size), config.seed, 0)

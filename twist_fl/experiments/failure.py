@@ -25,7 +25,7 @@ from twist_fl.report.compare import perplexity_text
 from twist_fl.report.glossary import LOWER
 from twist_fl.report.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
 from twist_fl.runs.checkpoint import RunFolder
-from twist_fl.runs.trained import load_final
+from twist_fl.runs.trained import TrainedRun
 from twist_fl.tickets.evaluate import Tickets, perplexity
 
 LOST = [0, 1, 2, 3, 4, 6, 8, 9]
@@ -69,8 +69,9 @@ def choices(nodes: int, lost: int, draws: int, seed: int) -> list[tuple[int, ...
 
 def failure(folder: RunFolder, *, lost: list[int], draws: int) -> dict[str, Any]:
     """Perplexity of what is left without `lost` nodes: with the run's scale factor, and without one."""
-    _, job, state = load_final(folder.path)
-    config, windows = job.config, job.corpus.test[: job.config.eval.max_windows]
+    run = TrainedRun(folder.path)
+    job, state = run.job, run.state
+    config, windows = job.config, run.test
     nodes = blocks_per_layer(job.layout, job.division)
     scales: dict[str, Scale] = {"scaled": config.blueprint.scale, "unscaled": "none"}
     found: dict[str, Any] = {"nodes": nodes, "seed": config.seed}

@@ -15,15 +15,16 @@ from twist_fl.experiments.real_cost import real_cost
 from twist_fl.experiments.theorem import norms
 from twist_fl.pruning import methods
 from twist_fl.runs.checkpoint import RunFolder
-from twist_fl.runs.trained import load_final
+from twist_fl.runs.trained import TrainedRun
 from twist_fl.tickets import evaluate
 
 
 def tickets(folder: RunFolder, *, setting: Setting, sizes: list[int], draws: int) -> dict[str, Any]:
     """Perplexity of `draws` random tickets a size, and of the full model; the run may have divided anything else."""
-    _, job, state = load_final(folder.path)
+    run = TrainedRun(folder.path)
+    job, state = run.job, run.state
     division = replace(job.division, setting=setting)
-    windows, config, models = job.corpus.test[: job.config.eval.max_windows], job.config, job.models()
+    windows, config, models = run.test, job.config, run.models
     rows = [
         evaluate.ticket_distribution(
             models,
@@ -43,9 +44,10 @@ def tickets(folder: RunFolder, *, setting: Setting, sizes: list[int], draws: int
 
 def prune(folder: RunFolder, *, method: str, setting: Setting, size: int, calibration: int) -> dict[str, Any]:
     """Perplexity of the run's model pruned after training, and what that cost."""
-    _, job, state = load_final(folder.path)
+    run = TrainedRun(folder.path)
+    job, state = run.job, run.state
     job = replace(job, division=replace(job.division, setting=setting))
-    windows, config = job.corpus.test[: job.config.eval.max_windows], job.config
+    windows, config = run.test, job.config
     pruned = methods.prune(job, state.params, method, size, seed=config.seed, calibration_windows=calibration)
     return {
         "perplexity": methods.pruned_perplexity(job, pruned, windows, config.eval.batch_size),

@@ -29,7 +29,7 @@ from twist_fl.report.compare import perplexity_text
 from twist_fl.report.glossary import LOWER
 from twist_fl.report.plots import COLORS, MARKERS, NO_LINE, PERPLEXITY, figure_of, scale_perplexity
 from twist_fl.runs.checkpoint import RunFolder
-from twist_fl.runs.trained import load_final
+from twist_fl.runs.trained import TrainedRun
 from twist_fl.system.errors import ConfigError
 from twist_fl.tickets.edge_client import decode
 from twist_fl.training.job import Job
@@ -134,8 +134,9 @@ def real_cost(
 
     Raises ConfigError unless a window is longer than `new_tokens`.
     """
-    _, job, state = load_final(folder.path)
-    config, windows = job.config, job.corpus.test[: job.config.eval.max_windows]
+    run = TrainedRun(folder.path)
+    job, state = run.job, run.state
+    config, windows = job.config, run.test
     if new_tokens >= config.data.window:
         raise ConfigError(f"new_tokens={new_tokens} leaves no prompt: a window has data.window={config.data.window}")
     job = replace(job, division=replace(job.division, setting="both"))

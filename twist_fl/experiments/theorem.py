@@ -22,7 +22,7 @@ from twist_fl.experiments.lab import Lab, Task, measure
 from twist_fl.report.cells import Cells
 from twist_fl.report.plots import NO_LINE, figure_of, looks_of
 from twist_fl.runs.checkpoint import RunFolder
-from twist_fl.runs.trained import load_final
+from twist_fl.runs.trained import TrainedRun
 from twist_fl.training.job import Job
 
 SIZES = [10, 8, 6, 4, 3]
@@ -90,7 +90,8 @@ def norms(
     folder: RunFolder, *, at: Literal["start", "end"], sizes: list[int], draws: int, windows: int
 ) -> dict[str, Any]:
     """Norm ratios of a run's first or last model by kind and size: mean and deviation over draws and layers."""
-    _, job, state = load_final(folder.path)
+    run = TrainedRun(folder.path)
+    job, state = run.job, run.state
     params = job.initial_state() if at == "start" else state.params
     rows: list[dict[str, Any]] = []
     of = blocks_per_layer(job.layout, replace(job.division, setting="both"))

@@ -1,53 +1,91 @@
 """Models whose layers may hold fewer attention blocks and FFN neurons than their full size.
 
-This file is shipped beside every exported ticket, so that
+This file is shipped beside every exported ticket, with the ticket's `FAMILY` at its end, so that
 `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` works where twist_fl is not
 installed; training uses the same classes. It needs torch and transformers only.
 """
 
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import transformers
 from torch import nn
-
-if int(transformers.__version__.partition(".")[0]) != 5:
-    raise ImportError(f"this ticket needs transformers>=5.17,<6, here is {transformers.__version__}")
-
-from transformers import (
-    GPT2LMHeadModel,
-    GPTNeoXForCausalLM,
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    OPTForCausalLM,
-    Qwen2ForCausalLM,
-    Qwen3ForCausalLM,
-)
 from transformers.pytorch_utils import Conv1D
+
+
+class Family(NamedTuple):
+    """An architecture in transformers: its classes, where its layers are, and their projections, the output's last."""
+
+    model_type: str
+    model: str
+    config: str
+    layers: str
+    attn: tuple[str, ...]
+    ffn: tuple[str, ...]
+    since: str
+    """The first version of transformers that opens it."""
+
+
+_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads", "split_size", "embed_dim", "hidden_size")
+"""What an attention module calls its heads and their width together, in some architecture and version."""
+
+
+@cache
+def model_class(family: Family) -> Any:
+    """Named Subnet and the name of the whole model's class."""
+    config = config_class(family)
+    bases = (_Subnet, getattr(transformers, family.model))
+    fields = {"__module__": __name__, "family": family, "config_class": config}
+    return type(f"Subnet{family.model}", bases, fields)
+
+
+@cache
+def config_class(family: Family) -> Any:
+    """One of its own: older versions would open every later model of the whole model's class as a ticket."""
+    wanted, here = f"transformers>={family.since},<6", transformers.__version__
+    if not _numbers(family.since) <= _numbers(here) < (6, 0):
+        raise ImportError(f"this {family.model_type} ticket needs {wanted}, here is {here}: pip install '{wanted}'")
+    return type(f"Subnet{family.config}", (getattr(transformers, family.config),), {"__module__": __name__})
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in version.split(".")[:2])
+
+
+FAMILY: Family | None = None
+"""The ticket's, which stands at the end of the file beside it."""
+
+
+def __getattr__(name: str) -> Any:
+    """The classes that a ticket's config.json names."""
+    if FAMILY and name == f"Subnet{FAMILY.config}":
+        return config_class(FAMILY)
+    if FAMILY and name == f"Subnet{FAMILY.model}":
+        return model_class(FAMILY)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class _Subnet:
     """`config.heads_per_layer` (KV groups, where queries share keys) and `config.neurons_per_layer`: one entry a layer.
 
     All that is divided shrinks by the share held: outputs of the projections named, inputs of the last of them, and
-    `counts`, the attributes in which the architecture counts its heads.
+    `_COUNTS`.
     """
 
-    layers = "model.layers"
-    attn: tuple[str, ...]
-    ffn: tuple[str, ...]
-    counts: tuple[str, ...] = ()
+    family: Family
 
     def __init__(self: Any, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         of_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        layers = self.get_submodule(self.layers)
+        attn, ffn = self.family.attn, self.family.ffn
+        layers = self.get_submodule(self.family.layers)
         for layer, heads, neurons in zip(layers, config.heads_per_layer, config.neurons_per_layer, strict=True):
-            _narrow(layer, self.attn, heads, of_heads)
-            _narrow(layer, self.ffn, neurons, _shape(layer.get_submodule(self.ffn[-1]))[1])
-            for name in self.counts:
-                owner, _, attribute = name.rpartition(".")
-                module = layer.get_submodule(owner)
-                setattr(module, attribute, getattr(module, attribute) * heads // of_heads)
+            _narrow(layer, attn, heads, of_heads)
+            _narrow(layer, ffn, neurons, _shape(layer.get_submodule(ffn[-1]))[1])
+            attention = layer.get_submodule(attn[0].rpartition(".")[0])
+            for name in _COUNTS:
+                if hasattr(attention, name):
+                    setattr(attention, name, getattr(attention, name) * heads // of_heads)
         self.post_init()
 
 
@@ -70,57 +108,5 @@ def _narrow(layer: nn.Module, names: tuple[str, ...], held: int, of: int) -> Non
         narrow = (
             make(outputs, inputs) if isinstance(full, Conv1D) else nn.Linear(inputs, outputs, full.bias is not None)
         )
-        layer.set_submodule(name, narrow)
-
-
-class _SubnetOfLlama(_Subnet):
-    attn = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
-    ffn = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-
-
-class SubnetGPT2LMHeadModel(_Subnet, GPT2LMHeadModel):
-    layers = "transformer.h"
-    attn = ("attn.c_attn", "attn.c_proj")
-    ffn = ("mlp.c_fc", "mlp.c_proj")
-    counts = ("attn.num_heads", "attn.split_size")
-
-
-class SubnetLlamaForCausalLM(_SubnetOfLlama, LlamaForCausalLM):
-    pass
-
-
-class SubnetMistralForCausalLM(_SubnetOfLlama, MistralForCausalLM):
-    pass
-
-
-class SubnetQwen2ForCausalLM(_SubnetOfLlama, Qwen2ForCausalLM):
-    pass
-
-
-class SubnetQwen3ForCausalLM(_SubnetOfLlama, Qwen3ForCausalLM):
-    pass
-
-
-class SubnetOPTForCausalLM(_Subnet, OPTForCausalLM):
-    layers = "model.decoder.layers"
-    attn = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
-    ffn = ("fc1", "fc2")
-    counts = ("self_attn.num_heads",)
-
-
-class SubnetGPTNeoXForCausalLM(_Subnet, GPTNeoXForCausalLM):
-    layers = "gpt_neox.layers"
-    attn = ("attention.query_key_value", "attention.dense")
-    ffn = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-
-
-SUBNETS: dict[str, Any] = {
-    "gpt2": SubnetGPT2LMHeadModel,
-    "llama": SubnetLlamaForCausalLM,
-    "mistral": SubnetMistralForCausalLM,
-    "qwen2": SubnetQwen2ForCausalLM,
-    "qwen3": SubnetQwen3ForCausalLM,
-    "opt": SubnetOPTForCausalLM,
-    "gpt_neox": SubnetGPTNeoXForCausalLM,
-}
-"""By the config's model_type."""
+        owner, _, attribute = name.rpartition(".")
+        setattr(layer.get_submodule(owner), attribute, narrow)

@@ -8,8 +8,9 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
+from twist_fl.blueprint.architectures import ARCHITECTURES
+from twist_fl.model.families import model_class
 from twist_fl.model.hf_config import folder_config
-from twist_fl.model.modeling_subnet import SUBNETS
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import SEAL, check_seal
 from twist_fl.system.untrusted import plain
@@ -26,8 +27,8 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> Any:
     auto: Any = AutoModelForCausalLM
     if not trust_remote_code:
         config = folder_config(str(folder), folder)
-        if hasattr(config, "heads_per_layer") and config.model_type in SUBNETS:
-            auto = SUBNETS[config.model_type]
+        if hasattr(config, "heads_per_layer") and config.model_type in ARCHITECTURES:
+            auto = model_class(config.model_type)
     try:
         model, info = auto.from_pretrained(
             folder,

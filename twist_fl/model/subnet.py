@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from twist_fl.blueprint.architectures import KINDS
 from twist_fl.blueprint.blocks import Layout, Param, runs
 from twist_fl.blueprint.blueprint import Blueprint, Scale
-from twist_fl.model.modeling_subnet import SUBNETS
+from twist_fl.model.families import model_class
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.threads import for_each, pieces
 
@@ -136,7 +136,7 @@ def build_model(
     """
     sized = type(config)(**config.to_dict() | subnet_sizes(layout, blueprint))
     with torch.device("meta"):
-        model: PreTrainedModel = SUBNETS[config.model_type](sized)
+        model: PreTrainedModel = model_class(config.model_type)(sized)
     model.to_empty(device=device)
     for name, module in list(model.named_modules()):
         if next(module.buffers(recurse=False), None) is not None:  # rotary frequencies: no parameters, so not loaded

@@ -43,6 +43,8 @@ class DivergedError(RuntimeError):
 
 
 class RunFolder:
+    """The folder of a run, which need not exist yet."""
+
     def __init__(self, path: Path) -> None:
         self.path = expanded(path).resolve()
         self.event_log = EventLog(self.events_file)

@@ -1,31 +1,124 @@
-"""A trained run: its job and its newest state, and the ticket sizes one asks of it."""
+"""A trained run, and what one asks of it: its model, tickets of any size, their perplexity, a folder for a device."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from twist_fl.config.shares import ShareError, blocks_of_share
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
 
-
-def load_final(path: Path, places: Sequence[str] = ()) -> tuple[RunFolder, Any, Any]:
-    """A run's folder, job and newest state; `places` say where its text is now. Raises ConfigError if it has no
-    checkpoint yet."""
-    folder = RunFolder(path)
-    folder.check_run()
-    from twist_fl.runs.resume import at_places
-
-    job = at_places(folder.job(), places)
-    state = folder.load()
-    if state is None:
-        raise ConfigError(f"{folder.path} has no checkpoint yet: let it train for checkpoint_every rounds")
-    return folder, job.scored(state.scores), state
+if TYPE_CHECKING:
+    from twist_fl.blueprint.blueprint import Blueprint
+    from twist_fl.data.corpus import Windows
+    from twist_fl.model.subnet import ModelCache
+    from twist_fl.rounds import RunState
+    from twist_fl.tickets.evaluate import Tickets
+    from twist_fl.training.job import Job
 
 
-def chosen_sizes(job: Any, given: Sequence[int] | ShareError | None) -> list[int]:
+class TrainedRun:
+    """The newest checkpoint of the run in `path`; `places` (key=value) say where its text is now, if it has moved.
+
+    Raises ConfigError if there is no run, or no checkpoint yet. Text is read only by what needs it.
+    """
+
+    def __init__(self, path: Path | str, places: Sequence[str] = ()) -> None:
+        self.folder = RunFolder(Path(path))
+        self.folder.check_run()
+        from twist_fl.runs.resume import at_places
+
+        job = at_places(self.folder.job(), places)
+        state = self.folder.load()
+        if state is None:
+            raise ConfigError(f"{self.folder.path} has no checkpoint yet: let it train for checkpoint_every rounds")
+        self.state: RunState = state
+        """`state.params`: the full model, float32; `state.round`: rounds trained."""
+        self.job: Job = job.scored(state.scores)
+
+    @cached_property
+    def models(self) -> ModelCache:
+        return self.job.models()
+
+    @property
+    def test(self) -> Windows:
+        """Windows of the test split that results are made on, (number, tokens)."""
+        return self.job.corpus.test[: self.job.config.eval.max_windows]
+
+    def blueprint(self, size: int | None = None, draw: int = 0, seed: int | None = None) -> Blueprint:
+        """A random ticket of `size` blocks per divided layer, the `draw`-th of `seed` (the run's); None: all blocks.
+
+        Raises ConfigError for an impossible size.
+        """
+        from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
+        from twist_fl.config.sizes import ticket_sizes
+
+        layout, division, seed = self.job.layout, self.job.division, self.job.config.seed if seed is None else seed
+        if size is None:
+            return full_blueprint(layout)
+        (size,) = chosen_sizes(self.job, [size])
+        return draw_ticket(layout, division, ticket_sizes(layout, division, size), seed, draw)
+
+    def model(self, blueprint: Blueprint | None = None) -> Any:
+        """The PreTrainedModel of `blueprint` (None: the full one) with its weights, for `forward` and `generate`.
+
+        Blueprints of one shape share one model: the next call of the same shape changes its weights.
+        """
+        return self.models.load_sliced(blueprint or self.blueprint(), self.state.params)
+
+    def tokenizer(self) -> Any:
+        """The checkpoint's own: where the text is does not matter."""
+        from twist_fl.data.tokenizer import load_tokenizer
+
+        return load_tokenizer(str(self.folder.checkpoints()[-1]))
+
+    def perplexity(self, blueprint: Blueprint | None = None, windows: Windows | None = None) -> float:
+        """Of one ticket, or of the full model, on `test` or other windows."""
+        from twist_fl.tickets.evaluate import perplexity
+
+        found = self.test if windows is None else windows
+        return perplexity(self.model(blueprint), found, self.job.config.eval.batch_size)
+
+    def tickets(self, size: int, draws: int | None = None, windows: Windows | None = None) -> Tickets:
+        """Perplexities of `draws` random tickets of one size (eval.tickets); the same ones for every run of one seed.
+
+        Raises ConfigError for an impossible size.
+        """
+        from twist_fl.config.sizes import ticket_sizes
+        from twist_fl.tickets.evaluate import ticket_distribution
+
+        (size,) = chosen_sizes(self.job, [size])
+        num_sub, config = ticket_sizes(self.job.layout, self.job.division, size), self.job.config
+        whole = num_sub == self.job.layout.num_blocks
+        return ticket_distribution(
+            self.models,
+            self.state.params,
+            self.job.division,
+            num_sub,
+            self.test if windows is None else windows,
+            tickets=1 if whole else draws or config.eval.tickets,
+            seed=config.seed,
+            batch_size=config.eval.batch_size,
+        )
+
+    def export(self, blueprint: Blueprint, folder: Path | str) -> Path:
+        """Write the ticket as a dense model with its tokenizer, whole or not at all; the folder's absolute path.
+
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) opens it without this package.
+        """
+        from twist_fl.tickets.export import export_ticket, make_ticket
+
+        fields, scale = self.job.model_config.to_dict(), self.job.config.blueprint.scale
+        ticket = make_ticket(self.job.layout, self.state.params, fields, blueprint, scale)
+        target = Path(folder).expanduser().resolve()
+        export_ticket(ticket, target, self.folder.checkpoints()[-1])
+        return target
+
+
+def chosen_sizes(job: Job, given: Sequence[int] | ShareError | None) -> list[int]:
     """The ticket sizes given, else the run's. Raises ConfigError if a size is impossible, or the run has none."""
     from twist_fl.config.sizes import blocks_per_layer, ticket_sizes
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from math import ceil, inf
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ from twist_fl.blueprint.drawing import draw_ticket
 from twist_fl.config.schema import DeviceConfig
 from twist_fl.config.sizes import blocks_per_layer, legal_sizes, ticket_sizes
 from twist_fl.data.tokenizer import copy_tokenizer
+from twist_fl.model.families import family_of, shipped_code
 from twist_fl.model.hf_config import padding_token
-from twist_fl.model.modeling_subnet import SUBNETS
 from twist_fl.model.subnet import State, fold_scale, subnet_sizes
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import new_folder, save_tensors
@@ -144,12 +143,14 @@ def export_ticket(ticket: Ticket, folder: Path, tokenizer_folder: Path | None) -
 
     The model code in it is this package's own, and the config names no other: nothing received is executed.
     """
+    family = family_of(ticket.model_config["model_type"])
     with new_folder(folder) as making:
         _write_json(_export_config(ticket), making / "config.json")
         _write_json(_generation_config(ticket), making / "generation_config.json")
         _write_json(_about(ticket), making / "twist.json")
         save_tensors({name: tensor.detach() for name, tensor in ticket.params.items()}, making / "model.safetensors")
-        (making / MODEL_CODE).write_bytes((resources.files("twist_fl.model") / MODEL_CODE).read_bytes())
+        (making / "requirements.txt").write_text(f"torch\ntransformers>={family.since},<6\n")
+        (making / MODEL_CODE).write_text(shipped_code(family.model_type), encoding="utf-8")
         if tokenizer_folder:
             architecture = ARCHITECTURES[ticket.model_config["model_type"]]
             copy_tokenizer(tokenizer_folder, making, ticket.model_config[architecture.keys["n_positions"]])
@@ -160,12 +161,27 @@ def _write_json(fields: Mapping[str, Any], path: Path) -> None:
 
 
 def _export_config(ticket: Ticket) -> dict[str, Any]:
-    model_class = SUBNETS[ticket.model_config["model_type"]].__name__
+    family, code = family_of(ticket.model_config["model_type"]), Path(MODEL_CODE).stem
     return ticket.model_config | {
-        "architectures": [model_class],
-        "auto_map": {"AutoModelForCausalLM": f"{Path(MODEL_CODE).stem}.{model_class}"},
+        "architectures": [f"Subnet{family.model}"],
+        "auto_map": {
+            "AutoConfig": f"{code}.Subnet{family.config}",
+            "AutoModelForCausalLM": f"{code}.Subnet{family.model}",
+        },
         "dtype": str(next(iter(ticket.params.values())).dtype).removeprefix("torch."),
+        **_rotations_of_version_4(ticket.model_config.get("rope_parameters") or {}),
     }
+
+
+def _rotations_of_version_4(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 4 calls `rope_parameters`, which it does not know: it would rotate by its defaults instead."""
+    if not rope:
+        return {}
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    old = {"rope_theta": rope["rope_theta"], "rope_scaling": None if rope["rope_type"] == "default" else scaling}
+    if "partial_rotary_factor" in rope:
+        old |= {"rotary_emb_base": rope["rope_theta"], "rotary_pct": rope["partial_rotary_factor"]}
+    return old
 
 
 def _generation_config(ticket: Ticket) -> dict[str, Any]:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
+    """What a configuration comes to: `make_job` gives one."""
+
     config: Config
     model_fields: Mapping[str, Any]
     """The model's Hugging Face config as plain JSON."""

@@ -1,0 +1,92 @@
+"""Each example runs, in a folder of its own, and says what it is to say; the public names are what they are to be."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import twist_fl
+from twist_fl import TrainedRun
+
+EXAMPLES = Path(twist_fl.__file__).parents[1] / "examples"
+
+
+def run(name: str, folder: Path, *words: str) -> str:
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *words]
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_configuration(tmp_path: Path) -> None:
+    said = run("load_a_config", tmp_path)
+    assert "presets: demo gpt2-wikitext103 wikitext2" in said
+    assert "refused: unknown key 'train.learning_rate', did you mean 'train.lr'?" in said
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the example's run."""
+    folder = tmp_path_factory.mktemp("examples")
+    run("train", folder)
+    return folder
+
+
+def test_train_uses_a_finished_run(place: Path) -> None:
+    said = run("train", place)
+    assert "is finished: 4 rounds" in said
+    assert re.search(r"runs/example: 4 rounds, perplexity of the full model \d+\.\d\d\n", said)
+
+
+def test_tickets(place: Path) -> None:
+    said = run("tickets", place)
+    trained = TrainedRun(place / "runs" / "example")
+    for size in (8, 4):
+        values = [round(value, 1) for value in trained.tickets(size, draws=3).perplexities]
+        assert f"perplexities {values}" in said
+    assert str(trained.blueprint(size=4).attn) in said
+    assert (place / "phone" / "model.safetensors").is_file()
+
+
+def test_a_loop_of_ones_own(tmp_path: Path) -> None:
+    said = run("own_loop", tmp_path)
+    losses = [[float(loss) for loss in found.split(",")] for found in re.findall(r"losses \[(.*)\]", said)]
+    assert len(losses) == 5
+    assert max(losses[-1]) < 0.01 < min(losses[0])
+    ticket = re.search(r"a ticket of 2 of 6 blocks: loss ([\d.]+)", said)
+    assert ticket
+    assert float(ticket[1]) < 0.05
+
+
+# The public names
+
+
+def test_the_public_names_are_loaded_when_they_are_asked_for() -> None:
+    code = "import sys, twist_fl\nassert not {'torch', 'flwr', 'omegaconf', 'numpy'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_each_public_name_is_what_type_checkers_see() -> None:
+    tree = ast.parse(Path(twist_fl.__file__).read_text(encoding="utf-8"))
+    typed = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("twist_fl.")
+        for alias in node.names
+    }
+    assert sorted(["__version__", *typed]) == dir(twist_fl)
+    for name, module in typed.items():
+        assert getattr(twist_fl, name) is getattr(sys.modules[module], name)
+        assert getattr(twist_fl, name).__doc__, name
+
+
+def test_a_name_that_is_not_public() -> None:
+    with pytest.raises(AttributeError, match="module 'twist_fl' has no attribute 'no_such_name'"):
+        twist_fl.no_such_name  # noqa: B018
