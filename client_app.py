@@ -41,6 +41,15 @@ def train(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """The loss of a subnet, or of the full model, on this worker's share of the test text."""
+    from twist_fl.federation import apps, evaluating, wire
+
+    worker = apps.worker_for(wire.job_of(message.content))
+    return Message(evaluating.answer(worker, message.content), reply_to=message)
+
+
 @app.query("ticket")
 def receive(message: Message, context: Context) -> Message:
     """Build the shipped ticket's small dense model, check its hash, measure it on local text."""

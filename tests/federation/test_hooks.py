@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
-from local_grid import LocalGrid, assert_same_run, same
+from local_grid import LocalGrid, assert_same_run, failing, same
 
 from twist_fl.federation import wire
 from twist_fl.federation.connecting import NoWorkersError
@@ -18,6 +18,7 @@ from twist_fl.federation.strategy import TwistStrategy
 from twist_fl.rounds import RoundMean, RunState, dispatch, own_last, plan, start
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
+from twist_fl.tickets.evaluate import mean_nll
 from twist_fl.training.client_state import MomentShelf
 from twist_fl.training.job import Job
 from twist_fl.training.worker import Worker
@@ -245,5 +246,128 @@ def test_a_hook_that_forgets_its_step_is_named(make: Make) -> None:
         make(NoAggregate).run(LocalGrid())
     with pytest.raises(RuntimeError, match=r"^NoConfigure\.configure_train must call super\(\)\.configure_train"):
         make(NoConfigure).run(LocalGrid())
-    with pytest.raises(ValueError, match=r"^group_id='' is no worker of the round: .* one of \[0, 1, 2\]$"):
+    with pytest.raises(ValueError, match=r"^group_id='' is no worker of the round: .* one of 0, 1, 2$"):
         make(Stranger).run(LocalGrid())
+
+
+# Federated evaluation
+
+EVALUATED = ("eval.every=1", "eval.watch_windows=20")
+
+
+@pytest.mark.parametrize("by", ["shm", "inline"])
+@pytest.mark.parametrize("variant", ["true", "masked", "hybrid"])
+def test_of_the_full_model_the_workers_find_what_the_server_finds(
+    variant: str, by: str, make: Make, tmp_path: Path
+) -> None:
+    """Whatever their number, and with moments that travel in training only."""
+    settings = (f"train.variant={variant}", f"flower.transport={by}", "train.optimizer_state=server")
+    strategy, grid = make(TwistStrategy, "eval.federated=full", *EVALUATED, *settings), LocalGrid()
+    result = strategy.start(grid)
+    assert_same_run(strategy.state, oracle(strategy.job, tmp_path / "oracle"))
+    tokens = 20 * (strategy.job.config.data.window - 1)
+    found = strategy.folder.events("federated")
+    assert [event["round"] for event in found] == [1, 2]
+    for event, own in zip(found, strategy.folder.events("eval"), strict=True):
+        assert event["perplexity"] == pytest.approx(own["full"], rel=1e-6)
+        assert (event["answered"], event["dropped"]) == (list(strategy.job.clients), {})
+        assert event["bytes_down"]["weights"] == len(strategy.job.clients) * 4 * strategy.job.layout.num_params()
+        metrics = result.evaluate_metrics_clientapp[event["round"]]
+        assert dict(metrics) == {key: event[key] for key in ("loss", "perplexity")} | {"num_tokens": tokens}
+
+
+def test_of_subnets_each_worker_evaluates_its_own(make: Make) -> None:
+    strategy = make(TwistStrategy, "eval.federated=subnet", *EVALUATED, "blueprint.num_sub=[1,3,2]", "train.rounds=1")
+    strategy.run(LocalGrid())
+    (event,) = strategy.folder.events("federated")
+    job, models, total = strategy.job, strategy.job.models(), 0.0
+    for worker, blueprint in enumerate(job.blueprints(1)):
+        share = job.corpus.test[:20][worker::3]
+        total += mean_nll(models.load_sliced(blueprint, strategy.state.params), share, 4) * len(share)
+    assert event["loss"] == pytest.approx(total / 20, rel=1e-6)
+    assert event["of"] == "subnet"
+
+
+def test_no_more_workers_are_asked_than_there_are_windows(make: Make) -> None:
+    settings = ("eval.every=1", "eval.watch_windows=2", "train.rounds=1")
+    strategy = make(TwistStrategy, "eval.federated=full", *settings)
+    strategy.run(LocalGrid())
+    (event,), (own,) = (strategy.folder.events(kind) for kind in ("federated", "eval"))
+    assert event["answered"] == [0, 1]
+    assert event["perplexity"] == pytest.approx(own["full"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rounds"), [(("eval.every=2",), [2, 3]), (("eval.every=1", "eval.federated=off"), [])]
+)
+def test_workers_evaluate_when_the_server_does_and_only_if_asked_to(
+    settings: tuple[str, ...], rounds: list[int], make: Make
+) -> None:
+    strategy = make(TwistStrategy, "eval.federated=subnet", "train.rounds=3", "eval.watch_windows=4", *settings)
+    strategy.run(LocalGrid())
+    assert [event["round"] for event in strategy.folder.events("federated")] == rounds
+
+
+class Bent(LocalGrid):
+    """Worker 1's evaluation goes wrong."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def _serve(self, message: Message) -> Sequence[Message]:
+        replies = super()._serve(message)
+        if message.metadata.message_type != "evaluate" or message.metadata.group_id != "1":
+            return replies
+        if self.how == "silence":
+            return []
+        if self.how == "error":
+            return [failing("no room")(message)]
+        for reply in replies:
+            reply.content["evaluation"] = MetricRecord(
+                {"loss-sum": float("nan") if self.how == "NaN" else 0.5, "num-tokens": 105 if self.how == "NaN" else 9}
+            )
+        return replies
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("silence", "no reply within flower.round_timeout=0.5 s"),
+        ("error", "ValueError: no room"),
+        ("NaN", "summed test loss is nan"),
+        ("fewer tokens", "evaluated 9 tokens, asked were 105"),
+    ],
+)
+def test_who_fails_to_evaluate_is_named_and_the_run_goes_on(how: str, reason: str, make: Make, tmp_path: Path) -> None:
+    settings = ("eval.federated=full", *EVALUATED, "flower.round_timeout=0.5")
+    strategy = make(TwistStrategy, *settings)
+    ours = strategy.run(Bent(how))
+    assert_same_run(ours, oracle(strategy.job, tmp_path / "oracle"))
+    events = strategy.folder.events("federated")
+    assert [(event["answered"], event["dropped"]) for event in events] == [([0, 2], {"1": reason})] * 2
+    assert all(0 < event["loss"] < 10 for event in events)
+
+
+def test_hooks_of_evaluation_can_be_ones_own(make: Make) -> None:
+    class Asking(TwistStrategy):
+        def configure_evaluate(
+            self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+        ) -> Replies:
+            messages = super().configure_evaluate(server_round, arrays, config, grid)
+            return [message for message in messages if message.metadata.group_id != "0"]
+
+        def aggregate_evaluate(self, server_round: int, replies: Replies) -> MetricRecord | None:
+            left = [reply for reply in replies if reply.metadata.group_id != "1"]
+            found = super().aggregate_evaluate(server_round, left)
+            return MetricRecord({"twice": 2 * found["loss"]}) if found else None
+
+    strategy = make(Asking, "eval.federated=full", *EVALUATED, "train.rounds=1")
+    result = strategy.start(LocalGrid())
+    (event,) = strategy.folder.events("federated")
+    assert event["answered"] == [2]
+    assert event["dropped"] == {
+        "0": "Asking.configure_evaluate sent it no message",
+        "1": "Asking.aggregate_evaluate left its reply out",
+    }
+    assert result.evaluate_metrics_clientapp[1]["twice"] == 2 * event["loss"]

@@ -211,9 +211,9 @@ def test_the_server_trains_while_its_clients_do(
     seen.clear()
     train_own = strategy._train_own
 
-    def watched() -> None:
+    def watched(mean: RoundMean) -> None:
         seen.append("train")
-        train_own()
+        train_own(mean)
 
     monkeypatch.setattr(strategy, "_train_own", watched)
     strategy._round(grid)

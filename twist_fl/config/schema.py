@@ -173,6 +173,10 @@ class EvalConfig:
 
     every: int = 20
     """Intervals between two evaluations of the full model while training; 0: only at the end."""
+    federated: Literal["off", "subnet", "full"] = "off"
+    """Whether the workers evaluate, too, whenever the server does, each on its share of the same windows: subnet: what
+    the round made of its own subnet; full: the full model, which each must have memory for. Not with `train --local`.
+    """
     batch_size: int = 8
     watch_windows: int = 64
     """Windows of the test split for the evaluations while training."""

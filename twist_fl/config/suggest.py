@@ -59,6 +59,7 @@ KEY_SYNONYMS = {
     "train.precision": "dtype fp16 bf16 amp torch_dtype mixed_precision autocast",
     "train.compile": "torch_compile",
     "eval.every": "eval_every eval_steps eval_interval evaluate_every",
+    "eval.federated": "fraction_evaluate fraction_eval federated_evaluation client_evaluation evaluate_clients",
     "eval.batch_size": "eval_batch_size per_device_eval_batch_size test_batch_size",
     "eval.sizes": "ticket_sizes",
     "eval.tickets": "num_tickets draws",

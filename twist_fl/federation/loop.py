@@ -43,7 +43,7 @@ class RoundLoop(Strategy):
         self._dead: str | None = None  # why a simulated worker's process died for good
 
     def sending(self, messages: Iterable[Message]) -> Iterable[Message]:
-        """What `configure_train` has given, each message before it goes out."""
+        """What a hook has given, each message before it goes out."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -134,7 +134,7 @@ class RoundLoop(Strategy):
         _, trained = self.aggregate_train(round_, self._replies(grid, messages))
         if self.state.round != round_:
             raise self.unfinished("aggregate_train")
-        messages = self.configure_evaluate(round_, ArrayRecord(), evaluate_config or ConfigRecord(), grid)
+        messages = self.sending(self.configure_evaluate(round_, ArrayRecord(), evaluate_config or ConfigRecord(), grid))
         evaluated = self.aggregate_evaluate(round_, self._replies(grid, messages))
         torch.set_num_threads(usable_cores())  # the workers are idle
         self._keeper.end_of_round(self.state, self._planned, save=self._dead is not None)

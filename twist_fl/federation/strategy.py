@@ -15,16 +15,18 @@ from flwr.serverapp import Grid
 
 from twist_fl.federation import tensors, transport, wire
 from twist_fl.federation.connecting import Nodes, NoWorkersError
+from twist_fl.federation.evaluating import Evaluation
 from twist_fl.federation.loop import RoundLoop
 from twist_fl.federation.packing import Packing
 from twist_fl.federation.tensors import KnownArrays
 from twist_fl.model.subnet import State
-from twist_fl.rounds import RoundMean, dispatch, plan
+from twist_fl.rounds import RoundMean, RoundReport, dispatch, plan
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.cores import usable_cores
 from twist_fl.system.threads import threads
 from twist_fl.training.aggregate import ReplyError
 from twist_fl.training.client_state import MomentShelf, moment_folder
+from twist_fl.training.interval import Moments
 from twist_fl.training.job import Job
 from twist_fl.training.worker import Task, Worker
 
@@ -46,7 +48,9 @@ class TwistStrategy(RoundLoop):
         self._mean: RoundMean | None = None  # of the round that is going on
         self._kept: State | None = None  # the round's parameters, where replies say only what has changed
         self._began = 0.0
-        self._sent: set[int] = set()  # workers of the round that a message went to
+        self._report: RoundReport | None = None
+        self._evaluation: Evaluation | None = None
+        self._sent: set[str] = set()  # group ids of what went out last
         self._down: dict[str, int] = {}
         self._via: dict[str, int] = {}
         self._worker: Worker | None = None
@@ -64,48 +68,54 @@ class TwistStrategy(RoundLoop):
         self._mean = RoundMean(self.job, self.state, self._planned, in_place=True)
         if Packing.of(self.job, self._planned[0].blueprint).differences:
             self._kept = {name: tensor.clone() for name, tensor in self.state.params.items()}
-        return self._messages(config)
+        moments = self.state.moments if self.job.moments_travel else None
+        return self._messages(MessageType.TRAIN, self._clients(), moments, config)
 
-    def _messages(self, config: ConfigRecord) -> Iterator[Message]:
+    def _clients(self) -> list[Task]:
+        return [task for task in self._planned if task.worker in self.job.clients]
+
+    def _messages(
+        self, kind: str, tasks: Iterable[Task], moments: Moments | None, config: ConfigRecord
+    ) -> Iterator[Message]:
         known: KnownArrays = {}
-        for task in self._planned:
-            if task.worker not in self.job.clients:
-                continue
+        params = self.state.params
+        for task in tasks:
             node, group = self.nodes.of(task.worker), str(task.worker)
             segment = None
             if node in self.nodes.neighbours:
-                size = Packing.of(self.job, task.blueprint).segment_bytes
+                size = Packing.of(self.job, task.blueprint, kind == MessageType.TRAIN).segment_bytes
                 segment = self._segments.take(task.worker, size)
-            params, moments = self.state.params, self.state.moments if self.job.moments_travel else None
             with threads(usable_cores()):  # until the last worker has its part, the round waits for it
                 content = wire.task_to_records(self.job, self.job_json, task, params, moments, segment, known)
             if config:
                 content["config"] = config
-            yield Message(content, dst_node_id=node, message_type=MessageType.TRAIN, group_id=group)
+            yield Message(content, dst_node_id=node, message_type=kind, group_id=group)
 
     def sending(self, messages: Iterable[Message]) -> Iterator[Message]:
-        """Each message, counted as it goes out; then the server trains what is its own."""
+        """Each message, counted as it goes out; in training, the server then trains what is its own."""
         self._began = time.perf_counter()
         self._sent = set()
         self._down = dict.fromkeys(BYTE_KINDS, 0)
         self._via = dict.fromkeys(TRANSPORTS, 0)
         for message in messages:
-            self._sent.add(self._task_of(message).worker)
+            self._sent.add(message.metadata.group_id)
             self._count(message.content, self._down)
             yield message
         # All messages are out, and hold copies: now the parameters may change.
-        self._train_own()
+        if self._mean is not None:
+            self._train_own(self._mean)
 
-    def _task_of(self, message: Message) -> Task:
-        """The task that a message, or the reply to it, belongs to. Raises ValueError if it is none of the round's."""
-        group = message.metadata.group_id
-        for task in self._planned:
-            if str(task.worker) == group and task.worker in self.job.clients:
-                return task
-        known = [task.worker for task in self._planned if task.worker in self.job.clients]
-        raise ValueError(f"group_id={group!r} is no worker of the round: a message's or reply's is one of {known}")
+    @staticmethod
+    def _task_of(message: Message, tasks: Iterable[Task]) -> Task:
+        """The one of `tasks` that a message, or the reply to it, belongs to. Raises ValueError if it is none."""
+        known = {str(task.worker): task for task in tasks}
+        if (group := message.metadata.group_id) not in known:
+            raise ValueError(
+                f"group_id={group!r} is no worker of the round: a message's or reply's is one of {', '.join(known)}"
+            )
+        return known[group]
 
-    def _train_own(self) -> None:
+    def _train_own(self, mean: RoundMean) -> None:
         """The hybrid variant's worker 0: a masked view of the server's own parameters, trained in place.
 
         It counts at once, before any reply: nobody else looks at what it has trained.
@@ -115,8 +125,7 @@ class TwistStrategy(RoundLoop):
                 self._worker = self._worker or Worker(self.job, MomentShelf(moment_folder(self.job.run_id)))
                 reply = self._worker.train(task, *dispatch(self.job, self.state, task), in_place=True)
                 torch.set_num_threads(1)
-                assert self._mean is not None
-                self._mean.add(task, reply)
+                mean.add(task, reply)
 
     def _count(self, content: RecordDict, sizes: dict[str, int]) -> None:
         found = tensors.num_bytes(content)
@@ -132,13 +141,10 @@ class TwistStrategy(RoundLoop):
             raise self.unfinished("configure_train")
         up = dict.fromkeys(BYTE_KINDS, 0)
         for message in replies:
-            task = self._task_of(message)
+            task = self._task_of(message, self._clients())
             worker = task.worker
             if message.has_error():
-                mean.drop(worker, wire.error_of(message))
-                if wire.has_died(message):
-                    self._dead = wire.error_of(message)
-                self.nodes.sure = False
+                mean.drop(worker, self._error_of(message))
                 continue
             self._count(message.content, up)
             try:
@@ -151,12 +157,12 @@ class TwistStrategy(RoundLoop):
                 mean.drop(worker, str(error))
         with threads(usable_cores()):
             after, self._mean = mean.finish(), None
-        report = mean.report
+        report = self._report = mean.report
         self.state = after if report.answered else self.state  # of the round before: it can be saved as that
         for worker in {task.worker for task in self._planned} - set(report.answered):
             self._segments.drop(worker)  # who is late writes where nobody reads
             if worker not in report.dropped:
-                report.dropped[worker] = self._why_missing(worker)
+                report.dropped[worker] = self._why_missing(worker, "train")
         self.folder.log(
             "round",
             **asdict(report),
@@ -171,14 +177,21 @@ class TwistStrategy(RoundLoop):
             raise NoWorkersError(f"round {report.round}: no worker answered: {report.dropped}")
         return None, MetricRecord({"loss": report.loss})
 
-    def _why_missing(self, worker: int) -> str:
-        """Of a worker that `aggregate_train` was given no reply of."""
-        if worker not in self._sent:
-            return f"{type(self).__name__}.configure_train sent it no message"
+    def _error_of(self, message: Message) -> str:
+        """Why a worker failed; the next round looks again for who is there."""
+        self.nodes.sure = False
+        if wire.has_died(message):
+            self._dead = wire.error_of(message)
+        return wire.error_of(message)
+
+    def _why_missing(self, worker: int, step: str) -> str:
+        """Of a worker of whom the hook that aggregates was given no reply."""
+        if str(worker) not in self._sent:
+            return f"{type(self).__name__}.configure_{step} sent it no message"
         if all(message.metadata.group_id != str(worker) for message in self._pending.values()):
-            return f"{type(self).__name__}.aggregate_train left its reply out"
+            return f"{type(self).__name__}.aggregate_{step} left its reply out"
         if time.perf_counter() - self._began < self.timeout:
-            return f"{type(self).__name__}.aggregate_train did not wait for its reply"
+            return f"{type(self).__name__}.aggregate_{step} did not wait for its reply"
         self.nodes.sure = False
         return f"no reply within flower.round_timeout={self.timeout:g} s"
 
@@ -192,12 +205,40 @@ class TwistStrategy(RoundLoop):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Nothing: the server evaluates, on the shared test split."""
-        return []
+        """With eval.federated, after a round in which the server evaluates: to each worker whose reply counted, the
+        model and which part of the test text it takes. Else nothing."""
+        self._evaluation = None
+        if self.job.config.eval.federated == "off" or not self._keeper.evaluates(self.state):
+            return []
+        assert self._report is not None
+        trained = [task for task in self._clients() if task.worker in self._report.answered]
+        self._evaluation = Evaluation(self.job, trained)
+        return self._questions(self._evaluation, config)
+
+    def _questions(self, evaluation: Evaluation, config: ConfigRecord) -> Iterator[Message]:
+        messages = self._messages(MessageType.EVALUATE, evaluation.tasks, None, config)
+        for task, message in zip(evaluation.tasks, messages, strict=True):
+            evaluation.ask(task, message.content)
+            yield message
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Nothing, see `configure_evaluate`."""
-        return None
+        """The mean over all tokens that `replies` speak of; None if there are none."""
+        if (evaluation := self._evaluation) is None:
+            return None
+        up = dict.fromkeys(BYTE_KINDS, 0)
+        for message in replies:
+            task = self._task_of(message, evaluation.tasks)
+            if message.has_error():
+                evaluation.drop(task, self._error_of(message))
+                continue
+            self._count(message.content, up)
+            evaluation.add(task, message.content)
+        for task in evaluation.missing():
+            self._segments.drop(task.worker)
+            evaluation.drop(task, self._why_missing(task.worker, "evaluate"))
+        self.folder.log("federated", round=self.state.round, **evaluation.result(), bytes_down=self._down, bytes_up=up)
+        metrics = evaluation.metrics()
+        return MetricRecord(metrics) if metrics else None
 
     def close(self) -> None:
         self._segments.close()

@@ -145,26 +145,29 @@ def task_to_records(
     segment: Segment | None = None,
     known: KnownArrays | None = None,
 ) -> RecordDict:
-    """The task with what its blueprint names of the server's whole state: what `rounds.dispatch` gives."""
+    """The task with what its blueprint names of the server's whole state: what `rounds.dispatch` gives. One that only
+    evaluates has no moments."""
     fields = asdict(task) | {"blueprint": task.blueprint.to_json(), "moment_step": moments and moments.step}
     content = RecordDict({"job": ConfigRecord({"json": job_json}), "task": _to_record(fields)})
-    packing = Packing.of(job, task.blueprint)
+    packing = Packing.of(job, task.blueprint, moments is not None)
     write = partial(take_slice, job.layout, packing.blueprint)
     put_tensors(content, packing, params, moments, write, segment, {} if known is None else known)
     return content
 
 
-def task_from_records(job: Job, content: RecordDict) -> Parcel:
-    """Raises SegmentError if the tensors are not those that were sent, TaskError for what is no task."""
+def task_from_records(job: Job, content: RecordDict, trains: bool = True) -> Parcel:
+    """Without `trains`, of a task that only evaluates.
+
+    Raises SegmentError if the tensors are not those that were sent, TaskError for what is no task."""
     try:
-        return _read_task(job, content)
+        return _read_task(job, content, trains)
     except SegmentError:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise TaskError(f"malformed task: {plain(f'{type(error).__name__}: {error}')}") from error
 
 
-def _read_task(job: Job, content: RecordDict) -> Parcel:
+def _read_task(job: Job, content: RecordDict, trains: bool) -> Parcel:
     fields = read_exactly(_text(content, "task"), _TASK)
     step = fields.pop("moment_step")
     blueprint = Blueprint.from_json(fields["blueprint"])
@@ -174,7 +177,7 @@ def _read_task(job: Job, content: RecordDict) -> Parcel:
         raise ValueError(f"worker={task.worker} is none of the run's clients, {job.clients[0]} to {job.clients[-1]}")
     handle = handle_of(content)
     segment = None if handle is None else transport.attach(handle, job.run_id)
-    return Parcel(task, *get_tensors(content, Packing.of(job, task.blueprint), step, segment), segment)
+    return Parcel(task, *get_tensors(content, Packing.of(job, task.blueprint, trains), step, segment), segment)
 
 
 # Replies
