@@ -106,7 +106,7 @@ def test_make_and_flwr_are_given_what_they_know() -> None:
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {line.split()[1] for _, line in COMMANDS if line.startswith("make ")} <= targets
     keys = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    given = [re.search(r"--run-config '(.*?)'", line) for _, line in COMMANDS if "flwr run" in line]
+    given = [re.search(r"--run-config '(.*?)'", line) for _, line in COMMANDS if "flwr run PATH" in line]
     assert len(given) >= 3 and all(given)
     for found in given:
         assert found

@@ -13,6 +13,9 @@ import pytest
 
 import twist_fl
 from twist_fl import TrainedRun
+from twist_fl.federation.simulation import CONNECTION, free_port, start, wait_until_healthy, write_connection
+from twist_fl.system.children import flower_home, ray_folder
+from twist_fl.system.environment import private_environment
 
 EXAMPLES = Path(twist_fl.__file__).parents[1] / "examples"
 
@@ -63,6 +66,37 @@ def test_a_loop_of_ones_own(tmp_path: Path) -> None:
     ticket = re.search(r"a ticket of 2 of 6 blocks: loss ([\d.]+)", said)
     assert ticket
     assert float(ticket[1]) < 0.05
+
+
+def test_a_flower_app_of_ones_own(tmp_path: Path) -> None:
+    """By `flwr run`, in a simulation on this machine."""
+    with flower_home(tmp_path) as home:
+        address = f"127.0.0.1:{free_port()}"
+        write_connection(home, address)
+        environment, log = private_environment(home) | {"RAY_TMPDIR": str(ray_folder(home))}, tmp_path / "log"
+        host, port = address.split(":")
+        superlink = start(
+            ["flower-superlink", "--insecure", "--simulation", "--host", host, "--port", port], environment, log
+        )
+        wait_until_healthy(address, superlink, log)
+        command = ["flwr", "run", str(EXAMPLES / "flower_app"), CONNECTION, "--stream"]
+        command += ["--run-config", f'folder="{tmp_path / "run"}"']
+        command += ["--federation-config", "num-supernodes=2 client-resources-num-cpus=1"]
+        said = subprocess.run(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            check=True,
+        ).stdout
+    superlink.wait()
+    trained = TrainedRun(tmp_path / "run")
+    assert trained.state.round == 2
+    for event in trained.folder.events("round"):
+        assert re.search(rf"my app: round {event['round']}: {{'loss': {event['loss']}", said), said
+    assert f"my app: a ticket of 3 of 12 blocks: {trained.perplexity(trained.blueprint(size=3)):.1f}" in said
 
 
 # The public names

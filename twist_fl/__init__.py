@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from twist_fl.config.schema import Config as Config
     from twist_fl.config.schema import load_config as load_config
     from twist_fl.config.schema import presets as presets
+    from twist_fl.federation.client import client_app as client_app
+    from twist_fl.federation.strategy import TwistStrategy as TwistStrategy
     from twist_fl.model.subnet import build_model as build_model
     from twist_fl.model.subnet import get_state as get_state
     from twist_fl.model.subnet import load_state as load_state
@@ -43,6 +45,8 @@ _HOMES = {
     "blueprint.drawing": ("draw_round", "draw_ticket", "full_blueprint"),
     "cli.train": ("train",),
     "config.schema": ("Config", "load_config", "presets"),
+    "federation.client": ("client_app",),
+    "federation.strategy": ("TwistStrategy",),
     "model.subnet": ("build_model", "get_state", "load_state", "slice_state"),
     "runs.checkpoint": ("RunFolder",),
     "runs.trained": ("TrainedRun",),

@@ -1,0 +1,69 @@
+"""Flower's ClientApp, for our own app and for one of yours. The work is in `training/worker.py` and, for deployment,
+`tickets/edge_client.py`.
+
+Loading this file loads no torch: a simulation loads it before it starts Ray and its workers.
+"""
+
+from __future__ import annotations
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from twist_fl.federation.actors import prepare_actors
+
+
+def warm() -> None:
+    """Load what a message needs."""
+    from twist_fl.federation import apps, wire  # noqa: F401
+
+
+def client_app() -> ClientApp:
+    """A ClientApp that trains subnets for `TwistStrategy`, and receives tickets. Messages of other kinds are yours.
+
+    `@app.query("mine")` adds one. Taken are `train`, `evaluate`, `query` and `query.ticket`.
+    """
+    prepare_actors(warm)
+    app = ClientApp()
+    app.query()(connect)
+    app.train()(train)
+    app.evaluate()(evaluate)
+    app.query("ticket")(receive)
+    return app
+
+
+def connect(message: Message, context: Context) -> Message:
+    """Build the worker, so that what is wrong with this node shows before training starts."""
+    from twist_fl.federation import apps, wire
+
+    wire.check_flower(message.content)
+    worker = apps.worker_for(wire.job_of(message.content))
+    partition = context.node_config.get("partition-id", context.node_id)
+    return Message(wire.answer(message.content, worker.job.run_id, partition), reply_to=message)
+
+
+def train(message: Message, context: Context) -> Message:
+    """One interval on one subnet."""
+    from twist_fl.federation import apps, wire
+
+    worker = apps.worker_for(wire.job_of(message.content))
+    parcel = wire.task_from_records(worker.job, message.content)
+    reply = worker.train(parcel.task, parcel.params, parcel.moments, parcel.in_place)
+    content = wire.reply_to_records(worker.job, parcel.task.blueprint, reply, parcel.segment, parcel.params)
+    return Message(content, reply_to=message)
+
+
+def evaluate(message: Message, context: Context) -> Message:
+    """The loss of a subnet, or of the full model, on this worker's share of the test text."""
+    from twist_fl.federation import apps, evaluating, wire
+
+    worker = apps.worker_for(wire.job_of(message.content))
+    return Message(evaluating.answer(worker, message.content), reply_to=message)
+
+
+def receive(message: Message, context: Context) -> Message:
+    """Build the shipped ticket's small dense model, check its hash, measure it on local text."""
+    from twist_fl.federation import apps, shipping, wire
+
+    return Message(
+        shipping.receive(apps.worker_for(wire.job_of(message.content)).job, message.content), reply_to=message
+    )
