@@ -92,7 +92,8 @@ def test_every_synonym_is_of_a_setting_that_exists_and_is_none_itself() -> None:
 
 REFUSED = {
     "train.optimizer=sgd": "train.optimizer='sgd' must be one of adam, adamw",
-    "train.fraction=0.5": "unknown key 'train.fraction': every worker trains in every round, with a share",
+    "train.fraction=0": "train.fraction=0.0 must be in (0, 1]",
+    "fraction_fit=0.5": "unknown key 'fraction_fit', did you mean 'train.fraction'?",
     "data.source=file": "data.source='file' must be one of builtin, files, wikitext, hub, did you mean 'files'?",
     "blueprint.setting=mlp": "blueprint.setting='mlp' must be one of attn, ffn, both, did you mean 'ffn'?",
     "train.precision=bf16": "train.precision='bf16' must be one of float32, tf32, bfloat16, did you mean 'bfloat16'?",

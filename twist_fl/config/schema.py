@@ -106,6 +106,9 @@ class TrainConfig:
     """Local training and its budget."""
 
     workers: int = 4
+    fraction: float = 1.0
+    """Share of the workers that train in a round, drawn anew each time: at least one, and in the hybrid variant always
+    the server. They alone are dealt blocks. The others wait: of `rounds` or `epochs`, a worker trains on this share."""
     interval: int = 15
     """Batches between two aggregations; ddp aggregates after every batch."""
     batch_size: int = 2

@@ -19,7 +19,8 @@ Event = dict[str, Any]
 
 _SIZES = dict[str, int]
 FIELDS: Mapping[str, Mapping[str, Any]] = {
-    "start": {"round": int, "algorithm": str, "num_rounds": int, "num_params": int, "subnet_params": list[int]},
+    "start": {"round": int, "algorithm": str, "num_rounds": int, "num_params": int, "subnet_params": list[int],
+              "workers?": int},
     "waiting": {"nodes": int, "wanted": int},
     "asked": {"nodes": int, "wanted": int},
     "nodes": {"nodes": int, "failed": list[str], "shared_memory?": int},

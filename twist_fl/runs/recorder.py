@@ -36,6 +36,7 @@ class Keeper:
             state.round,
             "start",
             algorithm=job.config.algorithm,
+            workers=job.config.train.workers,
             num_rounds=job.num_rounds,
             num_params=job.layout.num_params(),
             subnet_params=[job.layout.num_params(task.blueprint) for task in tasks],

@@ -177,7 +177,9 @@ def held_text(start: Event) -> str:
     held, full = start["subnet_params"], start["num_params"]
     spread = " to ".join(f"{size:,}" for size in dict.fromkeys([min(held), max(held)]))
     part = f"all {full:,}" if min(held) == full else f"{spread} of {full:,}"
-    return f"each worker (of {len(held)}) trains {part} parameters"
+    everyone = start.get("workers", len(held))
+    drawn = f" a round, drawn from {everyone}" if len(held) < everyone else ""
+    return f"each worker (of {len(held)}{drawn}) trains {part} parameters"
 
 
 def waiting_text(event: Event) -> str:
