@@ -31,5 +31,5 @@ def learning_rate(config: TrainConfig, batch: int, total: int) -> float:
 
 
 def learning_rates(config: TrainConfig, first: int, num_batches: int, total: int) -> Iterator[float]:
-    """Of `num_batches` batches from number `first`. Who has missed rounds may train some after the run's last: as it."""
+    """Of `num_batches` batches from number `first`. Who has missed rounds trains some beyond the last: as it."""
     return (learning_rate(config, min(batch, total - 1), total) for batch in range(first, first + num_batches))
