@@ -85,9 +85,10 @@ def plan(job: Job, state: RunState, keep_from: int = 0) -> list[Task]:
     round_ = state.round + 1
     blueprints = job.scored(state.scores).blueprints(round_, state.debt)
     left = [job.total_batches - cursor for cursor in state.cursors]
+    workers = job.sampled(round_)
     return [
         Task(round_, worker, blueprint, state.cursors[worker], min(job.batches_per_round, left[worker]), keep_from)
-        for worker, blueprint in enumerate(blueprints)
+        for worker, blueprint in zip(workers, blueprints, strict=True)
     ]
 
 
@@ -241,8 +242,8 @@ def twist_round(job: Job, state: RunState, workers: list[Worker], keep_from: int
 
 
 def own_last(job: Job, tasks: list[Task], workers: list[Worker]) -> list[tuple[Task, Worker]]:
-    """Each task with its worker; the server's own comes after those that are sent what it will change in place."""
-    return sorted(zip(tasks, workers, strict=True), key=lambda pair: pair[0].worker not in job.clients)
+    """Each task with its one of all `workers`; the server's own, which changes its parameters in place, comes last."""
+    return sorted(((task, workers[task.worker]) for task in tasks), key=lambda pair: pair[0].worker not in job.clients)
 
 
 def run(job: Job, state: RunState, folder: Path, num_rounds: int | None = None) -> RunState:

@@ -21,7 +21,7 @@ from twist_fl.blueprint.drawing import draw_ticket
 from twist_fl.cli import app, train
 from twist_fl.config.schema import Config, DeviceConfig, from_yaml
 from twist_fl.federation import apps, deploy
-from twist_fl.federation.strategy import NoWorkersError
+from twist_fl.federation.connecting import NoWorkersError
 from twist_fl.model.subnet import ModelCache
 from twist_fl.report.tables import device_cells
 from twist_fl.rounds import start

@@ -313,8 +313,8 @@ def test_tls_and_keys_as_documented(tmp_path: Path) -> None:
 
 
 def test_another_flower_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node, "version", lambda package: "1.42.0")
-    with pytest.raises(ConfigError, match=r"installed is 1\.42\.0: install 'flwr==1\.41\.\*'"):
+    monkeypatch.setattr(node, "version", lambda package: "1.43.0")
+    with pytest.raises(ConfigError, match=r"installed is 1\.43\.0: install 'flwr==1\.42\.\*'"):
         node.run_node(["--insecure"])
 
 

@@ -17,8 +17,9 @@ from local_grid import Answer, Bend, LocalGrid, assert_same_run, changed, failin
 from twist_fl.blueprint.cost import moment_bytes, round_bytes, state_bytes
 from twist_fl.blueprint.drawing import full_blueprint
 from twist_fl.federation import tensors, transport, wire
+from twist_fl.federation.connecting import DeadWorkerError, NoWorkersError
 from twist_fl.federation.exchange import exchange
-from twist_fl.federation.strategy import DeadWorkerError, NoWorkersError, TwistStrategy
+from twist_fl.federation.strategy import TwistStrategy
 from twist_fl.federation.transport import SegmentError
 from twist_fl.rounds import RoundMean, RunState, dispatch, plan, run, start
 from twist_fl.runs.checkpoint import RunFolder
@@ -132,15 +133,6 @@ def test_workers_are_sent_what_dispatch_gives(make_strategy: Callable[..., Twist
         assert same(served.params, dispatch(strategy.job, state, served.task)[0])
 
 
-def test_flowers_own_loop_runs_the_strategy(make_strategy: Callable[..., TwistStrategy], tmp_path: Path) -> None:
-    strategy = make_strategy("train.optimizer_state=server")
-    result = strategy.start(LocalGrid(), ArrayRecord(), num_rounds=2)
-    assert_same_run(strategy.state, oracle(strategy.job, tmp_path / "oracle"))
-    assert len(result.arrays) == 0  # the model stays in the strategy
-    losses = [event["loss"] for event in events(strategy, "round")]
-    assert [result.train_metrics_clientapp[round_]["loss"] for round_ in (1, 2)] == losses
-
-
 # Nodes
 
 
@@ -150,8 +142,8 @@ def test_nodes_serve_workers_in_the_order_of_their_partitions(
 ) -> None:
     strategy, grid = make_strategy(), LocalGrid(num_nodes)
     strategy.run(grid)
-    assert strategy.nodes != sorted(strategy.nodes) or num_nodes == 1  # ids and partitions disagree
-    assert [grid.partitions[node] for node in strategy.nodes] == list(range(num_nodes))
+    assert strategy.nodes.ready != sorted(strategy.nodes.ready) or num_nodes == 1  # ids and partitions disagree
+    assert [grid.partitions[node] for node in strategy.nodes.ready] == list(range(num_nodes))
     assert {(grid.partitions[s.node], s.task.worker) for s in grid.served} == {(w % num_nodes, w) for w in range(3)}
     assert [(event["nodes"], event["failed"]) for event in events(strategy, "nodes")] == [(num_nodes, [])]
 
@@ -161,7 +153,7 @@ def test_a_node_that_cannot_build_its_worker_is_left_out(
 ) -> None:
     strategy, grid = make_strategy(), LocalGrid(broken=[1])
     ours = strategy.run(grid)
-    assert [grid.partitions[node] for node in strategy.nodes] == [0, 2]
+    assert [grid.partitions[node] for node in strategy.nodes.ready] == [0, 2]
     assert events(strategy, "nodes")[0]["failed"] == ["ValueError: no room on this node"]
     assert_same_run(ours, oracle(strategy.job, tmp_path / "oracle"))
 
@@ -189,7 +181,7 @@ def test_late_nodes_are_waited_for(make_strategy: Callable[..., TwistStrategy]) 
 
     strategy = make_strategy("flower.wait_for_nodes=30", "flower.poll_interval=0.01", "train.rounds=1")
     strategy.run(Slow())
-    assert len(strategy.nodes) == 3
+    assert len(strategy.nodes.ready) == 3
 
 
 # How tensors travel
@@ -216,7 +208,7 @@ def test_nodes_on_this_machine_share_its_memory_and_others_do_not(
 def test_shared_memory_on_request_leaves_out_nodes_that_cannot(make_strategy: Callable[..., TwistStrategy]) -> None:
     strategy, grid = make_strategy("flower.transport=shm"), LocalGrid(far=[1])
     strategy.run(grid)
-    assert [grid.partitions[node] for node in strategy.nodes] == [0, 2]
+    assert [grid.partitions[node] for node in strategy.nodes.ready] == [0, 2]
     (failed,) = events(strategy, "nodes")[0]["failed"]
     assert failed == "flower.transport=shm, but the node cannot read the server's memory: use auto or inline"
 
@@ -566,7 +558,7 @@ def test_replies_are_handed_on_as_they_arrive(make_strategy: Callable[..., Twist
             return super().pull_messages(message_ids)
 
     grid = Lazy(one_at_a_time=True)
-    strategy.connect(grid)
+    strategy.nodes.connect(grid, 0)
     seen.clear()
     messages = strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid)
     for reply in exchange(grid, messages, strategy.job.config.flower, timeout=60):

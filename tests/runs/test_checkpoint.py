@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from twist_fl.data.tokenizer import load_tokenizer
 from twist_fl.federation import apps
-from twist_fl.federation.strategy import NoWorkersError, TwistStrategy
+from twist_fl.federation.connecting import NoWorkersError
+from twist_fl.federation.strategy import TwistStrategy
 from twist_fl.model.hf_config import config_from_dict
 from twist_fl.model.subnet import State, get_state
 from twist_fl.rounds import RunState, run, start

@@ -14,7 +14,7 @@ import torch
 from local_grid import Answer, LocalGrid, assert_same_run, failing
 
 from twist_fl.federation import apps
-from twist_fl.federation.strategy import NoWorkersError
+from twist_fl.federation.connecting import NoWorkersError
 from twist_fl.rounds import run, start, twist_round
 from twist_fl.runs.checkpoint import DivergedError, RunFolder
 from twist_fl.runs.local import train_local

@@ -57,6 +57,18 @@ NODES = event("nodes", round=0, nodes=2, shared_memory=1, failed=[])
     ("events", "expected"),
     [
         ([BEGUN], ["twist: 10 rounds; each worker (of 2) trains 500 to 700 of 9,999 parameters"]),
+        (
+            [BEGUN, event("federated", round=3, of="full", answered=[0, 2], dropped={"1": "no room"}, perplexity=7.5,
+                          loss=2.0, bytes_down={}, bytes_up={})],
+            [
+                "round 3: worker 1 was asked to evaluate, and did not count: no room",
+                "round 3: perplexity of the full model, as 2 of 3 workers find it: 7.50",
+            ],
+        ),
+        (
+            [BEGUN, event("federated", round=3, of="subnet", answered=[], dropped={}, bytes_down={}, bytes_up={})],
+            ["round 3: perplexity of their subnets, as 0 of 0 workers find it: unknown, nobody answered"],
+        ),
         ([event("start", round=4, **START)], [
             "twist: 10 rounds; each worker (of 2) trains 500 to 700 of 9,999 parameters", "going on after round 4"]),
         ([event("waiting", nodes=1, wanted=2)], ["waiting for 1 node: 1 of 2 here"]),

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from twist_fl.blueprint.drawing import full_blueprint
 from twist_fl.config.schema import DeviceConfig
 from twist_fl.federation import deploy
-from twist_fl.federation.strategy import NoWorkersError
+from twist_fl.federation.connecting import NoWorkersError
 from twist_fl.model.saved import open_model
 from twist_fl.pruning.methods import prune
 from twist_fl.pruning.names import METHODS

@@ -19,7 +19,8 @@ from twist_fl.blueprint.blueprint import Blueprint, Scale
 from twist_fl.blueprint.cost import moment_bytes, round_bytes
 from twist_fl.blueprint.division import Division, Setting
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
-from twist_fl.federation.strategy import NoWorkersError, TwistStrategy
+from twist_fl.federation.connecting import NoWorkersError
+from twist_fl.federation.strategy import TwistStrategy
 from twist_fl.model.masked import MaskedModel
 from twist_fl.model.subnet import ModelCache, State, mask_state, slice_state, take_back
 from twist_fl.rounds import RoundMean, RunState, dispatch, own_last, plan, run, start
@@ -206,13 +207,13 @@ def test_the_server_trains_while_its_clients_do(
             return super().pull_messages(message_ids)
 
     strategy, grid = strategy_of(tiny_job("train.variant=hybrid", "eval.every=0"), tmp_path / "run"), Watched(2)
-    strategy.connect(grid)
+    strategy.nodes.connect(grid, 0)
     seen.clear()
     train_own = strategy._train_own
 
-    def watched() -> None:
+    def watched(mean: RoundMean) -> None:
         seen.append("train")
-        train_own()
+        train_own(mean)
 
     monkeypatch.setattr(strategy, "_train_own", watched)
     strategy._round(grid)

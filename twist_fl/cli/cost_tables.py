@@ -15,7 +15,7 @@ from twist_fl.blueprint.blocks import Layout, make_layout
 from twist_fl.blueprint.cost import PAPER_EXCHANGES, Group, RunCost, groups, run_cost
 from twist_fl.blueprint.division import Division
 from twist_fl.config.schema import Config, ModelConfig, load_config
-from twist_fl.config.sizes import blocks_per_layer, legal_sizes, make_division, ticket_sizes
+from twist_fl.config.sizes import blocks_per_layer, legal_sizes, make_division, ticket_sizes, workers_per_round
 from twist_fl.model.hf_config import model_config, scratch_fields
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
@@ -75,6 +75,10 @@ def _show(console: Console, title: str, config: Config, model: Mapping[str, Any]
     together = [sum(group.workers * getattr(group.cost, key) for group in found) for key in _COUNTINGS]
     workers.append([f"all {sum(group.workers for group in found)}", "", "", *_bytes(together, moments)])
     console.print(_table("the workers as they are set", _header("workers x blocks", moments), workers))
+    if (number := workers_per_round(config)) < config.train.workers:
+        console.print(
+            f"With train.fraction, {number} of {config.train.workers} workers are in a round: that part of it is moved."
+        )
     console.print(
         "By step is how the paper's Table 2 counts, one exchange per optimiser step, for TwIST and DDP alike; here, "
         + ("DDP does." if ddp else f"workers exchange once per interval of {config.train.interval} batches.")

@@ -107,6 +107,9 @@ class TrainConfig:
     """Local training and its budget."""
 
     workers: int = 4
+    fraction: float = 1.0
+    """Share of the workers that train in a round, drawn anew each time: at least one, and in the hybrid variant always
+    the server. They alone are dealt blocks. The others wait: of `rounds` or `epochs`, a worker trains on this share."""
     interval: int = 15
     """Batches between two aggregations; ddp aggregates after every batch."""
     batch_size: int = 2
@@ -177,6 +180,10 @@ class EvalConfig:
 
     every: int = 20
     """Intervals between two evaluations of the full model while training; 0: only at the end."""
+    federated: Literal["off", "subnet", "full"] = "off"
+    """Whether the workers evaluate, too, whenever the server does, each on its share of the same windows: subnet: what
+    the round made of its own subnet; full: the full model, which each must have memory for. Not with `train --local`.
+    """
     batch_size: int = 8
     watch_windows: int = 64
     """Windows of the test split for the evaluations while training."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from twist_fl.blueprint.blocks import Layout
 from twist_fl.blueprint.division import Division, Sizes
 from twist_fl.config.schema import BlueprintConfig, Config
@@ -22,6 +25,29 @@ def make_division(config: Config) -> Division:
         num_common=blueprint.num_common,
         ticket_policy=config.eval.ticket_policy,
     )
+
+
+def workers_per_round(config: Config) -> int:
+    """Of train.workers, those that train in a round: the hybrid variant's server needs a client."""
+    train = config.train
+    return min(train.workers, max(2 if train.variant == "hybrid" else 1, round(train.fraction * train.workers)))
+
+
+def of_workers(division: Division, workers: Sequence[int]) -> Division:
+    """What is divided among a round's `workers`."""
+    if division.assign == "drawn":
+        return replace(division, drawn_workers=len(workers))
+    return replace(division, num_sub=tuple(division.num_sub[worker] for worker in workers))
+
+
+def smallest_share(config: Config, division: Division) -> Division:
+    """The division with the fewest places for blocks, of each kind, that `train.fraction` may leave a round."""
+    number, always = workers_per_round(config), division.num_sub[: config.train.variant == "hybrid"]
+    if division.assign == "drawn":
+        return replace(division, drawn_workers=number)
+    others = division.num_sub[len(always) :]
+    heads, ffn = (sorted(size[i] for size in others)[: number - len(always)] for i in range(2))
+    return replace(division, num_sub=(*always, *zip(heads, ffn, strict=True)))
 
 
 def _sizes(blueprint: BlueprintConfig, workers: int) -> Sizes:

@@ -38,6 +38,8 @@ KEY_SYNONYMS = {
     "blueprint.policy": "sampling selection",
     "train.workers": "num_clients clients n_clients client num_workers n_workers num_nodes nodes num_supernodes "
     "world_size nproc_per_node",
+    "train.fraction": "fraction_fit fraction_train client_fraction participation participation_rate frac "
+    "sample_fraction clients_per_round",
     "train.interval": "local_steps local_epochs local_iterations sync_every num_local_steps local_updates",
     "train.batch_size": "batch bs per_device_train_batch_size train_batch_size micro_batch_size",
     "train.epochs": "num_epochs num_train_epochs n_epochs",
@@ -60,6 +62,7 @@ KEY_SYNONYMS = {
     "train.precision": "dtype fp16 bf16 amp torch_dtype mixed_precision autocast",
     "train.compile": "torch_compile",
     "eval.every": "eval_every eval_steps eval_interval evaluate_every",
+    "eval.federated": "fraction_evaluate fraction_eval federated_evaluation client_evaluation evaluate_clients",
     "eval.batch_size": "eval_batch_size per_device_eval_batch_size test_batch_size",
     "eval.sizes": "ticket_sizes",
     "eval.tickets": "num_tickets draws",
@@ -71,8 +74,6 @@ KEY_SYNONYMS = {
 """What other tools call a setting, by our name for it."""
 
 NO_SETTING = {
-    "fraction fraction_fit client_fraction participation frac sample_fraction": "every worker trains in every round, "
-    "with a share of the blocks: blueprint.num_sub says how many, train.workers how many workers there are",
     "alpha dirichlet iid partition partitioner": "each worker gets an equal random part of the text (i.i.d.)",
     "gradient_accumulation_steps accumulation_steps": "batches are not split: train.batch_size is what a worker takes "
     "at once",

@@ -20,12 +20,13 @@ def warm() -> None:
 def client_app() -> ClientApp:
     """A ClientApp that trains subnets for `TwistStrategy`, and receives tickets. Messages of other kinds are yours.
 
-    `@app.query("mine")` adds one. Taken are `train`, `query` and `query.ticket`.
+    `@app.query("mine")` adds one. Taken are `train`, `evaluate`, `query` and `query.ticket`.
     """
     prepare_actors(warm)
     app = ClientApp()
     app.query()(connect)
     app.train()(train)
+    app.evaluate()(evaluate)
     app.query("ticket")(receive)
     return app
 
@@ -49,6 +50,14 @@ def train(message: Message, context: Context) -> Message:
     reply = worker.train(parcel.task, parcel.params, parcel.moments, parcel.in_place)
     content = wire.reply_to_records(worker.job, parcel.task.blueprint, reply, parcel.segment, parcel.params)
     return Message(content, reply_to=message)
+
+
+def evaluate(message: Message, context: Context) -> Message:
+    """The loss of a subnet, or of the full model, on this worker's share of the test text."""
+    from twist_fl.federation import apps, evaluating, wire
+
+    worker = apps.worker_for(wire.job_of(message.content))
+    return Message(evaluating.answer(worker, message.content), reply_to=message)
 
 
 def receive(message: Message, context: Context) -> Message:

@@ -19,8 +19,8 @@ from twist_fl.config.schema import DeviceConfig
 from twist_fl.config.sizes import blocks_per_layer, legal_sizes, ticket_sizes
 from twist_fl.data.corpus import cache_dir
 from twist_fl.federation import tensors, wire
+from twist_fl.federation.connecting import NoWorkersError
 from twist_fl.federation.exchange import exchange
-from twist_fl.federation.strategy import NoWorkersError
 from twist_fl.model.subnet import State
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError

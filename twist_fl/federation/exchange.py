@@ -18,7 +18,7 @@ def exchange(
     timeout: float,
     pending: dict[str, Message] | None = None,
 ) -> Iterator[Message]:
-    """Push each message as it is made, then yield replies as they arrive, until all are in or time is up.
+    """Push each message as it is made; then the replies as they arrive, until all are in or time is up.
 
     The caller works on a reply while others still train; `pending` shows it, by message id, what has been sent and is
     not answered. `timeout` is in seconds.
@@ -29,7 +29,10 @@ def exchange(
     for message in messages:
         pushed = grid.push_messages([message])
         pending |= dict.fromkeys(pushed, _envelope(message))
-    deadline = time.monotonic() + timeout
+    return _replies(grid, pending, flower, time.monotonic() + timeout)
+
+
+def _replies(grid: Grid, pending: dict[str, Message], flower: FlowerConfig, deadline: float) -> Iterator[Message]:
     while pending and time.monotonic() < deadline:
         found = [
             (reply, pending.pop(reply.metadata.reply_to_message_id, None)) for reply in grid.pull_messages(pending)

@@ -33,7 +33,8 @@ from twist_fl.system.errors import ConfigError, LaunchError
 if TYPE_CHECKING:
     from twist_fl.federation.executor import TaskSource
 
-FLOWER = "1.41."
+FLOWER = ("1.41", "1.42")
+"""The versions whose internals `executor.py` was run with."""
 _START_SECONDS = 120
 _LOOK_SECONDS = 0.2
 _HOST = "127.0.0.1"
@@ -62,10 +63,10 @@ def run_node(arguments: list[str]) -> None:
 
 def check_flower() -> None:
     """Raises ConfigError if the installed Flower is not one that `executor.py` was written for."""
-    if not (found := version("flwr")).startswith(FLOWER):
+    if (found := version("flwr")).rpartition(".")[0] not in FLOWER:
         raise ConfigError(
-            f"twist-fl node is built from the internals of Flower {FLOWER}x, installed is {found}: install "
-            f"'flwr=={FLOWER}*', or start the stock node with flower-supernode and the same options"
+            f"twist-fl node is built from internals of Flower {' and '.join(FLOWER)}, installed is {found}: install "
+            f"'flwr=={FLOWER[-1]}.*', or start the stock node with flower-supernode and the same options"
         )
 
 

@@ -38,10 +38,11 @@ class Packing:
     """Whether replies carry what training has changed. (DDP's are gradients, rounded as they are.)"""
 
     @classmethod
-    def of(cls, job: Job, blueprint: Blueprint) -> Packing:
-        """Of the messages to and from a client that trains `blueprint`."""
+    def of(cls, job: Job, blueprint: Blueprint, trains: bool = True) -> Packing:
+        """Of the messages to and from a client that trains `blueprint`, or else only evaluates it."""
         given, dtype = job.given(job.clients[0], blueprint), job.config.flower.wire_dtype
-        return cls(job.layout, given, job.moments_travel, dtype, dtype != "float32" and job.config.algorithm != "ddp")
+        differences = dtype != "float32" and job.config.algorithm != "ddp"
+        return cls(job.layout, given, trains and job.moments_travel, dtype, differences)
 
     @property
     def records(self) -> tuple[str, ...]:

@@ -147,19 +147,22 @@ def task_to_records(
     segment: Segment | None = None,
     known: KnownArrays | None = None,
 ) -> RecordDict:
-    """The task with what its blueprint names of the server's whole state: what `rounds.dispatch` gives."""
+    """The task with what its blueprint names of the server's whole state: what `rounds.dispatch` gives. One that only
+    evaluates has no moments."""
     fields = asdict(task) | {"blueprint": task.blueprint.to_json(), "moment_step": moments and moments.step}
     content = RecordDict({"job": ConfigRecord({"json": job_json}), "task": _to_record(fields)})
-    packing = Packing.of(job, task.blueprint)
+    packing = Packing.of(job, task.blueprint, moments is not None)
     write = partial(take_slice, job.layout, packing.blueprint)
     put_tensors(content, packing, params, moments, write, segment, {} if known is None else known)
     return content
 
 
-def task_from_records(job: Job, content: RecordDict) -> Parcel:
-    """Raises SegmentError if the tensors are not those that were sent, TaskError for what is no task."""
+def task_from_records(job: Job, content: RecordDict, trains: bool = True) -> Parcel:
+    """Without `trains`, of a task that only evaluates.
+
+    Raises SegmentError if the tensors are not those that were sent, TaskError for what is no task."""
     try:
-        return _read_task(job, content)
+        return _read_task(job, content, trains)
     except ChangedError as error:
         raise SegmentError(f"{DIED}: {error}") from error  # nobody else writes there
     except SegmentError:
@@ -168,7 +171,7 @@ def task_from_records(job: Job, content: RecordDict) -> Parcel:
         raise TaskError(f"malformed task: {plain(f'{type(error).__name__}: {error}')}") from error
 
 
-def _read_task(job: Job, content: RecordDict) -> Parcel:
+def _read_task(job: Job, content: RecordDict, trains: bool) -> Parcel:
     fields = read_exactly(_text(content, "task"), _TASK)
     step = fields.pop("moment_step")
     blueprint = Blueprint.from_json(fields["blueprint"])
@@ -178,7 +181,7 @@ def _read_task(job: Job, content: RecordDict) -> Parcel:
         raise ValueError(f"worker={task.worker} is none of the run's clients, {job.clients[0]} to {job.clients[-1]}")
     handle = handle_of(content)
     segment = None if handle is None else transport.attach(handle, job.run_id)
-    return Parcel(task, *get_tensors(content, Packing.of(job, task.blueprint), step, segment), segment)
+    return Parcel(task, *get_tensors(content, Packing.of(job, task.blueprint, trains), step, segment), segment)
 
 
 # Replies
@@ -206,6 +209,11 @@ def reply_to_records(
     return content
 
 
+def reply_fields(content: RecordDict) -> dict[str, Any]:
+    """What a reply says beside its tensors: loss, num_tokens, ... Raises KeyError or ValueError if it is no reply."""
+    return read_exactly(_text(content, "reply"), _REPLY)
+
+
 def reply_from_records(
     job: Job, blueprint: Blueprint, content: RecordDict, segment: Segment | None = None, kept: State | None = None
 ) -> Reply:
@@ -215,7 +223,7 @@ def reply_from_records(
     Raises ReplyError if the records are not those of a reply.
     """
     try:
-        fields = read_exactly(_text(content, "reply"), _REPLY)
+        fields = reply_fields(content)
         fields["note"] = plain(fields["note"])
         packing = Packing.of(job, blueprint)
         params, moments = get_tensors(content, packing, fields.pop("moment_step"), segment)

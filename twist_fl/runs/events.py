@@ -19,7 +19,8 @@ Event = dict[str, Any]
 
 _SIZES = dict[str, int]
 FIELDS: Mapping[str, Mapping[str, Any]] = {
-    "start": {"round": int, "algorithm": str, "num_rounds": int, "num_params": int, "subnet_params": list[int]},
+    "start": {"round": int, "algorithm": str, "num_rounds": int, "num_params": int, "subnet_params": list[int],
+              "workers?": int},
     "waiting": {"nodes": int, "wanted": int},
     "asked": {"nodes": int, "wanted": int},
     "nodes": {"nodes": int, "failed": list[str], "shared_memory?": int},
@@ -27,8 +28,10 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
               "bytes_down": _SIZES, "bytes_up": _SIZES, "bytes_via?": _SIZES},
     "evaluating": {"round": int},
     "eval": {"round": int, "full": float, "subnets?": float},
+    "federated": {"round": int, "of": str, "answered": list[int], "dropped": dict[str, str], "loss?": float,
+                  "perplexity?": float, "bytes_down": _SIZES, "bytes_up": _SIZES},
     "ticket": {"size": int},
-    "results": {"full": float, "tickets": list[dict[str, float]], "lost_replies?": int},
+    "results": {"full": float, "tickets": list[dict[str, float]], "lost_replies?": int, "federated?": float},
     "failed": {"error": str},
     "device": {"name": str},
     "tracker": {"name": str, "error": str},

@@ -72,7 +72,7 @@ def train_local(folder: RunFolder, eval_threads: int | None = None) -> None:
             torch.set_num_threads(worker_threads)
             began, tasks = time.perf_counter(), plan(job, state)
             before = state
-            state, report = twist_round(job, before, [worker] * len(tasks), keeper.keep_from)
+            state, report = twist_round(job, before, [worker] * job.config.train.workers, keeper.keep_from)
             seconds = time.perf_counter() - began
             folder.log(
                 "round",

@@ -36,6 +36,7 @@ class Keeper:
             state.round,
             "start",
             algorithm=job.config.algorithm,
+            workers=job.config.train.workers,
             num_rounds=job.num_rounds,
             num_params=job.layout.num_params(),
             subnet_params=[job.layout.num_params(task.blueprint) for task in tasks],
@@ -59,10 +60,13 @@ class Keeper:
         """After every `every` intervals, and at the end."""
         return state.round == self.job.num_rounds or state.round % (every * self.job.rounds_per_interval) == 0
 
+    def evaluates(self, state: RunState) -> bool:
+        every = self.job.config.eval.every
+        return every > 0 and self.is_due(state, every)
+
     def end_of_round(self, state: RunState, tasks: Sequence[Task], save: bool = False) -> None:
         """Evaluate, then save, so that a run killed in between repeats both. `save`: even if it is not due."""
-        every = self.job.config.eval.every
-        if every and self.is_due(state, every):
+        if self.evaluates(state):
             self._evaluate(state, [task.blueprint for task in tasks])
         if save or self.is_due(state, self.job.config.checkpoint_every) or self._before_the_short(state):
             self._save(state)

@@ -57,9 +57,13 @@ def final_results(job: Job, state: RunState, folder: RunFolder, threads: int | N
             on_ticket=on_ticket,
         )
         results["tickets"].append({"size": size, "of": blocks_per_layer(job.layout, job.division)} | tickets.summary())
+    for event in folder.events("federated"):
+        if event["round"] == state.round and "perplexity" in event:
+            results["federated"] = event["perplexity"]
     write_json(results, folder.results_file)
     rows = [{key: ticket[key] for key in ("size", "of", "mean", "std")} for ticket in results["tickets"]]
-    folder.log("results", round=state.round, full=results["full"], tickets=rows, lost_replies=results["lost_replies"])
+    told = {key: results[key] for key in ("full", "lost_replies", "federated") if key in results}
+    folder.log("results", round=state.round, tickets=rows, **told)
     return results
 
 

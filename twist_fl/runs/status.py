@@ -17,7 +17,16 @@ from rich.live import Live
 from rich.text import Text
 
 from twist_fl.config.finding import checkpoints_of
-from twist_fl.runs.story import Follower, held_text, lines, nodes_text, results_text, round_text, warnings
+from twist_fl.runs.story import (
+    Follower,
+    federated_text,
+    held_text,
+    lines,
+    nodes_text,
+    results_text,
+    round_text,
+    warnings,
+)
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.locks import is_locked
 from twist_fl.system.units import count, duration_text
@@ -76,6 +85,7 @@ class Look:
             *(("not ready", reason) for reason in story.nodes.get("failed", ())),
             ("rounds", f"{story.round} of {story.num_rounds}" if story.start else ""),
             ("training", round_text(story)),
+            ("evaluation", federated_text(story.federated) if story.federated else ""),
             ("pace", f"{story.round_seconds:.2f} s a round, the median of the last" if story.round_seconds else ""),
             *(
                 ("lost", f"{count(number, 'reply')} of worker {worker}, the last: {reason}")

@@ -31,6 +31,8 @@ class Story:
         self.nodes: Event = {}
         self.loss: float | None = None
         self.perplexity = ""
+        self.federated: Event = {}
+        """The workers' last evaluation."""
         self.seconds = 0.0
         """The last round's."""
         self.down = self.up = 0
@@ -58,6 +60,7 @@ class Story:
             "round": self._on_round,
             "evaluating": self._on_evaluating,
             "eval": self._on_eval,
+            "federated": self._on_federated,
             "ticket": self._on_ticket,
             "results": self._on_results,
             "done": self._on_end,
@@ -89,8 +92,7 @@ class Story:
 
     def _on_round(self, event: Event) -> None:
         self.round, self.loss, self.seconds = event["round"], event["loss"], event["seconds"]
-        self.down += sum(event["bytes_down"].values())
-        self.up += sum(event["bytes_up"].values())
+        self._add_traffic(event)
         for way, size in event.get("bytes_via", {}).items():
             self.via[way] = self.via.get(way, 0) + size
         for worker, reason in event["dropped"].items():
@@ -108,6 +110,14 @@ class Story:
         subnets = f" (subnets {perplexity_text(event['subnets'])})" if "subnets" in event else ""
         self.perplexity = perplexity_text(event["full"]) + subnets
         self._next()
+
+    def _on_federated(self, event: Event) -> None:
+        self.federated = event
+        self._add_traffic(event)
+
+    def _add_traffic(self, event: Event) -> None:
+        self.down += sum(event["bytes_down"].values())
+        self.up += sum(event["bytes_up"].values())
 
     def _on_ticket(self, event: Event) -> None:
         self.tickets[event["size"]] = self.tickets.get(event["size"], 0) + 1
@@ -167,7 +177,9 @@ def held_text(start: Event) -> str:
     held, full = start["subnet_params"], start["num_params"]
     spread = " to ".join(f"{size:,}" for size in dict.fromkeys([min(held), max(held)]))
     part = f"all {full:,}" if min(held) == full else f"{spread} of {full:,}"
-    return f"each worker (of {len(held)}) trains {part} parameters"
+    everyone = start.get("workers", len(held))
+    drawn = f" a round, drawn from {everyone}" if len(held) < everyone else ""
+    return f"each worker (of {len(held)}{drawn}) trains {part} parameters"
 
 
 def waiting_text(event: Event) -> str:
@@ -208,12 +220,20 @@ def round_text(story: Story) -> str:
     return "  ".join(filter(None, parts))
 
 
+def federated_text(event: Event) -> str:
+    whose = "the full model" if event["of"] == "full" else "their subnets"
+    found = perplexity_text(event["perplexity"]) if "perplexity" in event else "unknown, nobody answered"
+    asked = len(event["answered"]) + len(event["dropped"])
+    return f"perplexity of {whose}, as {len(event['answered'])} of {asked} workers find it: {found}"
+
+
 def results_text(results: Mapping[str, Any]) -> str:
     """Final perplexities and lost replies, of results.json or of a "results" event."""
     tickets = [f"{size_label(ticket)} {perplexity_text(ticket['mean'])}" for ticket in results["tickets"]]
     lost = results.get("lost_replies", 0)
     parts = [
         f"perplexity: full model {perplexity_text(results['full'])}",
+        f"as the workers find it {perplexity_text(results['federated'])}" if "federated" in results else "",
         f"random tickets, mean: {', '.join(tickets)}" if tickets else "",
         f"{count(lost, 'reply')} {'was' if lost == 1 else 'were'} lost" if lost else "",
     ]
@@ -228,16 +248,16 @@ def lines(event: Event, story: Story) -> Iterator[str]:
             yield f"{event['algorithm']}: {event['num_rounds']} rounds; {held_text(event)}"
             if event["round"]:
                 yield f"going on after round {event['round']}"
-        case "waiting":
-            yield waiting_text(event)
-        case "asked":
-            yield asked_text(event)
+        case "waiting" | "asked" | "failed":
+            yield story.state
         case "nodes":
             yield nodes_text(event)
         case "round":
             yield f"{round_} of {story.num_rounds}  {round_text(story)}"
         case "eval":
             yield f"{round_}: perplexity {story.perplexity}"
+        case "federated":
+            yield f"{round_}: {federated_text(event)}"
         case "saved":
             yield f"{round_}: checkpoint saved"
         case "ticket" if story.tickets[event["size"]] == 1:
@@ -246,8 +266,6 @@ def lines(event: Event, story: Story) -> Iterator[str]:
             yield results_text(event)
         case "device":
             yield f"device {event['name']} has its ticket"
-        case "failed":
-            yield story.state
 
 
 def warnings(event: Event) -> Iterator[str]:
@@ -256,6 +274,9 @@ def warnings(event: Event) -> Iterator[str]:
         yield from (f"a node is not ready: {reason}" for reason in event["failed"])
     if event["event"] == "tracker":
         yield f"log.tracker={event['name']!r} failed, the run goes on without: {event['error']}"
+    if event["event"] == "federated":
+        for worker, reason in event["dropped"].items():
+            yield f"round {event['round']}: worker {worker} was asked to evaluate, and did not count: {reason}"
     if event["event"] == "round":
         for worker, reason in event["dropped"].items():
             yield f"round {event['round']}: worker {worker} did not count: {reason}"

@@ -44,6 +44,8 @@ def scalars(event: Event) -> Iterator[tuple[str, float]]:
             yield "replies lost", len(event["dropped"])
         case "eval":
             yield from ((f"perplexity/{key}", event[key]) for key in ("full", "subnets") if key in event)
+        case "federated" if "perplexity" in event:
+            yield "perplexity/federated", event["perplexity"]
         case "results":
             yield "results/full model", event["full"]
             for ticket in event["tickets"]:

@@ -21,8 +21,8 @@ LARGEST_NLL = 700.0
 """Nats per token above which a perplexity is infinite, as it is of a model that gives no numbers."""
 
 
-def mean_nll(model: nn.Module, windows: Windows, batch_size: int) -> float:
-    """Negative log-likelihood in nats per predicted token over all of `windows`, an exact token mean."""
+def sum_nll(model: nn.Module, windows: Windows, batch_size: int) -> float:
+    """Negative log-likelihood in nats of all tokens that `windows` predict."""
     model.eval()
     device = next(model.parameters()).device
     total = 0.0
@@ -30,15 +30,20 @@ def mean_nll(model: nn.Module, windows: Windows, batch_size: int) -> float:
         for start in range(0, len(windows), batch_size):
             batch = torch.tensor(windows[start : start + batch_size], dtype=torch.int64, device=device)
             total += float(next_token_loss(model, batch, reduction="sum"))
-    return total / float(len(windows) * (windows.shape[1] - 1))
+    return total
+
+
+def mean_nll(model: nn.Module, windows: Windows, batch_size: int) -> float:
+    """The same per predicted token, an exact token mean."""
+    return sum_nll(model, windows, batch_size) / float(len(windows) * (windows.shape[1] - 1))
 
 
 def perplexity(model: nn.Module, windows: Windows, batch_size: int) -> float:
     """exp(total negative log-likelihood / number of predicted tokens)."""
-    return _exp(mean_nll(model, windows, batch_size))
+    return perplexity_of(mean_nll(model, windows, batch_size))
 
 
-def _exp(nll: float) -> float:
+def perplexity_of(nll: float) -> float:
     return exp(nll) if nll < LARGEST_NLL else inf
 
 
@@ -50,7 +55,7 @@ def subnet_perplexity(
     batch_size: int,
 ) -> float:
     """The workers' subnets: each with its blocks and scale, test losses averaged over workers (section 4.2)."""
-    return _exp(fmean(mean_nll(models.load_sliced(b, state), windows, batch_size) for b in blueprints))
+    return perplexity_of(fmean(mean_nll(models.load_sliced(b, state), windows, batch_size) for b in blueprints))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import psutil
 
 from twist_fl.config.schema import Config
+from twist_fl.config.sizes import workers_per_round
 from twist_fl.system.cores import usable_cores
 from twist_fl.system.errors import ConfigError
 
@@ -21,7 +22,7 @@ def check_memory(num_params: int, what: str) -> None:
 
 def cpus_per_worker(config: Config) -> int:
     """CPU cores Flower reserves per simulated worker."""
-    return config.flower.cpus_per_worker or max(1, usable_cores() // config.train.workers)
+    return config.flower.cpus_per_worker or max(1, usable_cores() // workers_per_round(config))
 
 
 def check_simulation(config: Config) -> None:

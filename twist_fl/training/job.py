@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from twist_fl.blueprint.architectures import KINDS, use_architecture
 from twist_fl.blueprint.blocks import Layout, make_layout
 from twist_fl.blueprint.blueprint import Blueprint, Scale
-from twist_fl.blueprint.division import Debt, Division, Scores
+from twist_fl.blueprint.division import Debt, Division, Scores, generator
 from twist_fl.blueprint.drawing import draw_round, draw_ticket, full_blueprint
 from twist_fl.config.checks import check_name
 from twist_fl.config.schema import Config, from_yaml, to_yaml
-from twist_fl.config.sizes import make_division, ticket_sizes
+from twist_fl.config.sizes import make_division, of_workers, smallest_share, ticket_sizes, workers_per_round
 from twist_fl.data.corpus import Corpus, Shard
 from twist_fl.data.run_text import RunText
 from twist_fl.model.hf_config import config_from_dict, model_config
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from twist_fl.model.subnet import ModelCache, State
+
+
+_SAMPLE = 4
+"""A purpose of randomness; `drawing.py`, `division.py` and `importance.py` have 0 to 3."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Job:
 
     @property
     def total_batches(self) -> int:
-        """Batches each worker trains on in the whole run."""
+        """Batches each worker trains on in the whole run, if it misses no round."""
         train = self.config.train
         return train.rounds * train.interval if train.rounds else train.epochs * self.shard(0).batches_per_epoch
 
@@ -117,11 +121,22 @@ class Job:
         train = self.config.train
         return Shard(self.config.seed, worker, train.workers, self.text.num_windows, train.batch_size)
 
+    def sampled(self, round_: int) -> list[int]:
+        """The workers that train in round `round_`, counted from 1: all, or a share of train.fraction."""
+        everyone, number = range(self.config.train.workers), workers_per_round(self.config)
+        if number == len(everyone):
+            return list(everyone)
+        always = [worker for worker in everyone if worker not in self.clients]
+        rng = generator(self.config.seed, _SAMPLE, round_, 0, 0)
+        drawn = rng.choice(self.clients, number - len(always), replace=False)
+        return [*always, *sorted(int(worker) for worker in drawn)]
+
     def blueprints(self, round_: int, debt: Debt = frozenset()) -> list[Blueprint]:
-        """What each worker holds in round `round_`, counted from 1."""
+        """What each of the workers `sampled` for round `round_` holds."""
+        workers = self.sampled(round_)
         if self.config.algorithm != "twist":
-            return [full_blueprint(self.layout)] * self.config.train.workers
-        return draw_round(self.layout, self.division, self.config.seed, round_, debt)
+            return [full_blueprint(self.layout)] * len(workers)
+        return draw_round(self.layout, of_workers(self.division, workers), self.config.seed, round_, debt)
 
     def device(self) -> str:
         return device.device(self.config)
@@ -215,7 +230,7 @@ def with_config(job: Job, config: Config, text: RunText) -> Job:
 
 
 def _set_threads(config: Config) -> None:
-    config.train.threads = config.train.threads or max(1, usable_cores() // config.train.workers)
+    config.train.threads = config.train.threads or max(1, usable_cores() // workers_per_round(config))
 
 
 def _job(config: Config, model: Mapping[str, Any], text: RunText, run_id: str, coverage: bool = True) -> Job:
@@ -227,12 +242,25 @@ def _divide(config: Config, model: Mapping[str, Any], coverage: bool = True) -> 
     use_architecture(config.model.architecture)
     try:
         layout = make_layout(model, config.blueprint.ffn_blocks)
-        division.check(layout, coverage and config.algorithm == "twist")
+        coverage = coverage and config.algorithm == "twist"
+        division.check(layout, coverage)
+        if coverage:
+            _check_fraction(config, layout, division)
         for size in config.eval.sizes:
             ticket_sizes(layout, division, size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return layout, division
+
+
+def _check_fraction(config: Config, layout: Layout, division: Division) -> None:
+    """Raises ConfigError if the workers that train.fraction may leave a round cannot cover all blocks."""
+    try:
+        smallest_share(config, division).check(layout)
+    except ValueError as error:
+        raise ConfigError(
+            f"train.fraction={config.train.fraction:g} of {config.train.workers} workers: {error}"
+        ) from error
 
 
 def _fit_batches(config: Config, num_windows: int) -> None:

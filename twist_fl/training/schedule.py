@@ -12,7 +12,7 @@ from twist_fl.config.schema import TrainConfig
 
 
 def learning_rate(config: TrainConfig, batch: int, total: int) -> float:
-    """Of batch number `batch`, from 0, of the `total` batches that a worker trains on in the whole run.
+    """Of batch number `batch`, from 0, of the `total` batches that a run has for a worker in all its rounds.
 
     It rises to `config.lr` in equal steps over the first `warmup` of the run, none of them 0, and then is what
     `config.schedule` says; the batch after the last would have 0, unless it is constant.
@@ -31,5 +31,5 @@ def learning_rate(config: TrainConfig, batch: int, total: int) -> float:
 
 
 def learning_rates(config: TrainConfig, first: int, num_batches: int, total: int) -> Iterator[float]:
-    """Of `num_batches` batches from number `first`."""
-    return (learning_rate(config, batch, total) for batch in range(first, first + num_batches))
+    """Of `num_batches` batches from number `first`. Who has missed rounds trains some beyond the last: as it."""
+    return (learning_rate(config, min(batch, total - 1), total) for batch in range(first, first + num_batches))

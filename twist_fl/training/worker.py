@@ -120,7 +120,8 @@ class Worker:
 
     def _train(self, model: PreTrainedModel, task: Task, seed: int, moments: Moments | None) -> Interval:
         config = self.job.config.train
-        rates = learning_rates(config, task.cursor, task.num_batches, self.job.total_batches)
+        first = (task.round - 1) * self.job.batches_per_round  # of the run: a worker may have missed rounds
+        rates = learning_rates(config, first, task.num_batches, self.job.total_batches)
         return train_interval(model, self.batches(task), config, seed, moments, rates)
 
     def _moments(self, after: Moments, places: Mapping[str, State]) -> Moments | None:

@@ -1,0 +1,111 @@
+"""Which of Flower's nodes serve a run's workers, and which of them share the server's machine."""
+
+from __future__ import annotations
+
+import time
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from twist_fl.federation import transport, wire
+from twist_fl.federation.actors import RESTARTS
+from twist_fl.federation.exchange import exchange
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.system.errors import ConfigError
+from twist_fl.training.job import Job
+
+
+class NoWorkersError(RuntimeError):
+    """No worker can go on: the run stops, resumable from its last checkpoint."""
+
+
+class DeadWorkerError(NoWorkersError):
+    """A simulated worker's process died too often."""
+
+
+def died(reason: str) -> DeadWorkerError:
+    what = f"a worker's process died {RESTARTS + 1} times: see whether this machine's memory is enough"
+    return DeadWorkerError(f"{what}, or let fewer workers train at once (flower.cpus_per_worker). {reason}")
+
+
+class Nodes:
+    """Those that have built their workers: node i serves the clients i, i + nodes, ..."""
+
+    def __init__(self, job: Job, job_json: str, folder: RunFolder) -> None:
+        self.ready: list[int] = []
+        self.neighbours: set[int] = set()
+        """Nodes that share this machine."""
+        self.sure = False
+        """Whether nothing has been lost since they were asked: else the next round looks again for who is there."""
+        self._job, self._job_json, self._folder = job, job_json, folder
+
+    def of(self, worker: int) -> int:
+        return self.ready[self._job.clients.index(worker) % len(self.ready)]
+
+    def connect(self, grid: Grid, round_: int) -> None:
+        """Find the nodes and have each build its worker; a node's partition id, where it has one, decides its place.
+
+        Raises NoWorkersError, naming the reasons.
+        """
+        flower, workers = self._job.config.flower, len(self._job.clients)
+        found = self._wait(grid, round_, workers)
+        if found:
+            self._folder.log("asked", round=round_, nodes=len(found[:workers]), wanted=workers)
+        ready, failed = self._ask(grid, found[:workers])
+        self.ready = [node for _, node in sorted(ready)]
+        self._folder.log(
+            "nodes",
+            round=round_,
+            nodes=len(self.ready),
+            shared_memory=len(self.neighbours),
+            failed=list(failed.values()),
+        )
+        if not self.ready:
+            reasons = "; ".join(sorted(set(failed.values()))) or f"none connected within {flower.wait_for_nodes:g} s"
+            raise NoWorkersError(f"no node is ready for the run: {reasons}")
+        self.sure = True
+
+    def _wait(self, grid: Grid, round_: int, wanted: int) -> list[int]:
+        """The nodes that are there, when there are enough or flower.wait_for_nodes is over."""
+        flower, told = self._job.config.flower, -1
+        deadline = time.monotonic() + flower.wait_for_nodes
+        while True:
+            found = sorted(grid.get_node_ids())
+            if len(found) >= wanted or time.monotonic() >= deadline:
+                return found
+            if len(found) != told:
+                told = len(found)
+                self._folder.log("waiting", round=round_, nodes=told, wanted=wanted)
+            time.sleep(flower.poll_interval)
+
+    def _ask(self, grid: Grid, nodes: list[int]) -> tuple[list[tuple[int, int]], dict[int, str]]:
+        """Which nodes are ready, with their partitions, and why the others are not. Notes who shares this machine."""
+        flower, token = self._job.config.flower, self._make_token()
+        content = wire.question(self._job_json, token)
+        asked = [Message(content, dst_node_id=node, message_type=MessageType.QUERY) for node in nodes]
+        ready: list[tuple[int, int]] = []
+        failed: dict[int, str] = {}
+        self.neighbours = set()
+        for reply in exchange(grid, asked, flower, flower.connect_timeout):
+            node = reply.metadata.src_node_id
+            if wire.has_died(reply):
+                raise died(wire.error_of(reply))
+            if reply.has_error():
+                failed[node] = wire.error_of(reply)
+                continue
+            if token is not None and wire.token_of(reply.content) == transport.token_text(token):
+                self.neighbours.add(node)
+            elif flower.transport == "shm":
+                failed[node] = "flower.transport=shm, but the node cannot read the server's memory: use auto or inline"
+                continue
+            ready.append((wire.partition_of(reply.content), node))
+        if token is not None:
+            transport.close(token)
+        return ready, failed
+
+    def _make_token(self) -> transport.Segment | None:
+        """What a node must read to get its tensors by shared memory; None if no node shall."""
+        chosen = self._job.config.flower.transport
+        if chosen == "shm" and not transport.AVAILABLE:
+            raise ConfigError("flower.transport=shm needs Linux: use auto or inline")
+        return transport.make_token(self._job.run_id) if chosen != "inline" and transport.AVAILABLE else None
