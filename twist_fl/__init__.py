@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from twist_fl.data.formats import Part as Part
     from twist_fl.federation.client import client_app as client_app
     from twist_fl.federation.strategy import TwistStrategy as TwistStrategy
+    from twist_fl.federation.wire import reply_fields as reply_fields
     from twist_fl.model.subnet import build_model as build_model
     from twist_fl.model.subnet import get_state as get_state
     from twist_fl.model.subnet import load_state as load_state
@@ -57,6 +58,7 @@ _HOMES = {
     "data.formats": ("Part",),
     "federation.client": ("client_app",),
     "federation.strategy": ("TwistStrategy",),
+    "federation.wire": ("reply_fields",),
     "model.subnet": ("build_model", "get_state", "load_state", "slice_state"),
     "runs.checkpoint": ("RunFolder",),
     "runs.trained": ("TrainedRun",),
