@@ -704,8 +704,8 @@ def test_tickets_are_saved_in_a_format_of_the_users(
     [
         (("--format", "transformer"), "format='transformer' must be one of transformers, or module:name of your own, "
          "did you mean 'transformers'?"),
-        (("--format", "json:loads", "--save", "saved"), "format='json:loads' must be a function (ticket, folder, tokenizer_folder) -> "
-         "None, found loads(s, "),
+        (("--format", "json:loads", "--save", "saved"), "format='json:loads' must be a function (ticket, folder, "
+         "tokenizer_folder) -> None, found loads(s, "),
         (("--format", "operator:attrgetter"), "--format operator:attrgetter says what --save writes: give --save "
          "FOLDER"),
     ],
