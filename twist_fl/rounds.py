@@ -13,17 +13,14 @@ from pathlib import Path
 
 from twist_fl.blueprint.division import Debt, Scores
 from twist_fl.model.subnet import State, mask_state, slice_state
-from twist_fl.system.errors import ConfigError
-from twist_fl.system.plugins import RULE
 from twist_fl.training.aggregate import (
     LARGEST,
     Aggregator,
     Memory,
     ReplyError,
-    Rule,
-    StreamingMean,
     check_state,
     coverage_debt,
+    new_aggregator,
 )
 from twist_fl.training.client_state import MomentShelf
 from twist_fl.training.importance import score_blocks
@@ -120,24 +117,18 @@ class RoundMean:
         # The hybrid variant's own worker trains the server's parameters where they are, in_place or not.
         self._before = {name: value.clone() for name, value in state.params.items()} if state.outer else {}
         self._spare: list[Memory] = []
-        rule = RULE.find(job.config.aggregate.rule)
-        self._params = self._begin(
-            rule, state.params, in_place and job.config.algorithm != "ddp"
-        )  # DDP's: of gradients
+        gradients = job.config.algorithm == "ddp"
+        self._params = self._begin(job.config.aggregate.rule, state.params, in_place and not gradients)
         moments = state.moments.values if state.moments and job.moments_travel else {}
-        self._moments = {name: self._begin(StreamingMean, values, in_place) for name, values in moments.items()}
+        self._moments = {name: self._begin("mean", values, in_place) for name, values in moments.items()}
         self._loss_sum = 0.0
         self._cursors = list(state.cursors)
 
-    def _begin(self, rule: Rule, values: State, in_place: bool) -> Aggregator:
+    def _begin(self, rule: str, values: State, in_place: bool) -> Aggregator:
         """Memory that another round has given back is taken; nobody else gets it."""
         self._spare.append(self.state.spare.pop(0) if self.state.spare else {})
         own = values if in_place else {name: tensor.clone() for name, tensor in values.items()}
-        begun = rule(self.job.layout, own, self._spare[-1])
-        if not isinstance(begun, Aggregator):
-            name = self.job.config.aggregate.rule
-            raise ConfigError(f"aggregate.rule={name!r} gave {begun!r}, expected an object with add, held and finish")
-        return begun
+        return new_aggregator(rule, self.job.layout, own, self._spare[-1])
 
     def add(self, task: Task, reply: Reply, lasts: bool = False) -> None:
         """Count the reply in; a bad one is named in the report and dropped, one more from the same worker is not read.

@@ -114,7 +114,7 @@ def use_architecture(name: str) -> Architecture:
 def known_architecture(model_type: object) -> Architecture | None:
     """Ours, an installed package's, or one that `model.architecture` has named here."""
     name = str(model_type)
-    if name not in _KNOWN and (name in ARCHITECTURE.own or name in ARCHITECTURE.names):
+    if name not in _KNOWN and ARCHITECTURE.knows(name):
         use_architecture(name)
     return _KNOWN.get(name)
 

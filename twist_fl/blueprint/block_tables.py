@@ -7,10 +7,6 @@ from dataclasses import replace
 from twist_fl.blueprint.architectures import Architecture, Blocks, ModelDict, Row, When
 
 
-def _always(config: ModelDict) -> bool:
-    return True
-
-
 def _never(config: ModelDict) -> bool:
     return False
 
@@ -82,7 +78,7 @@ def _norm(name: str, when: When | None = None) -> tuple[Row, Row]:
     return Row(f"{name}.weight", ("d_model",), when), Row(f"{name}.bias", ("d_model",), when)
 
 
-def _linear(name: str, outputs: str | Blocks, inputs: str | Blocks, bias: When = _always) -> tuple[Row, Row]:
+def _linear(name: str, outputs: str | Blocks, inputs: str | Blocks, bias: When | None = None) -> tuple[Row, Row]:
     """nn.Linear keeps its weight as (out, in)."""
     return Row(f"{name}.weight", (outputs, inputs)), Row(f"{name}.bias", (outputs,), bias)
 
@@ -119,10 +115,10 @@ def _gpt2() -> Architecture:
 
 def _llama(
     model_type: str,
-    qkv_bias: When,
+    qkv_bias: When | None,
     o_bias: When,
     mlp_bias: When = _never,
-    qk_norm: When = _never,
+    qk_norm: When | None = _never,
     scratch: ModelDict | None = None,
 ) -> Architecture:
     """LLaMA and what was made after it: an attention block is a KV group, its queries included; the FFN is gated."""
@@ -205,7 +201,7 @@ def _gpt_neox() -> Architecture:
 GPT2 = _gpt2()
 LLAMA = _llama("llama", _set("attention_bias"), _set("attention_bias"), _set("mlp_bias"))
 MISTRAL = _llama("mistral", _never, _never, scratch={"sliding_window": None})
-QWEN2 = _llama("qwen2", _always, _never)
-QWEN3 = replace(_llama("qwen3", _set("attention_bias"), _set("attention_bias"), qk_norm=_always), since="4.51")
+QWEN2 = _llama("qwen2", None, _never)
+QWEN3 = replace(_llama("qwen3", _set("attention_bias"), _set("attention_bias"), qk_norm=None), since="4.51")
 OPT = _opt()
 GPT_NEOX = replace(_gpt_neox(), since="5.17")  # version 4 calls its head otherwise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Literal
 
 import numpy as np
@@ -22,8 +23,6 @@ Scores = Mapping[tuple[Kind, int], tuple[float, ...]]
 Debt = frozenset[tuple[Kind, int, int]]
 """Blocks (kind, layer, id) whose holders all failed: they are dealt first in the next round."""
 
-_SIZES = 2
-
 
 @dataclass(frozen=True)
 class Division:
@@ -31,8 +30,8 @@ class Division:
 
     `num_sub` holds sizes, (heads, FFN blocks) per divided layer: one per worker, or with `assign="drawn"` those that
     may be drawn. A kind that `setting` leaves out is held whole, and so are the first `undivided_first` and the last
-    `undivided_last` layers. Every worker holds the common blocks (C): the ids in `common`, or with
-    a `num_common` as many as lead the layer's `scores`.
+    `undivided_last` layers. Every worker holds the common blocks (C): the ids in `common`, or
+    the `num_common` blocks that lead the layer's `scores`.
     """
 
     setting: Setting
@@ -41,7 +40,7 @@ class Division:
     undivided_last: int = 2
     common: tuple[int, ...] = ()
     policy: str = "random"
-    """`policies.policy_of` it chooses the blocks."""
+    """Which chooses the blocks: `policies.policy_of`."""
     assign: Assign = "fixed"
     drawn_workers: int = 0
     """Workers that sizes are drawn for."""
@@ -83,7 +82,7 @@ class Division:
         """
         if self.assign == "fixed":
             return self.num_sub
-        rng = generator(seed, _SIZES, round_, 0, 0)
+        rng = generator(seed, Purpose.SIZES, round_, 0, 0)
         if self.assign == "shuffled":
             return tuple(self.num_sub[i] for i in rng.permutation(len(self.num_sub)))
         sizes = [self.num_sub[i] for i in rng.integers(len(self.num_sub), size=self.drawn_workers)]
@@ -149,6 +148,16 @@ class Division:
                 f"{what}: {num_workers} workers with {common} common blocks cannot cover all {num_full} blocks; "
                 f"the smallest legal N_sub for all is {smallest}"
             )
+
+
+class Purpose(IntEnum):
+    """What random numbers are for: one of the coordinates of a run's randomness, so that none is drawn twice."""
+
+    BLOCKS = 0
+    TICKET = 1
+    SIZES = 2
+    SCORE = 3
+    WORKERS = 4
 
 
 def generator(*coordinates: int) -> np.random.Generator:

@@ -11,10 +11,8 @@ import numpy as np
 from twist_fl.blueprint.architectures import KINDS, Kind
 from twist_fl.blueprint.blocks import Layout
 from twist_fl.blueprint.blueprint import Blueprint
-from twist_fl.blueprint.division import Debt, Division, generator
+from twist_fl.blueprint.division import Debt, Division, Purpose, generator
 from twist_fl.blueprint.policies import Deal, policy_of
-
-_TRAIN, _TICKET = 0, 1
 
 
 def full_blueprint(layout: Layout) -> Blueprint:
@@ -40,7 +38,7 @@ def draw_round(layout: Layout, division: Division, seed: int, round_: int, debt:
             continue
         for layer in division.layers(layout.num_layers):
             owed = sorted(block for k, la, block in debt if (k, la) == (kind, layer))
-            rng = generator(seed, _TRAIN, round_, layer, i)
+            rng = generator(seed, Purpose.BLOCKS, round_, layer, i)
             num_sub = [size[i] for size in sizes]
             common = division.common_blocks(kind, layer)
             deal = Deal(layout.num_blocks[i], num_sub, common, round_, rng, owed)
@@ -69,7 +67,7 @@ def draw_ticket(layout: Layout, division: Division, num_sub: tuple[int, int], se
         if not division.divides(kind):
             continue
         for layer in division.layers(layout.num_layers):
-            order = _ticket_order(division, kind, layer, num_full, generator(seed, _TICKET, draw, layer, i))
+            order = _ticket_order(division, kind, layer, num_full, generator(seed, Purpose.TICKET, draw, layer, i))
             rows[kind][layer] = tuple(sorted(order[: num_sub[i]]))
     return Blueprint(layout.num_blocks, tuple(rows["attn"]), tuple(rows["ffn"]))
 

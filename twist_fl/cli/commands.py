@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -19,9 +19,6 @@ from twist_fl.system.errors import LaunchError
 from twist_fl.system.files import read_json, write_text
 from twist_fl.tickets.device_limits import parse_devices
 from twist_fl.tickets.measuring import measuring
-
-if TYPE_CHECKING:
-    pass
 
 
 def demo(console: Console, directory: Path, overrides: list[str]) -> None:

@@ -26,7 +26,7 @@ Statistic = Callable[[torch.Tensor], torch.Tensor]
 """Of the inputs (N, in) of a matrix over N tokens; additive over tokens."""
 Say = Callable[[str], None]
 _CALIBRATION = 2
-"""Purpose of the random numbers. That of `blueprint._SIZES` is 2 as well, with a round beside it."""
+"""Purpose of the random numbers. That of `Purpose.SIZES` is 2 as well, with a round beside it."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Where a user's own code comes in: a policy, an aggregation rule, a data source, a tracker, an export format.
+"""Where a user's own code comes in: a policy, an aggregation rule, a data source, a tracker, an export format,
+an architecture.
 
 Each is given by the name of one of ours, by the name of an entry point of an installed package, or as `module:name`.
 Ours are found in the same way. Nothing is imported before it is used.
@@ -38,12 +39,16 @@ class Plugin:
         """Ours, and those of installed packages."""
         return [*self.own, *sorted(entry_points(group=self.group).names - self.own.keys())]
 
+    def knows(self, name: str) -> bool:
+        """Ours are known without a look at what is installed."""
+        return name in self.own or name in self.names
+
     def check(self, name: str, suggest: Callable[[str, Sequence[str]], str] = lambda word, words: "") -> None:
         """Imports nothing. Raises ConfigError, with what `suggest` says, unless `name` is known or module:name."""
         module, colon, attribute = name.partition(":")
         if colon and not (module and attribute):
             raise ConfigError(f"{self.key}={name!r} is not of the form module:name, for example my_module:mine")
-        if not colon and name not in self.own and name not in self.names:
+        if not colon and not self.knows(name):
             one_of = ", ".join(self.names)
             raise ConfigError(
                 f"{self.key}={name!r} must be one of {one_of}, or module:name of your own{suggest(name, self.names)}"

@@ -24,6 +24,8 @@ from twist_fl.blueprint.blocks import Layout, Param, runs
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.division import Debt, Division
 from twist_fl.model.subnet import State
+from twist_fl.system.errors import ConfigError
+from twist_fl.system.plugins import RULE
 from twist_fl.system.threads import PIECE, for_each, pieces, ranges
 
 Array = npt.NDArray[Any]
@@ -59,6 +61,14 @@ class Aggregator(Protocol):
 Rule = Callable[[Layout, State, Memory], Aggregator]
 """Of the model's layout, the server's values, which are the rule's to change, and a dictionary for large arrays, which
 the next round's aggregator is given as this one leaves it. It is in no checkpoint: what is in it must not matter."""
+
+
+def new_aggregator(rule: str, layout: Layout, state: State, memory: Memory) -> Aggregator:
+    """What the rule of that name makes. Raises ConfigError for what cannot aggregate."""
+    begun = RULE.find(rule)(layout, state, memory)
+    if not isinstance(begun, Aggregator):
+        raise ConfigError(f"aggregate.rule={rule!r} gave {begun!r}, expected an object with add, held and finish")
+    return begun
 
 
 class StreamingMean:

@@ -11,14 +11,12 @@ from torch import nn
 
 from twist_fl.blueprint.architectures import Kind
 from twist_fl.blueprint.blocks import Param
-from twist_fl.blueprint.division import Scores
+from twist_fl.blueprint.division import Purpose, Scores, generator
 from twist_fl.blueprint.drawing import full_blueprint
 from twist_fl.data.corpus import Windows
 from twist_fl.model.subnet import State
 from twist_fl.training.interval import next_token_loss
 from twist_fl.training.job import Job
-
-_SCORE = 3
 
 TERMS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "fisher": lambda parameter, gradient: gradient.double().square(),
@@ -68,7 +66,7 @@ def _by_block(param: Param, parameter: nn.Parameter, score: str) -> torch.Tensor
 def score_blocks(job: Job, params: State, round_: int) -> Scores:
     """The scores after `round_` rounds, by the job's settings, on training windows that depend on seed and round."""
     blueprint, train = job.config.blueprint, job.corpus.train
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((job.config.seed, _SCORE, round_, 0))))
+    rng = generator(job.config.seed, Purpose.SCORE, round_, 0)
     chosen = rng.permutation(len(train))[: blueprint.score_windows]
     return block_scores(job, params, train[np.sort(chosen)], blueprint.score)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from twist_fl.blueprint.architectures import KINDS, use_architecture
 from twist_fl.blueprint.blocks import Layout, make_layout
 from twist_fl.blueprint.blueprint import Blueprint, Scale
-from twist_fl.blueprint.division import Debt, Division, Scores, generator
+from twist_fl.blueprint.division import Debt, Division, Purpose, Scores, generator
 from twist_fl.blueprint.drawing import draw_round, draw_ticket, full_blueprint
 from twist_fl.config.checks import check_name
 from twist_fl.config.schema import Config, from_yaml, to_yaml
@@ -32,10 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from twist_fl.model.subnet import ModelCache, State
-
-
-_SAMPLE = 4
-"""A purpose of randomness; `drawing.py`, `division.py` and `importance.py` have 0 to 3."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ class Job:
         if number == len(everyone):
             return list(everyone)
         always = [worker for worker in everyone if worker not in self.clients]
-        rng = generator(self.config.seed, _SAMPLE, round_, 0, 0)
+        rng = generator(self.config.seed, Purpose.WORKERS, round_, 0, 0)
         drawn = rng.choice(self.clients, number - len(always), replace=False)
         return [*always, *sorted(int(worker) for worker in drawn)]
 
