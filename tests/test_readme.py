@@ -28,8 +28,15 @@ SMALLER = {
 TINY = [
     *("model.n_layer=3", "model.n_embd=24", "model.n_positions=16", "data.window=16", "data.vocab_size=300"),
     *("blueprint.undivided_first=1", "blueprint.num_sub=6", "train.workers=2", "train.rounds=2", "train.interval=2"),
-    *("train.batch_size=2", "eval.tickets=2", "eval.sizes=[6]", "deploy.new_tokens=4"),
+    *("train.batch_size=2", "eval.tickets=2", "eval.sizes=[6]", "eval.max_windows=16", "deploy.new_tokens=4"),
 ]
+FASTER = {
+    "name=mine": TINY,
+    "prune": ["--draws", "2", "--calibration", "8"],
+    "tickets": ["--draws", "2"],
+    "train.rounds=200": ["--local"],  # the first command trains in a simulation
+}
+"""What is added to a command that has the word."""
 
 
 def test_the_commands_on_your_own_text_run(tmp_path: Path, text_folder: Path) -> None:
@@ -37,7 +44,7 @@ def test_the_commands_on_your_own_text_run(tmp_path: Path, text_folder: Path) ->
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     assert [words[1] for words in MINE][:3] == ["train", "tickets", "generate"]
     for words in MINE:
-        more = TINY if "name=mine" in words else []
+        more = [option for word, options in FASTER.items() if word in words for option in options]
         tiny = [SMALLER.get(word, word) for word in words]
         done = subprocess.run(
             [*tiny, *more], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False

@@ -42,7 +42,8 @@ def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_app_is_rounds_run_of_those_that_are_drawn(
     settings: tuple[str, ...], tiny_job: MakeJob, tmp_path: Path
 ) -> None:
-    job = tiny_job("model.dropout=0.1", "eval.every=0", *POOL, *settings)
+    # Three nodes serve five workers, and nobody waits for two more.
+    job = tiny_job("model.dropout=0.1", "eval.every=0", "flower.wait_for_nodes=0.1", *POOL, *settings)
     folder, grid = RunFolder(tmp_path / "run"), LocalGrid(3)
     folder.create(job)
     strategy = TwistStrategy(job, folder)
