@@ -22,7 +22,7 @@ EXAMPLES = Path(twist_fl.__file__).parents[1] / "examples"
 
 def run(name: str, folder: Path, *words: str) -> str:
     command = [sys.executable, str(EXAMPLES / f"{name}.py"), *words]
-    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}  # beside other tests
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
