@@ -627,7 +627,8 @@ def fake_device(monkeypatch: pytest.MonkeyPatch, ms_per_block: float) -> None:
         about = json.loads((folder / "twist.json").read_text())
         ms = 1 + ms_per_block * len(about["blueprint"]["attn"][1])
         perplexity = None if limit_ms and ms > limit_ms else 50.0
-        return EdgeReport(about["num_params"], 4 * about["num_params"], perplexity, ms / 1000, 32, 10**6, 10**6, 1)
+        num = about["num_params"]
+        return EdgeReport(num, 4 * num, perplexity, ms / 1000, 1e3, 32, 10**6, 10**6, 1)
 
     monkeypatch.setattr("twist_fl.tickets.edge_client.measure", measure)
 

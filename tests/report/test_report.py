@@ -96,7 +96,7 @@ def pair(make_run: MakeRun) -> list[RunFolder]:
 
 DEVICE: Mapping[str, Any] = {
     "name": "phone <1>", "memory_mb": 2.9, "size": 4, "of": 12, "num_params": 731_776, "weight_mb": 2.93,
-    "bytes_received": 2_931_234, "perplexity": 49.87, "ms_per_token": 1.25, "peak_mb": 31.5,
+    "bytes_received": 2_931_234, "perplexity": 49.87, "ms_per_token": 1.25, "prompt_tokens_per_second": 41_234.5, "peak_mb": 31.5,
 }  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def test_report_holds_every_number_of_the_table(make_run: MakeRun, tmp_path: Pat
     for cells in (run_tables(comparison_table(runs)) | device_tables([DEVICE])).values():
         for cell in [cell for line in cells for cell in line]:
             assert cell in words
-    for cell in ("phone <1>", "4/12", "731,776", "2.93", "49.87", "31.5", "A <fast> processor", "16,384"):
+    for cell in ("phone <1>", "4/12", "731,776", "2.93", "49.87", "41,234", "31.5", "A <fast> processor", "16,384"):
         assert cell in words
 
 

@@ -406,7 +406,7 @@ def test_measure_reports_what_a_fresh_process_saw(
     assert report.perplexity == pytest.approx(expected, rel=1e-5)
     assert (report.num_params, report.weight_bytes) == (ticket.num_params, 4 * ticket.num_params)
     assert (report.context_tokens, report.threads) == (32, 1)
-    assert 0 < report.seconds_per_token < 1
+    assert 0 < report.seconds_per_token < 1 < report.prompt_tokens_per_second
     assert report.peak_memory_bytes <= report.perplexity_memory_bytes < 500e6
     assert list(tmp_path.iterdir()) == []
 

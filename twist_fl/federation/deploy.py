@@ -45,7 +45,7 @@ _REPORT = {
     **dict.fromkeys(("num_params", "weight_bytes", "context_tokens", "threads", "bytes_received"), Field(int, 1)),
     **dict.fromkeys(("peak_memory_bytes", "perplexity_memory_bytes"), Field(int)),
     "perplexity": Field(float, or_null=True),
-    "seconds_per_token": Field(float, 0),
+    **dict.fromkeys(("seconds_per_token", "prompt_tokens_per_second"), Field(float, 0)),
 }
 
 

@@ -160,7 +160,8 @@ def _devices(deployed: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield table(tables[DEVICES], DEVICES)
     yield note(
         "Each device got the largest ticket that meets its limits, as a model of its own: MB are of weights and the KV "
-        "cache of one full context, ms are the device's own a token, κ is the share of a divided layer's blocks."
+        "cache of one full context, ms are the device's own for each token it writes, prompt tokens are what it reads "
+        "before it writes, κ is the share of a divided layer's blocks."
     )
     yield table(tables[DEVICE_BYTES], DEVICE_BYTES)
     yield note("Peak memory is measured on the device's side; received are all tickets it was sent to find one.")

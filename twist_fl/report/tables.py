@@ -74,10 +74,11 @@ def device_cells(devices: Sequence[Mapping[str, Any]]) -> Cells:
             size_label(device) if "of" in device else MISSING,
             perplexity_text(device["perplexity"]) if "perplexity" in device else MISSING,
             _number(device, "ms_per_token", 2),
+            _number(device, "prompt_tokens_per_second", 0),
         ]
         for device in devices
     ]
-    return [["device", "limits", "blocks", "perplexity", "ms per token"], *lines]
+    return [["device", "limits", "blocks", "perplexity", "ms per token", "prompt tokens/s"], *lines]
 
 
 def device_bytes_cells(devices: Sequence[Mapping[str, Any]]) -> Cells:

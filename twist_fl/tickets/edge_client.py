@@ -51,6 +51,8 @@ class EdgeReport:
     """None if a token took longer than it may: such a ticket does not stay."""
     seconds_per_token: float
     """Median decoding step: greedy, KV cache, batch 1, at the end of the longest context the prompt allows."""
+    prompt_tokens_per_second: float
+    """Reading that prompt in one pass (prefill), median; where there is enough to compute, smaller is faster."""
     context_tokens: int
     """Tokens in the KV cache after the last of those steps."""
     peak_memory_bytes: int
@@ -120,6 +122,7 @@ def measure_here(
     prompt = _prompt(windows, model.config.max_position_embeddings, new_tokens)
     decode(model, prompt, min(2, new_tokens))
     seconds = [second for _ in range(REPEATS) for second in decode(model, prompt, new_tokens)[1]]
+    reading = median(_seconds_to_read(model, prompt) for _ in range(3 * REPEATS))
     peak_memory_bytes = peak_bytes() - before
     stays = limit_ms is None or 1000 * median(seconds) <= limit_ms
     return EdgeReport(
@@ -127,6 +130,7 @@ def measure_here(
         weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
         perplexity=perplexity(model, windows, batch_size=1) if stays else None,
         seconds_per_token=median(seconds),
+        prompt_tokens_per_second=prompt.shape[1] / reading,
         context_tokens=prompt.shape[1] + new_tokens,
         peak_memory_bytes=peak_memory_bytes,
         perplexity_memory_bytes=peak_bytes() - before,
@@ -158,6 +162,13 @@ def decode(model: Any, prompt: torch.Tensor, new_tokens: int) -> tuple[list[int]
         tokens.append(int(output.logits[0, -1].argmax()))
         seconds.append(time.perf_counter() - start)
     return tokens, seconds
+
+
+@torch.inference_mode()
+def _seconds_to_read(model: Any, prompt: torch.Tensor) -> float:
+    start = time.perf_counter()
+    model(prompt, use_cache=True, logits_to_keep=1)
+    return time.perf_counter() - start
 
 
 def _warm_up() -> None:
