@@ -26,7 +26,7 @@ from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.cost import moment_bytes, round_bytes
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
-from twist_fl.experiments import ablation, failure, finetune, real_cost, recipe, sweep, theorem
+from twist_fl.experiments import ablation, failure, finetune, real_cost, recipe, sweep, theorem, weighing
 from twist_fl.experiments.experiment import Experiment
 from twist_fl.experiments.extras import EXTRAS
 from twist_fl.experiments.lab import SCALES, TRAIN, Lab, Task
@@ -174,8 +174,8 @@ def test_a_fresh_layer_follows_the_square_root(job: Job) -> None:
 def test_weights_are_counted_in_the_file(job: Job, state: State, method: str) -> None:
     """Zeros stay in the file of a full-size model; a ticket's file is smaller, and gzip gains little on it."""
     pruned = prune(job, state, method, 2, seed=0)
-    size, num_full = real_cost.weigh(job, pruned), job.layout.num_params()
-    full = real_cost.weigh(job, replace(pruned, method="full", params=state, blueprint=None))
+    size, num_full = weighing.weigh(job, pruned), job.layout.num_params()
+    full = weighing.weigh(job, replace(pruned, method="full", params=state, blueprint=None))
     assert (full.num_params, full.nonzero) == (num_full, num_full)
     if method == "se":
         assert size.num_params == size.nonzero == job.layout.num_params(pruned.blueprint)
@@ -192,20 +192,20 @@ def test_gzip_bytes_are_those_of_gzip(tmp_path: Path) -> None:
     file = tmp_path / "zeros"
     file.write_bytes(bytes(3_000_000))
     packed = len(gzip.compress(file.read_bytes(), compresslevel=6))
-    assert real_cost._gzip_bytes(file) == pytest.approx(packed, abs=40)
+    assert weighing._gzip_bytes(file) == pytest.approx(packed, abs=40)
 
 
 def test_the_model_that_is_timed_is_the_one_that_is_measured(job: Job, state: State) -> None:
     ticket = prune(job, state, "se", 2, seed=0)
     assert ticket.blueprint is not None
     model = job.models().load_sliced(ticket.blueprint, state)
-    timed = real_cost.dense_model(job, ticket)
+    timed = weighing.dense_model(job, ticket)
     assert sum(p.numel() for p in timed.parameters()) == job.layout.num_params(ticket.blueprint)
     assert mean_nll(timed, job.corpus.test, 4) == pytest.approx(mean_nll(model, job.corpus.test, 4), rel=1e-5)
 
 
 def test_real_cost_of_a_run(folder: RunFolder) -> None:
-    found = real_cost.real_cost(
+    found = weighing.real_cost(
         folder, methods=["magnitude", "se"], size=2, draws=2, calibration=4, new_tokens=2, turns=1
     )
     full, magnitude, ticket = found["rows"]
@@ -214,7 +214,7 @@ def test_real_cost_of_a_run(folder: RunFolder) -> None:
     assert all(row["ms_per_window"] > 0 and row["ms_per_token"] > 0 for row in found["rows"])
     assert (magnitude["draws"], ticket["draws"], found["of"]) == (1, 2, 4)
     with pytest.raises(ConfigError, match=r"new_tokens=16 .* data.window=16"):
-        real_cost.real_cost(folder, methods=[], size=2, draws=1, calibration=1, new_tokens=16, turns=1)
+        weighing.real_cost(folder, methods=[], size=2, draws=1, calibration=1, new_tokens=16, turns=1)
 
 
 @pytest.mark.parametrize(

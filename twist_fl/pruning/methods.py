@@ -198,7 +198,7 @@ def save_pruned(job: Job, pruned: Pruned, folder: Path) -> None:
         export_ticket(ticket, folder, tokenizer_folder)
         return
     auto: Any = AutoModelForCausalLM  # untyped in transformers
-    model = auto.from_config(job.model_config)
+    model = auto.from_config(job.model_config, dtype=torch.float32)  # a checkpoint in 16 bits was trained further in 32
     load_state(model, pruned.params)
     with new_folder(folder) as making:
         model.save_pretrained(making)
