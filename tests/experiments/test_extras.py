@@ -406,13 +406,28 @@ def test_a_recipe_is_a_mean_over_seeds(lab: Lab) -> None:
 
 def test_pruned_models_stand_beside_fine_tuned_ones(lab: Lab) -> None:
     data = finetune.collect(lab)
-    (table,) = finetune.tables(data).values()
-    assert [line[0] for line in table[1:]] == [finetune.BEFORE, *finetune.TRAINED, *finetune.PRUNERS]
-    assert all(len(line) == len(table[0]) for line in table)
-    dense, sparse = table[2], table[-2]
+    best, changes, every = finetune.tables(data).values()
+    pruned = [f"DDP, then {name}" for name in finetune.PRUNERS]
+    assert [line[0] for line in best[1:]] == [finetune.BEFORE, *finetune.METHODS, *pruned]
+    assert [line[0] for line in changes[2:]] == list(finetune.CHANGES)
+    assert len(every) - 1 == sum(
+        len(rates) * (1 + len(pruned) * (name == finetune.DDP)) for name, (*_, rates) in finetune.METHODS.items()
+    )
+    dense, sparse = best[2], best[-1]
     assert sparse[1] == dense[1]  # pruned is the model that DDP has fine-tuned
     assert "±" in dense[-1] and "±" not in sparse[-1]
-    starts = {lab.words(task)[-3] for task in finetune.TRAINED.values()}
-    assert starts == {f"model.pretrained={lab.run('ddp').path}"}
+    trained = [task for task in finetune.tasks(lab) if task.kind == TRAIN and task != DDP]
+    assert {lab.words(task)[-3] for task in trained} == {f"model.pretrained={lab.run('ddp').path}"}
+    assert {lab.config(task).train.rounds for task in trained} == {100, 300}
     lost = replace(lab, folder=lab.folder / "elsewhere")  # to be planned before anything has been trained
-    assert lost.config(finetune.TRAINED[finetune.DDP]).model.pretrained == str(lost.run("ddp").path)
+    assert lost.config(trained[0]).model.pretrained == str(lost.run("ddp").path)
+
+
+def test_twist_is_one_checkpoint_and_a_rival_its_best_in_each_column() -> None:
+    def row(method: str, lr: str, full: float, ticket: float) -> dict[str, Any]:
+        return {"method": method, "lr": lr, "full": full, "tickets": [{"size": 3, "of": 12, "mean": ticket}]}
+
+    rows = [row("TwIST", "1", 10, 40), row("TwIST", "2", 15, 20), row("DDP", "1", 10, 40), row("DDP", "2", 15, 20)]
+    best = finetune.best({"rows": rows})
+    assert best["TwIST"] == rows[1]
+    assert (best["DDP"]["full"], best["DDP"]["tickets"][0]["mean"]) == (10, 20)
