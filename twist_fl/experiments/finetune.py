@@ -13,7 +13,6 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from twist_fl.experiments import runs
-from twist_fl.experiments.ablation import MIXED
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure, train
 from twist_fl.experiments.recipe import COMMON, SHUFFLED
@@ -31,23 +30,22 @@ BEFORE, DDP, TWIST = "before: DDP", "DDP", "TwIST, 12, 6, 4, 3, two common"
 METHODS = {
     DDP: ("ddp", ("algorithm=ddp",), ("5e-4", "1e-3", "2e-3", "4e-3")),
     "FedAvg": ("fedavg", ("algorithm=fedavg",), ("1e-3", "2e-3", "4e-3")),
-    "TwIST, 6/12 (the paper)": ("both-6", (BOTH, "blueprint.num_sub=6"), ("1e-3", "2e-3", "4e-3")),
+    "TwIST, 6/12 (the paper)": ("both-6", (BOTH, "blueprint.num_sub=6"), ("2e-3", "4e-3")),
     TWIST: ("mixed", (BOTH, COMMON, *SHUFFLED), ("2e-3", "4e-3", "8e-3")),
 }
 """Each method's name of a run, its settings and the learning rates tried."""
 CHANGED_AT = "4e-3"
 CHANGES = {
-    "schedule: constant 3e-4, no clipping, beta2 0.999": (
+    "constant 3e-4, no clipping, beta2 0.999": ("constant", (
         "train.schedule=constant", "train.warmup=0", "train.clip_norm=null", "train.beta2=0.999", "train.lr=3e-4",
-    ),
-    "schedule: linear": ("train.schedule=linear",),
-    "interval 5": ("train.interval=5", "train.rounds=300"),
-    "sizes 12, 8, 6, 4": ("blueprint.num_sub=[12,8,6,4]",),
-    "sizes 12, 12, 6, 3": ("blueprint.num_sub=[12,12,6,3]",),
-    "moments reset": ("train.optimizer_state=reset",),
-    "outer Nesterov 0.7/0.9": ("aggregate.optimizer=nesterov", "aggregate.server_lr=0.7", "aggregate.momentum=0.9"),
+    )),
+    "moments reset": ("reset", ("train.optimizer_state=reset",)),
+    "interval 5": ("interval-5", ("train.interval=5", "train.rounds=300")),
+    "outer Nesterov 0.7/0.9": ("nesterov", (
+        "aggregate.optimizer=nesterov", "aggregate.server_lr=0.7", "aggregate.momentum=0.9",
+    )),
 }  # fmt: skip
-"""What is changed of TWIST at CHANGED_AT, one thing at a time."""
+"""What is changed of TWIST at CHANGED_AT, one thing at a time: the run's name, and the settings."""
 PRUNERS = {"SparseGPT": "sparsegpt", "Wanda": "wanda", "Z-Pruner": "zpruner", "Block Prune": "block",
            "magnitude": "magnitude"}  # fmt: skip
 
@@ -69,15 +67,9 @@ def tried(method: str) -> dict[str, Task]:
 def changed() -> dict[str, Task]:
     name, overrides, _ = METHODS[TWIST]
     return {
-        label: _task(
-            f"{name}-change-{i}", CHANGED_AT, *(word for word in overrides if not _replaced(word, change)), *change
-        )
-        for i, (label, change) in enumerate(CHANGES.items())
+        label: _task(f"{name}-{change}", CHANGED_AT, *overrides, *settings)
+        for label, (change, settings) in CHANGES.items()
     }
-
-
-def _replaced(word: str, change: tuple[str, ...]) -> bool:
-    return word == MIXED and any(each.startswith("blueprint.num_sub=") for each in change)
 
 
 def _pruned(lab: Lab, run: Task, method: str) -> list[Task]:
@@ -86,7 +78,7 @@ def _pruned(lab: Lab, run: Task, method: str) -> list[Task]:
 
 
 def tasks(lab: Lab) -> list[Task]:
-    trained = [run for method in METHODS for run in tried(method).values()]
+    trained = [run for method in reversed(METHODS) for run in tried(method).values()]
     pruned = [task for run in tried(DDP).values() for method in PRUNERS.values() for task in _pruned(lab, run, method)]
     return [runs.DDP, *trained, *changed().values(), *pruned]
 
