@@ -13,10 +13,10 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 import client_app
+from twist_fl.blueprint.moments import MOMENTS
 from twist_fl.federation import apps, tensors, transport, wire
 from twist_fl.model.subnet import State
 from twist_fl.rounds import RunState
-from twist_fl.training.interval import MOMENTS
 from twist_fl.training.job import Job
 from twist_fl.training.worker import Reply, Task
 

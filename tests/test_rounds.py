@@ -16,13 +16,14 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.drawing import full_blueprint
+from twist_fl.blueprint.moments import MOMENTS
 from twist_fl.data.tokenizer import copy_tokenizer
 from twist_fl.model.subnet import State, attach_factors, get_state, load_state
 from twist_fl.rounds import RoundMean, RunState, dispatch, plan, run, start, twist_round
 from twist_fl.system.errors import ConfigError
 from twist_fl.tickets.evaluate import perplexity
 from twist_fl.training.client_state import MomentShelf
-from twist_fl.training.interval import MOMENTS, Moments
+from twist_fl.training.interval import Moments
 from twist_fl.training.job import Job
 from twist_fl.training.worker import Worker
 

@@ -17,6 +17,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from local_grid import assert_same_run, same
 
+from twist_fl.blueprint.moments import MOMENTS
 from twist_fl.config.schema import DataConfig
 from twist_fl.data.corpus import Corpus, load_corpus, open_corpus
 from twist_fl.federation import tensors, transport, wire
@@ -27,7 +28,7 @@ from twist_fl.rounds import RoundMean, dispatch, plan, start
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import DamagedError
 from twist_fl.training.aggregate import ReplyError
-from twist_fl.training.interval import MOMENTS, Moments
+from twist_fl.training.interval import Moments
 from twist_fl.training.job import Job
 from twist_fl.training.worker import Reply
 

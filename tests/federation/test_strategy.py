@@ -508,12 +508,11 @@ def test_the_bytes_logged_are_those_of_the_cost_model(
     job = strategy.job
     strategy.run(LocalGrid())
     (plan_,) = events(strategy, "start")
-    server = job.config.train.optimizer_state == "server"
     for event in events(strategy, "round"):
         blueprints, down, up = job.blueprints(event["round"]), event["bytes_down"], event["bytes_up"]
         assert down["weights"] == up["weights"]
         assert down["weights"] + up["weights"] == round_bytes(job.layout, blueprints) == plan_["predicted_round_bytes"]
-        moments = moment_bytes(job.layout, blueprints) if server else 0
+        moments = moment_bytes(job.moment_layouts, blueprints)
         assert down["moments"] + up["moments"] == moments == plan_["predicted_moment_bytes"]
         assert 0 < up["other"] < down["other"] < 3 * 5_000
     assert plan_["subnet_params"] == [job.layout.num_params(blueprint) for blueprint in job.blueprints(1)]

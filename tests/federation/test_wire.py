@@ -28,6 +28,7 @@ from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.cost import state_bytes
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import draw_ticket
+from twist_fl.blueprint.moments import MOMENTS, moment_layouts
 from twist_fl.federation import tensors, transport, wire
 from twist_fl.federation.packing import DTYPES, Packing
 from twist_fl.federation.transport import Handle, Segment, SegmentError
@@ -36,7 +37,7 @@ from twist_fl.rounds import RunState, dispatch, plan, start
 from twist_fl.system.errors import ConfigError
 from twist_fl.training.aggregate import ReplyError
 from twist_fl.training.client_state import MomentShelf
-from twist_fl.training.interval import MOMENTS, Moments
+from twist_fl.training.interval import Moments
 from twist_fl.training.job import Job
 from twist_fl.training.worker import Reply, Task, Worker
 
@@ -240,16 +241,17 @@ def pointers(of: Reply | wire.Parcel) -> list[int]:
     return [tensor.data_ptr() for state in states for tensor in state.values()]
 
 
-@given(st.integers(0, 3), st.sampled_from(list(DTYPES)), st.booleans())
-def test_tensors_in_a_segment_are_aligned_and_apart(draw: int, wire_dtype: str, with_moments: bool) -> None:
+@given(st.integers(0, 3), st.sampled_from(list(DTYPES)), st.sampled_from(["reset", "server", "factored"]))
+def test_tensors_in_a_segment_are_aligned_and_apart(draw: int, wire_dtype: str, optimizer_state: str) -> None:
     layout = make_layout(GPT2Config(n_embd=12, n_layer=3, n_head=4, n_positions=7, vocab_size=11).to_dict())
     division = Division("both", ((1 + draw, 2),), undivided_first=1, undivided_last=0)
-    packing = Packing(layout, draw_ticket(layout, division, (1 + draw, 2), 0, 0), with_moments, wire_dtype)
+    layouts = {"params": layout} | moment_layouts(optimizer_state, layout)
+    packing = Packing(layouts, draw_ticket(layout, division, (1 + draw, 2), 0, 0), wire_dtype)
     places = sorted(packing.places.values(), key=lambda place: place.start)
-    assert len(places) == len(packing.records) * len(layout.params)
+    assert len(places) == sum(len(each.params) for each in layouts.values())
     assert all(place.start % 64 == 0 for place in places)
     assert all(before.stop <= after.start < before.stop + 64 for before, after in pairwise(places))
-    sizes = sum(map(packing.num_bytes, packing.records))
+    sizes = sum(map(packing.num_bytes, layouts))
     assert sizes <= places[-1].stop == packing.segment_bytes < sizes + 64 * len(places)
 
 

@@ -186,7 +186,7 @@ def test_the_app_is_rounds_run(variant: str, optimizer_state: str, by: str, tiny
         drawn, full = job.blueprints(event["round"]), full_blueprint(job.layout)
         travelled = [full] * 3 if variant == "masked" else drawn[1:]
         sent = {kind: event["bytes_down"][kind] + event["bytes_up"][kind] for kind in ("weights", "moments")}
-        moments = moment_bytes(job.layout, travelled) if optimizer_state == "server" else 0
+        moments = moment_bytes(job.moment_layouts, travelled)
         assert sent == {"weights": round_bytes(job.layout, travelled), "moments": moments}
         assert (plan_["predicted_round_bytes"], plan_["predicted_moment_bytes"]) == (sent["weights"], moments)
 

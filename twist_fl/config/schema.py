@@ -18,7 +18,7 @@ from twist_fl.config.layers import presets as presets  # noqa: PLC0414
 from twist_fl.system.errors import ConfigError as ConfigError  # noqa: PLC0414 (the name users import)
 
 Algorithm = Literal["twist", "fedavg", "ddp"]
-OptimizerState = Literal["reset", "client", "server"]
+OptimizerState = Literal["reset", "client", "server", "factored"]
 Precision = Literal["float32", "tf32", "bfloat16"]
 
 
