@@ -221,6 +221,7 @@ def test_real_cost_of_a_run(folder: RunFolder) -> None:
     "overrides",
     [
         ["train.optimizer_state=server"],
+        ["train.optimizer_state=factored", "blueprint.num_sub=[4,2,2]"],
         ["blueprint.num_sub=[4,2,1]", "blueprint.assign=shuffled"],
         ["blueprint.num_sub=[4,2,1]", "blueprint.assign=drawn", "blueprint.policy=ordered"],
         ["algorithm=fedavg"],

@@ -28,7 +28,7 @@ from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.cost import state_bytes
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import draw_ticket
-from twist_fl.blueprint.moments import MOMENTS, moment_layouts
+from twist_fl.blueprint.moments import moment_layouts
 from twist_fl.federation import tensors, transport, wire
 from twist_fl.federation.packing import DTYPES, Packing
 from twist_fl.federation.transport import Handle, Segment, SegmentError
@@ -53,8 +53,8 @@ FRAME_CONSTANT, FRAME_PER_ARRAY = 8_192, 512
 def random_run(job: Job, random_state: RandomState) -> RunState:
     """A state with every number random; with moments if the job's server keeps them."""
     moments = None
-    if job.config.train.optimizer_state == "server":
-        moments = Moments(30, {name: random_state(job.layout, 1 + i) for i, name in enumerate(MOMENTS)})
+    if layouts := job.moment_layouts:
+        moments = Moments(30, {name: random_state(each, 1 + i) for i, (name, each) in enumerate(layouts.items())})
     return RunState(random_state(job.layout), [4, 2, 6], 2, moments=moments)
 
 
@@ -85,7 +85,7 @@ def segment(request: pytest.FixtureRequest, job: Job, state: RunState) -> Iterat
         yield found
 
 
-@pytest.fixture(params=["reset", "server"])
+@pytest.fixture(params=["reset", "server", "factored"])
 def job(request: pytest.FixtureRequest, tiny_job: MakeJob) -> Job:
     return tiny_job(f"train.optimizer_state={request.param}")
 
@@ -123,7 +123,8 @@ def assert_same_moments(ours: Moments | None, theirs: Moments | None) -> None:
     assert (ours is None) == (theirs is None)
     if ours is not None and theirs is not None:
         assert ours.step == theirs.step
-        assert all(same(ours.values[name], theirs.values[name]) for name in MOMENTS)
+        assert ours.values.keys() == theirs.values.keys()
+        assert all(same(values, theirs.values[name]) for name, values in ours.values.items())
 
 
 def test_a_reply_arrives_as_it_was_sent(job: Job, state: RunState, reply: Reply, segment: Segment | None) -> None:
@@ -191,7 +192,8 @@ def test_by_shared_memory_a_task_is_trained_where_it_lies(job: Job, tmp_path: Pa
     with new_segment(job, task.blueprint) as segment:
         parcel = wire.task_from_records(job, task_records(job, state, task, segment))
         reply = worker.train(parcel.task, parcel.params, parcel.moments, parcel.in_place)
-        assert pointers(reply) == pointers(parcel)
+        made = len(reply.params) if job.config.train.optimizer_state == "factored" else None  # its factors are new
+        assert pointers(reply)[:made] == pointers(parcel)[:made]
         content = wire.reply_to_records(job, task.blueprint, reply, segment)
         arrived = wire.reply_from_records(job, task.blueprint, content, segment)
         assert (arrived.loss, arrived.digest) == (expected.loss, expected.digest)
@@ -314,11 +316,12 @@ def test_weights_cost_what_appendix_c_says(job: Job, state: RunState, reply: Rep
     for content in (down, up):
         sizes = tensors.num_bytes(content)
         assert sizes["weights"] == state_bytes(job.layout, task.blueprint) == 4 * job.layout.num_params(task.blueprint)
-        assert sizes["moments"] == (2 * sizes["weights"] if state.moments else 0)
+        assert sizes["moments"] == sum(state_bytes(each, task.blueprint) for each in job.moment_layouts.values())
         assert tensors.transport_of(content) == ("inline" if segment is None else "shm")
         if segment is not None:
             assert not content.array_records
-            assert sizes["weights"] + sizes["moments"] == len(segment.memory)
+            num_tensors = sum(len(each.params) for each in ({"params": job.layout} | job.moment_layouts).values())
+            assert 0 <= len(segment.memory) - sizes["weights"] - sizes["moments"] < 64 * num_tensors
 
 
 def test_subnets_of_unequal_workers_cost_unequal_bytes(tiny_job: MakeJob, random_state: RandomState) -> None:
@@ -361,10 +364,10 @@ def test_shared_arrays_are_the_same_object_for_every_worker(job: Job, state: Run
     """Flower uploads equal objects once; a block's slice must not pass for another's of the same shape."""
     alone = [(task, task_records(job, state, task)) for task in plan(job, state, keep_from=1)]
     for sent in (tasks(job, state), alone):
-        for record in ("params", *(MOMENTS if state.moments else ())):
+        for record, layout in ({"params": job.layout} | job.moment_layouts).items():
             arrays = [content.array_records[record] for _, content in sent]
             assert len({array[tensors.BLOCKS].object_id for array in arrays}) == 3
-            for param in job.layout.params:
+            for param in layout.params:
                 divided = param.kind is not None and param.layer in (1, 2)
                 found = [array.get(param.name) for array in arrays]
                 assert [array is None for array in found] == [divided] * 3

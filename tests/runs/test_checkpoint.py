@@ -260,7 +260,7 @@ def check_events(folder: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize("optimizer_state", ["reset", "client", "server"])
+@pytest.mark.parametrize("optimizer_state", ["reset", "client", "server", "factored"])
 def test_a_run_resumed_from_any_checkpoint_ends_the_same(
     optimizer_state: str, every: int, tiny_job: MakeJob, tmp_path: Path
 ) -> None:
