@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,13 @@ from twist_fl.blueprint.division import Division, Setting
 from twist_fl.blueprint.drawing import draw_round, full_blueprint
 from twist_fl.blueprint.moments import SQUARES, factor_layout, moment_layouts
 from twist_fl.model.subnet import State, load_state, slice_state
-from twist_fl.rounds import run, start
+from twist_fl.rounds import RoundMean, dispatch, plan, run, start
 from twist_fl.training.aggregate import StreamingMean, check_state
+from twist_fl.training.client_state import MomentShelf
 from twist_fl.training.factors import from_factors, to_factors
 from twist_fl.training.interval import Moments
 from twist_fl.training.job import Job
+from twist_fl.training.worker import Worker
 
 RandomState = Callable[..., State]
 DIVISION = Division("both", ((2, 3), (3, 5), (1, 2), (4, 6)), 1, 0)
@@ -167,9 +170,9 @@ def squares_by_hand(layout: Layout, squares: State) -> State:
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
 def test_against_adam_written_out(optimizer: str, tiny_job: Callable[..., Job], tmp_path: Path) -> None:
-    """One worker that holds everything: a first moment that begins anew in each interval and has its own correction, a
-    second one that goes on from its rank-1 approximation. eps is large against the noise in gradients that are zero on
-    paper (key biases)."""
+    """One worker that holds everything: a first moment that is zero when an interval begins and corrected as if it were
+    not, a second one that goes on from its rank-1 approximation. eps is large against the noise in gradients that are
+    zero on paper (key biases)."""
     settings = ("train.eps=1e-4", "train.weight_decay=0.1", f"train.optimizer={optimizer}", "train.rounds=3")
     job = tiny_job(*settings, "train.workers=1", "blueprint.num_sub=4", "train.optimizer_state=factored")
     ours, config = run(job, start(job), tmp_path), job.config.train
@@ -179,7 +182,7 @@ def test_against_adam_written_out(optimizer: str, tiny_job: Callable[..., Job], 
     step = 0
     for _ in range(3):
         first = {name: torch.zeros_like(value) for name, value in params.items()}
-        for own_step in (1, 2):
+        for _ in range(2):
             x = torch.tensor(job.corpus.train[job.shard(0).batch(step)], dtype=torch.int64)
             step += 1
             load_state(model, params)
@@ -193,7 +196,7 @@ def test_against_adam_written_out(optimizer: str, tiny_job: Callable[..., Job], 
                     gradient = gradient + decay
                 first[name] = config.beta1 * first[name] + (1 - config.beta1) * gradient
                 squares[name] = config.beta2 * squares[name] + (1 - config.beta2) * gradient**2
-                mean, square = first[name] / (1 - config.beta1**own_step), squares[name] / (1 - config.beta2**step)
+                mean, square = first[name] / (1 - config.beta1**step), squares[name] / (1 - config.beta2**step)
                 change = mean / (square.sqrt() + config.eps) + (decay if optimizer == "adamw" else 0)
                 params[name] = params[name] - config.lr * change
         squares = squares_by_hand(job.layout, squares)
@@ -212,3 +215,45 @@ def test_a_first_interval_is_that_of_a_new_optimiser(tiny_job: Callable[..., Job
         job = tiny_job(f"train.optimizer_state={name}", "train.rounds=1")
         found.append(run(job, start(job), tmp_path / name).params)
     assert all(torch.equal(value, other[name]) for other in found for name, value in found[0].items())
+
+
+# Replies that are none
+
+
+def without_one(parts: State) -> State:
+    return {name: value for name, value in parts.items() if name != "transformer.wte.weight/along"}
+
+
+SPOILT: dict[str, tuple[Callable[[State], State], str]] = {
+    "negative": (
+        lambda parts: {name: value - 1 for name, value in parts.items()},
+        "transformer.wte.weight/along has a value of -1, expected 0 to",
+    ),
+    "not finite": (lambda parts: {name: value / 0 for name, value in parts.items()}, "has values that are not finite"),
+    "one missing": (without_one, "parameter 'transformer.wte.weight/along' is missing"),
+}
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_a_reply_with_factors_that_are_none_is_dropped(
+    fault: str, tiny_job: Callable[..., Job], tmp_path: Path
+) -> None:
+    spoil, reason = SPOILT[fault]
+    job = tiny_job("train.optimizer_state=factored")
+    worker, state = Worker(job, MomentShelf(tmp_path)), start(job)
+    tasks = plan(job, state)
+    mean, without = RoundMean(job, state, tasks), RoundMean(job, state, tasks)
+    for task in tasks:
+        reply = worker.train(task, *dispatch(job, state, task))
+        if task.worker == 1:
+            assert reply.moments is not None
+            values = {SQUARES: spoil({name: torch.zeros_like(v) for name, v in reply.moments.values[SQUARES].items()})}
+            mean.add(task, replace(reply, moments=Moments(reply.moments.step, values)))
+            continue
+        mean.add(task, reply)
+        without.add(task, reply)
+    assert reason in mean.report.dropped[1]
+    ours, theirs = mean.finish().moments, without.finish().moments
+    assert ours is not None
+    assert theirs is not None
+    assert all(torch.equal(value, theirs.values[SQUARES][name]) for name, value in ours.values[SQUARES].items())

@@ -87,9 +87,16 @@ def _show(console: Console, title: str, config: Config, model: Mapping[str, Any]
         "By step is how the paper's Table 2 counts, one exchange per optimiser step, for TwIST and DDP alike; here, "
         + ("DDP does." if ddp else f"workers exchange once per interval of {config.train.interval} batches.")
         + " Bytes are both ways. GiB are for training: weights, gradients and two moments of the largest subnet held, "
-        "without activations."
-        + ("" if moments or ddp else " train.optimizer_state=server adds the moments, twice the weights again."),
+        "without activations." + ("" if moments or ddp else _of_moments(layout)),
         highlight=False,
+    )
+
+
+def _of_moments(layout: Layout) -> str:
+    (factors,) = moment_layouts("factored", layout).values()
+    return (
+        " train.optimizer_state=server adds the moments, twice the weights again, and factored "
+        f"{factors.num_params() / layout.num_params():.1%} of them."
     )
 
 

@@ -79,27 +79,13 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: TrainConfig) -> t
     )
 
 
-def _step(optimizer: torch.optim.Optimizer, config: TrainConfig, rate: float, longer: float = 1.0) -> None:
-    """With gradients no longer than config.clip_norm, at that learning rate; nothing here waits for the device.
-
-    `longer`: what Adam's own step, and not the decay of weights, is multiplied by.
-    """
+def _step(optimizer: torch.optim.Optimizer, config: TrainConfig, rate: float) -> None:
+    """With gradients no longer than config.clip_norm, at that learning rate; nothing here waits for the device."""
     (group,) = optimizer.param_groups
     if config.clip_norm is not None:
         nn.utils.clip_grad_norm_(group["params"], config.clip_norm)
-    group["lr"] = rate * longer
-    if config.optimizer == "adamw":
-        group["weight_decay"] = config.weight_decay / longer
+    group["lr"] = rate
     optimizer.step()
-
-
-def _longer(config: TrainConfig, moments: Moments | None, batch: int) -> float:
-    """What puts right Adam's step on the interval's batch number `batch`, from 1, where first moments began with it: as
-    torch counts the steps of both moments by one number, it takes them for older, and so for the mean that they are not
-    yet."""
-    if moments is None or FIRST in moments.values:
-        return 1.0
-    return float((1 - config.beta1 ** (moments.step + batch)) / (1 - config.beta1**batch))
 
 
 def train_interval(
@@ -112,9 +98,10 @@ def train_interval(
 ) -> Interval:
     """Train `model` in place on `batches`, each (B, T) int64 on the model's device, at `rates`, else at config.lr.
 
-    `moments` may cover any subset of the parameters, or second moments only; the others start anew. Those that lie on
-    the model's device change in place. `seed` fixes the dropout. The host never waits for the device between the first
-    batch and the last: it reads the next one meanwhile.
+    `moments` may cover any subset of the parameters; the others start anew. Where they are second moments only, the
+    first are zeros as old as they, so that the first steps are short. Those that lie on the model's device change in
+    place. `seed` fixes the dropout. The host never waits for the device between the first batch and the last: it reads
+    the next one meanwhile.
     """
     torch.manual_seed(seed)
     model.train()
@@ -128,7 +115,7 @@ def train_interval(
         for windows, rate in zip(batches, repeat(config.lr) if rates is None else rates, strict=False):
             predicted = windows.shape[0] * (windows.shape[1] - 1)
             loss_sum += _backward(model, windows, config) * predicted
-            _step(optimizer, config, rate, _longer(config, moments, num_batches + 1))
+            _step(optimizer, config, rate)
             num_tokens += predicted
             num_batches += 1
     after = _collect(optimizer, named, (moments.step if moments else 0) + num_batches)
