@@ -17,7 +17,6 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from local_grid import assert_same_run, same
 
-from twist_fl.blueprint.moments import MOMENTS
 from twist_fl.config.schema import DataConfig
 from twist_fl.data.corpus import Corpus, load_corpus, open_corpus
 from twist_fl.federation import tensors, transport, wire
@@ -264,9 +263,10 @@ def segment_for(job: Job, by: str) -> Iterator[transport.Segment | None]:
     transport.close(segment)
 
 
-def test_a_changed_reply_is_refused_or_read_as_it_stands(by: str, tiny_job: MakeJob) -> None:
+@pytest.mark.parametrize("optimizer_state", ["server", "factored"])
+def test_a_changed_reply_is_refused_or_read_as_it_stands(optimizer_state: str, by: str, tiny_job: MakeJob) -> None:
     """One that is read has the honest tensors, and the mean counts it only if nothing in it differs that matters."""
-    job = tiny_job("train.optimizer_state=server")
+    job = tiny_job(f"train.optimizer_state={optimizer_state}")
     state = start(job)
     tasks = plan(job, state)
     task = tasks[0]
@@ -289,7 +289,9 @@ def test_a_changed_reply_is_refused_or_read_as_it_stands(by: str, tiny_job: Make
                 outcomes["refused"] += 1
                 continue
             assert reply.moments is not None
-            pairs = [(reply.params, params)] + [(reply.moments.values[name], moments.values[name]) for name in MOMENTS]
+            pairs = [(reply.params, params)] + [
+                (reply.moments.values[name], moments.values[name]) for name in moments.values
+            ]
             mean = RoundMean(job, state, tasks)
             mean.add(task, reply)
             if mean.report.dropped:
