@@ -16,12 +16,17 @@ from conftest import Run
 from local_grid import LocalGrid
 from typer.testing import CliRunner
 
+from twist_fl.blueprint.blocks import make_layout
 from twist_fl.blueprint.blueprint import Blueprint
+from twist_fl.blueprint.cost import state_bytes
 from twist_fl.blueprint.drawing import draw_ticket
+from twist_fl.blueprint.moments import moment_layouts
 from twist_fl.cli import app, train
-from twist_fl.config.schema import Config, DeviceConfig, from_yaml
+from twist_fl.config.schema import Config, DeviceConfig, from_yaml, load_config
+from twist_fl.config.sizes import make_division
 from twist_fl.federation import apps, deploy
 from twist_fl.federation.connecting import NoWorkersError
+from twist_fl.model.hf_config import scratch_fields
 from twist_fl.model.subnet import ModelCache
 from twist_fl.report.tables import device_cells
 from twist_fl.rounds import start
@@ -411,9 +416,19 @@ def test_cost_is_of_the_budget_of_the_setting_where_it_says_rounds(run: Run) -> 
 
 def test_moments_are_shown_only_where_they_travel(run: Run) -> None:
     columns = {}
-    for overrides in (["train.optimizer_state=reset"], ["algorithm=ddp"], ["train.optimizer_state=server"]):
-        columns[overrides[0]] = len(rows(run("cost", "demo", *overrides)[1])[0])
+    for overrides in ("train.optimizer_state=reset", "algorithm=ddp", "train.optimizer_state=server"):
+        columns[overrides] = len(rows(run("cost", "demo", overrides)[1])[0])
     assert list(columns.values()) == [5, 5, 7]
+
+
+def test_factored_moments_cost_what_a_run_would_send(run: Run) -> None:
+    output = run("cost", "demo", "train.optimizer_state=factored", "--steps", 1500)[1]
+    config = load_config("demo")
+    layout = make_layout(scratch_fields(config.model, config.data.vocab_size))
+    (part,) = moment_layouts("factored", layout).values()
+    blueprint = draw_ticket(layout, make_division(config), (4, 4), 0, 0)
+    found = {row[0]: row[1:] for row in rows(output)}
+    assert found["4/12"][-1] == human_bytes(100 * 2 * state_bytes(part, blueprint))
 
 
 def test_cost_of_an_impossible_run(run: Run) -> None:

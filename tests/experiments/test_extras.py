@@ -221,6 +221,7 @@ def test_real_cost_of_a_run(folder: RunFolder) -> None:
     "overrides",
     [
         ["train.optimizer_state=server"],
+        ["train.optimizer_state=factored", "blueprint.num_sub=[4,2,2]"],
         ["blueprint.num_sub=[4,2,1]", "blueprint.assign=shuffled"],
         ["blueprint.num_sub=[4,2,1]", "blueprint.assign=drawn", "blueprint.policy=ordered"],
         ["algorithm=fedavg"],
@@ -233,7 +234,7 @@ def test_bytes_are_those_of_the_rounds_blueprints(tiny_job: Callable[..., Job], 
     intervals = job.num_rounds / job.rounds_per_interval
     found = ablation.interval_bytes(job)
     assert found["weights"] == pytest.approx(sum(round_bytes(job.layout, each) for each in drawn) / intervals)
-    moments = sum(moment_bytes(job.layout, each) for each in drawn) / intervals if job.moments_travel else 0
+    moments = sum(moment_bytes(job.moment_layouts, each) for each in drawn) / intervals
     assert found["moments"] == pytest.approx(moments)
 
 

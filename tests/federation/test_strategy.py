@@ -81,7 +81,7 @@ def events(strategy: TwistStrategy, kind: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("by", ["shm", "inline"])
 @pytest.mark.parametrize("algorithm", ["twist", "fedavg"])
-@pytest.mark.parametrize("optimizer_state", ["reset", "client", "server"])
+@pytest.mark.parametrize("optimizer_state", ["reset", "client", "server", "factored"])
 def test_the_app_is_rounds_run(
     algorithm: str, optimizer_state: str, by: str, make_strategy: Callable[..., TwistStrategy], tmp_path: Path
 ) -> None:
@@ -499,7 +499,13 @@ def test_evaluation_only_as_asked(overrides: tuple[str, ...], make_strategy: Cal
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("train.optimizer_state=server", "blueprint.num_sub=[1,2,4]"), ("algorithm=fedavg",)]
+    "overrides",
+    [
+        (),
+        ("train.optimizer_state=server", "blueprint.num_sub=[1,2,4]"),
+        ("train.optimizer_state=factored",),
+        ("algorithm=fedavg",),
+    ],
 )
 def test_the_bytes_logged_are_those_of_the_cost_model(
     overrides: tuple[str, ...], make_strategy: Callable[..., TwistStrategy]
@@ -508,12 +514,11 @@ def test_the_bytes_logged_are_those_of_the_cost_model(
     job = strategy.job
     strategy.run(LocalGrid())
     (plan_,) = events(strategy, "start")
-    server = job.config.train.optimizer_state == "server"
     for event in events(strategy, "round"):
         blueprints, down, up = job.blueprints(event["round"]), event["bytes_down"], event["bytes_up"]
         assert down["weights"] == up["weights"]
         assert down["weights"] + up["weights"] == round_bytes(job.layout, blueprints) == plan_["predicted_round_bytes"]
-        moments = moment_bytes(job.layout, blueprints) if server else 0
+        moments = moment_bytes(job.moment_layouts, blueprints)
         assert down["moments"] + up["moments"] == moments == plan_["predicted_moment_bytes"]
         assert 0 < up["other"] < down["other"] < 3 * 5_000
     assert plan_["subnet_params"] == [job.layout.num_params(blueprint) for blueprint in job.blueprints(1)]

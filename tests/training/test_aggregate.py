@@ -19,11 +19,12 @@ from twist_fl.blueprint.blocks import Layout, make_layout
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import draw_round, full_blueprint
+from twist_fl.blueprint.moments import MOMENTS
 from twist_fl.model.subnet import State, slice_state
 from twist_fl.rounds import RoundMean, RunState, plan, start
 from twist_fl.system.threads import PIECE, threads
 from twist_fl.training.aggregate import ReplyError, StreamingMean, check_state, coverage_debt
-from twist_fl.training.interval import MOMENTS, Moments
+from twist_fl.training.interval import Moments
 from twist_fl.training.job import Job
 from twist_fl.training.worker import Reply, Task
 

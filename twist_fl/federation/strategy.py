@@ -68,7 +68,7 @@ class TwistStrategy(RoundLoop):
         self._mean = RoundMean(self.job, self.state, self._planned, in_place=True)
         if Packing.of(self.job, self._planned[0].blueprint).differences:
             self._kept = {name: tensor.clone() for name, tensor in self.state.params.items()}
-        moments = self.state.moments if self.job.moments_travel else None
+        moments = self.state.moments if self.job.moment_layouts else None
         return self._messages(MessageType.TRAIN, self._clients(), moments, config)
 
     def _clients(self) -> list[Task]:
@@ -168,6 +168,7 @@ class TwistStrategy(RoundLoop):
             **asdict(report),
             seconds=time.perf_counter() - self._began,
             predicted_bytes=self._keeper.predicted_bytes(self._planned),
+            predicted_moment_bytes=self._keeper.predicted_moment_bytes(self._planned),
             predicted_peak_bytes=self._keeper.predicted_peak_bytes(self._planned),
             bytes_down=self._down,
             bytes_up=up,
