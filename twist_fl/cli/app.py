@@ -93,15 +93,37 @@ def tickets(
     sizes: options.Sizes = None,
     draws: options.Draws = 20,
     windows: options.Windows = None,
-    save: options.SaveTickets = None,
-    format: options.Format = "transformers",
     places: options.Places = None,
 ) -> None:
     """Draw random subnets from a trained run and show the distribution of their perplexity."""
     counts = block_counts(sizes)
     from twist_fl.cli import tickets as of_run
 
-    of_run.tickets(console, run, counts, draws, windows, save, format, places or [])
+    of_run.tickets(console, run, counts, draws, windows, places or [])
+
+
+@app.command()
+def export(
+    run: options.RunDir,
+    size: options.TicketSize = None,
+    format: options.Format = "compact",
+    dtype: options.Dtype = "float32",
+    out: Annotated[
+        Path | None, options.new_folder("The folder to write; default: exports/SIZE-FORMAT-DTYPE in the run.")
+    ] = None,
+    draw: Annotated[int, typer.Option(min=0, help="Which of the seed's tickets of that size.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Default: the run's.")] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Test windows for a perplexity on the model card; default: none.")
+    ] = None,
+    places: options.Places = None,
+) -> None:
+    """Write a random ticket of a trained run for transformers, llama.cpp or onnxruntime, and check it there."""
+    from twist_fl.cli import tickets as of_run
+
+    of_run.export(
+        console, run, size, format, dtype, out, draw=draw, seed=seed, windows=windows, places=places or []
+    )  # fmt: skip
 
 
 @app.command()

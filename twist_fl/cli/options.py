@@ -72,12 +72,15 @@ Save = Annotated[
     Path | None,
     new_folder("Also put each pruned model in a folder METHOD-SIZE below this one."),
 ]
-SaveTickets = Annotated[
-    Path | None,
-    new_folder("Also write the first ticket of each size to a folder SIZE below this one."),
+TicketSize = Annotated[
+    str | None,
+    typer.Option(help="Blocks per divided layer, or a share of them: 4, 1/3 or 25%; default: the whole model."),
 ]
 Format = Annotated[
-    str, typer.Option(help="What --save writes: transformers, or module:name of your own (docs/extending.md).")
+    str, typer.Option(help="compact, hf, gguf, onnx (docs/exports.md), or module:name of your own (docs/extending.md).")
+]
+Dtype = Annotated[
+    str, typer.Option(help="Numbers of the weights: float32, bfloat16, float16; gguf: also q8_0; onnx: also int8.")
 ]
 Page = Annotated[
     Path | None,
