@@ -143,7 +143,9 @@ TRACKER = Plugin(
 EXPORT_FORMAT = Plugin(
     "format",
     "twist_fl.export_formats",
-    _ours("tickets.hf_formats", compact="compact", hf="plain") | _ours("tickets.gguf_format", gguf="write"),
+    _ours("tickets.hf_formats", compact="compact", hf="plain")
+    | _ours("tickets.gguf_format", gguf="write")
+    | _ours("tickets.onnx_format", onnx="write"),
     "(ticket, folder, tokenizer_folder, dtype) -> words",
     "here",
 )
