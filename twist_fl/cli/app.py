@@ -111,7 +111,7 @@ def export(
     out: Annotated[
         Path | None, options.new_folder("The folder to write; default: exports/SIZE-FORMAT-DTYPE in the run.")
     ] = None,
-    draw: Annotated[int, typer.Option(min=0, help="Which of the seed's tickets of that size.")] = 0,
+    draw: Annotated[int, typer.Option(min=0, max=100_000, help="Which of the seed's tickets of that size.")] = 0,
     seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Default: the run's.")] = None,
     windows: Annotated[
         int | None, typer.Option(min=1, help="Test windows for a perplexity on the model card; default: none.")
