@@ -108,14 +108,10 @@ def export(
     size: options.TicketSize = None,
     format: options.Format = "compact",
     dtype: options.Dtype = "float32",
-    out: Annotated[
-        Path | None, options.new_folder("The folder to write; default: exports/SIZE-FORMAT-DTYPE in the run.")
-    ] = None,
-    draw: Annotated[int, typer.Option(min=0, max=100_000, help="Which of the seed's tickets of that size.")] = 0,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Default: the run's.")] = None,
-    windows: Annotated[
-        int | None, typer.Option(min=1, help="Test windows for a perplexity on the model card; default: none.")
-    ] = None,
+    out: options.ExportFolder = None,
+    draw: options.Draw = 0,
+    seed: options.RunSeed = None,
+    windows: options.CardWindows = None,
     places: options.Places = None,
 ) -> None:
     """Write a random ticket of a trained run for transformers, llama.cpp or onnxruntime, and check it there."""

@@ -82,6 +82,12 @@ Format = Annotated[
 Dtype = Annotated[
     str, typer.Option(help="Numbers of the weights: float32, bfloat16, float16; gguf: also q8_0; onnx: also int8.")
 ]
+ExportFolder = Annotated[Path | None, new_folder("The folder to write; default: exports/SIZE-FORMAT-DTYPE in the run.")]
+Draw = Annotated[int, typer.Option(min=0, max=100_000, help="Which of the seed's tickets of that size.")]
+RunSeed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Default: the run's.")]
+CardWindows = Annotated[
+    int | None, typer.Option(min=1, help="Test windows for a perplexity on the model card; default: none.")
+]
 Page = Annotated[
     Path | None,
     new_file("A Markdown page whose <!-- table: NAME --> places are filled, too."),
