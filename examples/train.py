@@ -7,7 +7,8 @@ import sys
 
 from twist_fl import load_config, train
 
-settings = ["name=example", "train.rounds=4", "data.vocab_size=300", "eval.tickets=3", "eval.max_windows=32"]
+settings = ["name=example", "train.rounds=4", "train.interval=5"]
+settings += ["data.vocab_size=300", "eval.tickets=3", "eval.max_windows=32"]
 config = load_config("demo", settings)
 run = train(config, flower="flower" in sys.argv)
 print(f"{run.folder.path}: {run.state.round} rounds, perplexity of the full model {run.perplexity():.2f}")

@@ -16,20 +16,24 @@ from local_grid import assert_same_run
 from twist_fl.rounds import run, start
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system import children
+from twist_fl.system.cores import usable_cores
 
 PATIENCE = 300.0
 """Seconds after which a command counts as stuck: a busy machine is slow."""
+
+ONE_PROCESS = f"flower.cpus_per_worker={usable_cores()}"
+"""One process for all workers: each takes seconds to load torch."""
 
 
 def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "twist_fl", *map(str, words)]
 
 
-def twist_fl(*words: object) -> subprocess.CompletedProcess[str]:
-    """The command, to its end."""
+def twist_fl(*words: object, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in `folder`, to its end."""
     environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1"}
     return subprocess.run(
-        command(*words), env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+        command(*words), cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 

@@ -32,6 +32,14 @@ settings.load_profile("twist")
 # Worker.train sets the number of threads to train.threads; bit-for-bit comparisons need one number everywhere.
 torch.set_num_threads(1)
 
+LONGEST = ("test_app.py", "test_resume.py", "test_node.py", "test_examples.py", "test_readme.py", "test_reproduce.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start whole programs come first: begun last, one would keep a single core busy to the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 WORDS = ["the", "a", "worker", "holds", "block", "head", "layer", "that", "server", "sends", "of", "and", "subnet"]
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+
+from conftest import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -31,25 +30,22 @@ TINY = [
     *("train.batch_size=2", "eval.tickets=2", "eval.sizes=[6]", "eval.max_windows=16", "deploy.new_tokens=4"),
 ]
 FASTER = {
-    "name=mine": TINY,
+    "name=mine": [*TINY, "--local"],  # in a simulation: tests/federation/test_app.py
     "prune": ["--draws", "2", "--calibration", "8"],
     "tickets": ["--draws", "2"],
-    "train.rounds=200": ["--local"],  # the first command trains in a simulation
+    "train.rounds=200": ["--local"],
 }
 """What is added to a command that has the word."""
 
 
-def test_the_commands_on_your_own_text_run(tmp_path: Path, text_folder: Path) -> None:
+def test_the_commands_on_your_own_text_run(tmp_path: Path, text_folder: Path, run: Run) -> None:
     (tmp_path / "my_texts").symlink_to(text_folder)
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     assert [words[1] for words in MINE][:3] == ["train", "tickets", "generate"]
     for words in MINE:
         more = [option for word, options in FASTER.items() if word in words for option in options]
         tiny = [SMALLER.get(word, word) for word in words]
-        done = subprocess.run(
-            [*tiny, *more], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+        status, out, err = run(*tiny[1:], *more)
+        assert status == 0, f"{words}: {out}{err}"
     assert (tmp_path / "report.html").read_text().count("<svg") == 3
     assert (tmp_path / "runs" / "mine" / "deployed" / "phone" / "model.safetensors").is_file()
 

@@ -212,7 +212,7 @@ IDLE = {
     "model.pretrained=gpt2 model.n_layer=6": "model.n_layer=6 changes nothing: it is read from model.pretrained=gpt2",
     "data.tokenizer=gpt2 data.vocab_size=300": "data.vocab_size=300 changes nothing: the tokenizer is there already",
     "eval.every=0 eval.watch_windows=5": "eval.every=0 evaluates at the end alone",
-    "train.decay=0.2": "it is for train.schedule=wsd",
+    "train.schedule=linear train.decay=0.2": "it is for train.schedule=wsd",
     "aggregate.server_lr=0.7": "aggregate.optimizer=mean has no settings",
     "eval.sizes=[] eval.tickets=5": "eval.tickets=5 changes nothing: eval.sizes=[] draws none",
     "train.device=cpu flower.gpus_per_worker=0.5": "train.device=cpu leaves GPUs alone",

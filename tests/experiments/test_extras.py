@@ -26,7 +26,7 @@ from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.cost import moment_bytes, round_bytes
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
-from twist_fl.experiments import ablation, failure, finetune, real_cost, recipe, sweep, theorem
+from twist_fl.experiments import ablation, failure, finetune, real_cost, recipe, sweep, theorem, weighing
 from twist_fl.experiments.experiment import Experiment
 from twist_fl.experiments.extras import EXTRAS
 from twist_fl.experiments.lab import SCALES, TRAIN, Lab, Task
@@ -174,8 +174,8 @@ def test_a_fresh_layer_follows_the_square_root(job: Job) -> None:
 def test_weights_are_counted_in_the_file(job: Job, state: State, method: str) -> None:
     """Zeros stay in the file of a full-size model; a ticket's file is smaller, and gzip gains little on it."""
     pruned = prune(job, state, method, 2, seed=0)
-    size, num_full = real_cost.weigh(job, pruned), job.layout.num_params()
-    full = real_cost.weigh(job, replace(pruned, method="full", params=state, blueprint=None))
+    size, num_full = weighing.weigh(job, pruned), job.layout.num_params()
+    full = weighing.weigh(job, replace(pruned, method="full", params=state, blueprint=None))
     assert (full.num_params, full.nonzero) == (num_full, num_full)
     if method == "se":
         assert size.num_params == size.nonzero == job.layout.num_params(pruned.blueprint)
@@ -192,20 +192,20 @@ def test_gzip_bytes_are_those_of_gzip(tmp_path: Path) -> None:
     file = tmp_path / "zeros"
     file.write_bytes(bytes(3_000_000))
     packed = len(gzip.compress(file.read_bytes(), compresslevel=6))
-    assert real_cost._gzip_bytes(file) == pytest.approx(packed, abs=40)
+    assert weighing._gzip_bytes(file) == pytest.approx(packed, abs=40)
 
 
 def test_the_model_that_is_timed_is_the_one_that_is_measured(job: Job, state: State) -> None:
     ticket = prune(job, state, "se", 2, seed=0)
     assert ticket.blueprint is not None
     model = job.models().load_sliced(ticket.blueprint, state)
-    timed = real_cost.dense_model(job, ticket)
+    timed = weighing.dense_model(job, ticket)
     assert sum(p.numel() for p in timed.parameters()) == job.layout.num_params(ticket.blueprint)
     assert mean_nll(timed, job.corpus.test, 4) == pytest.approx(mean_nll(model, job.corpus.test, 4), rel=1e-5)
 
 
 def test_real_cost_of_a_run(folder: RunFolder) -> None:
-    found = real_cost.real_cost(
+    found = weighing.real_cost(
         folder, methods=["magnitude", "se"], size=2, draws=2, calibration=4, new_tokens=2, turns=1
     )
     full, magnitude, ticket = found["rows"]
@@ -214,7 +214,7 @@ def test_real_cost_of_a_run(folder: RunFolder) -> None:
     assert all(row["ms_per_window"] > 0 and row["ms_per_token"] > 0 for row in found["rows"])
     assert (magnitude["draws"], ticket["draws"], found["of"]) == (1, 2, 4)
     with pytest.raises(ConfigError, match=r"new_tokens=16 .* data.window=16"):
-        real_cost.real_cost(folder, methods=[], size=2, draws=1, calibration=1, new_tokens=16, turns=1)
+        weighing.real_cost(folder, methods=[], size=2, draws=1, calibration=1, new_tokens=16, turns=1)
 
 
 @pytest.mark.parametrize(
@@ -406,13 +406,28 @@ def test_a_recipe_is_a_mean_over_seeds(lab: Lab) -> None:
 
 def test_pruned_models_stand_beside_fine_tuned_ones(lab: Lab) -> None:
     data = finetune.collect(lab)
-    (table,) = finetune.tables(data).values()
-    assert [line[0] for line in table[1:]] == [finetune.BEFORE, *finetune.TRAINED, *finetune.PRUNERS]
-    assert all(len(line) == len(table[0]) for line in table)
-    dense, sparse = table[2], table[-2]
+    best, changes, every = finetune.tables(data).values()
+    pruned = [f"DDP, then {name}" for name in finetune.PRUNERS]
+    assert [line[0] for line in best[1:]] == [finetune.BEFORE, *finetune.METHODS, *pruned]
+    assert [line[0] for line in changes[2:]] == list(finetune.CHANGES)
+    assert len(every) - 1 == sum(
+        len(rates) * (1 + len(pruned) * (name == finetune.DDP)) for name, (*_, rates) in finetune.METHODS.items()
+    )
+    dense, sparse = best[2], best[-1]
     assert sparse[1] == dense[1]  # pruned is the model that DDP has fine-tuned
     assert "±" in dense[-1] and "±" not in sparse[-1]
-    starts = {lab.words(task)[-3] for task in finetune.TRAINED.values()}
-    assert starts == {f"model.pretrained={lab.run('ddp').path}"}
+    trained = [task for task in finetune.tasks(lab) if task.kind == TRAIN and task != DDP]
+    assert {lab.words(task)[-3] for task in trained} == {f"model.pretrained={lab.run('ddp').path}"}
+    assert {lab.config(task).train.rounds for task in trained} == {100, 300}
     lost = replace(lab, folder=lab.folder / "elsewhere")  # to be planned before anything has been trained
-    assert lost.config(finetune.TRAINED[finetune.DDP]).model.pretrained == str(lost.run("ddp").path)
+    assert lost.config(trained[0]).model.pretrained == str(lost.run("ddp").path)
+
+
+def test_twist_is_one_checkpoint_and_a_rival_its_best_in_each_column() -> None:
+    def row(method: str, lr: str, full: float, ticket: float) -> dict[str, Any]:
+        return {"method": method, "lr": lr, "full": full, "tickets": [{"size": 3, "of": 12, "mean": ticket}]}
+
+    rows = [row("TwIST", "1", 10, 40), row("TwIST", "2", 15, 20), row("DDP", "1", 10, 40), row("DDP", "2", 15, 20)]
+    best = finetune.best({"rows": rows})
+    assert best["TwIST"] == rows[1]
+    assert (best["DDP"]["full"], best["DDP"]["tickets"][0]["mean"]) == (10, 20)

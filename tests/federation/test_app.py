@@ -10,7 +10,8 @@ from math import ceil
 from pathlib import Path
 
 import pytest
-from app_runs import PATIENCE, assert_is_rounds_run, processes_of, twist_fl
+from app_runs import ONE_PROCESS, PATIENCE, assert_is_rounds_run, processes_of, twist_fl
+from conftest import Run
 from loopback import network, stock_node
 from transformers import AutoModelForCausalLM
 
@@ -28,10 +29,13 @@ from twist_fl.training.job import Job
 
 
 @pytest.fixture(scope="module")
-def finished(small: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run of two rounds by the command line."""
-    folder = RunFolder(tmp_path_factory.mktemp("app") / "run")
-    done = twist_fl("train", "demo", *small, "train.optimizer_state=server", f"dir={folder.path}")
+def finished(small: tuple[str, ...], text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run of two rounds by the command line, on text beside it and in the usual folder, as the README has it."""
+    here = tmp_path_factory.mktemp("app")
+    (here / "my_texts").symlink_to(text_folder)
+    words = (*small, "train.optimizer_state=server", "data.path=my_texts", "name=mine")
+    done = twist_fl("train", "demo", *words, folder=here)
+    folder = RunFolder(here / "runs" / "mine")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^twist: 2 rounds; each worker \(of 2\) trains [\d,]+ of [\d,]+ parameters$", done.stdout, re.M)
     assert re.search(
@@ -78,14 +82,14 @@ def device_for(job: Job, name: str, size: int, latency_ms: float | None = None) 
 
 
 def test_tickets_are_shipped_to_two_devices(
-    finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     job, ended = finished.job(), finished.load()
     assert ended is not None
     devices = [device_for(job, "phone", 2, latency_ms=60_000), DeviceConfig("watch", kappa=1 / 3)]
     limits = [f"phone={devices[0].memory_mb}MB,60000ms", "watch=1/3"]
-    done = twist_fl("deploy", finished.path, *(word for limit in limits for word in ("--device", limit)))
-    assert done.returncode == 0, done.stdout + done.stderr
+    status, out, err = run("deploy", finished.path, *(word for limit in limits for word in ("--device", limit)))
+    assert status == 0, out + err
     rows = json.loads((finished.path / "deployed.json").read_text())
     assert [(row["name"], row["size"], row["of"]) for row in rows] == [("phone", 2, 4), ("watch", 1, 4)]
     assert [{key: row[key] for key in asdict(device)} for row, device in zip(rows, devices, strict=True)] == [
@@ -108,13 +112,13 @@ def test_tickets_are_shipped_to_two_devices(
         assert row["perplexity"] == pytest.approx(perplexity(subnet, windows, 4), rel=1e-5)
         assert row["num_params"] == job.layout.num_params(blueprint)
         assert 0 <= row["bytes_received"] - row["weight_bytes"] < 8_192
-        assert f"{row['perplexity']:.2f}" in done.stdout
+        assert f"{row['perplexity']:.2f}" in out
     assert processes_of(finished) == []
 
 
 def test_a_run_whose_workers_fail_says_why(small: tuple[str, ...], tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    done = twist_fl("train", "demo", *small, "train.lr=1e38", "train.rounds=2", f"dir={folder.path}")
+    done = twist_fl("train", "demo", *small, ONE_PROCESS, "train.lr=1e38", f"dir={folder.path}")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "error: the run failed: NoWorkersError: round 1: no worker answered" in done.stderr
     assert "training loss is nan" in done.stderr
@@ -123,28 +127,28 @@ def test_a_run_whose_workers_fail_says_why(small: tuple[str, ...], tmp_path: Pat
     assert processes_of(folder) == []
 
 
-# A network: a SuperLink and two of Flower's own SuperNodes, as on three machines
+# A network: a SuperLink and one of Flower's own SuperNodes, as on two machines; test_node.py has two of ours
 
 
 def test_a_network_is_rounds_run(small: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As between machines, tensors go inline; of another architecture: blocks are KV groups of two heads.
 
-    One round: a node starts a process for each message, which takes most of the time.
+    One round, one node for both workers: it starts a process for each message, which takes most of the time.
     """
     monkeypatch.setenv("FLWR_SUPEREXEC_TASK_POLL_INTERVAL", "0.1")
     folder = RunFolder(tmp_path / "run")
     llama = ("model.architecture=llama", "model.n_head=8", "model.n_kv_head=4")
     overrides = " ".join((*small, *llama, "flower.transport=inline", "train.rounds=1"))
-    with network(tmp_path / "flower", 2, stock_node) as running:
+    with network(tmp_path / "flower", 1, stock_node) as running:
         output = running.run({"preset": "demo", "overrides": overrides, "run-dir": str(folder.path)}, PATIENCE)
-        logs = "".join([output, *(running.node_log(i).read_text() for i in range(2))])
+        logs = output + running.node_log(0).read_text()
     assert [event["event"] for event in folder.events()][-1:] == ["done"], logs
     said = re.search(r"^round 1 of 1  loss [\d.]+  sent [\d.]+ MB, received [\d.]+ MB  [\d.]+ s$", output, re.M)
     assert said, output
     assert re.search(r"^perplexity: full model [\d.,]+; random tickets, mean: 2/4 [\d.,]+$", output, re.M), output
     assert f"finished; results in {folder.results_file}" in output
     assert [(event["nodes"], event["shared_memory"], event["failed"]) for event in folder.events("nodes")] == [
-        (2, 0, [])
+        (1, 0, [])
     ]
     assert [(event["answered"], event["dropped"]) for event in folder.events("round")] == [([0, 1], {})]
     assert all(event["bytes_via"]["inline"] and not event["bytes_via"]["shm"] for event in folder.events("round"))

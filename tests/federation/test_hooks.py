@@ -38,7 +38,7 @@ def make(tiny_job: Callable[..., Job], tmp_path: Path) -> Make:
     """A strategy of the tiny job with overrides, of a class."""
 
     def made(kind: type[TwistStrategy], *overrides: str) -> TwistStrategy:
-        job = tiny_job("flower.wait_for_nodes=0.05", "flower.round_timeout=30", *overrides)
+        job = tiny_job("flower.wait_for_nodes=0.05", "flower.round_timeout=30", "eval.every=0", *overrides)
         folder = RunFolder(tmp_path / f"run-{job.run_id}")
         folder.create(job)
         return kind(job, folder)

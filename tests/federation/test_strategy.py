@@ -44,7 +44,7 @@ def make_strategy(tiny_job: MakeJob, tmp_path: Path) -> Callable[..., TwistStrat
     """A strategy of the tiny job with overrides, in a run folder of its own."""
 
     def make(*overrides: str) -> TwistStrategy:
-        job = tiny_job("model.dropout=0.1", "flower.wait_for_nodes=0.05", *overrides)
+        job = tiny_job("model.dropout=0.1", "flower.wait_for_nodes=0.05", "eval.every=0", *overrides)
         folder = RunFolder(tmp_path / f"run-{job.run_id}")
         folder.create(job)
         return TwistStrategy(job, folder)

@@ -22,6 +22,8 @@ from twist_fl.training.client_state import moment_folder
 from twist_fl.training.job import Job, job_from_json
 
 MakeJob = Callable[..., Job]
+SHORT_LAST = ("train.batch_size=64", "train.interval=3")
+"""An epoch of four batches: the last of its two intervals is shorter."""
 LITTLE = ("eval.every=0", "eval.max_windows=2", "eval.tickets=1", "model.dropout=0.1", "checkpoint_every=3")
 
 
@@ -54,19 +56,19 @@ def state_of(folder: RunFolder) -> RunState:
         "aggregate.optimizer=adam",
     ],
 )
-def test_eight_rounds_and_then_four_are_twelve(setting: str, tiny_job: MakeJob, tmp_path: Path) -> None:
+def test_five_rounds_and_then_two_are_seven(setting: str, tiny_job: MakeJob, tmp_path: Path) -> None:
     overrides = (*LITTLE, setting)
-    whole = tiny_job(*overrides, "train.rounds=12")
-    folder = trained(tiny_job(*overrides, "train.rounds=8"), tmp_path / "run")
+    whole = tiny_job(*overrides, "train.rounds=7")
+    folder = trained(tiny_job(*overrides, "train.rounds=5"), tmp_path / "run")
     run_id = folder.job().run_id
     first = json.loads(folder.results_file.read_text())
-    continued = go_on(folder, ["train.rounds=12"])
+    continued = go_on(folder, ["train.rounds=7"])
     assert (continued.finished, continued.note) == (False, "")
     assert json.loads(folder.results_file.read_text()) == first  # until there are others
     train_local(folder)
     assert_same_run(state_of(folder), run(whole, start(whole), tmp_path / "oracle"))
     job = folder.job()
-    assert (job.config.train.rounds, job.run_id) == (12, run_id)
+    assert (job.config.train.rounds, job.run_id) == (7, run_id)
     assert [event["round"] for event in folder.events("round")] == list(range(1, whole.num_rounds + 1))
     assert [event["round"] for event in folder.events("done")] == [whole.num_rounds]
     assert json.loads(folder.results_file.read_text())["rounds"] == whole.num_rounds
@@ -78,9 +80,9 @@ def test_eight_rounds_and_then_four_are_twelve(setting: str, tiny_job: MakeJob, 
 @pytest.mark.parametrize("state", ["reset", "client", "server"])
 def test_a_shorter_last_interval_is_trained_again_whole(state: str, tiny_job: MakeJob, tmp_path: Path) -> None:
     """An epoch is no whole number of intervals: its last is shorter, and a run of two epochs has it whole."""
-    overrides = (*LITTLE, f"train.optimizer_state={state}", "train.interval=50", "checkpoint_every=99")
+    overrides = (*LITTLE, f"train.optimizer_state={state}", *SHORT_LAST, "checkpoint_every=99")
     once, twice = (tiny_job(*overrides, f"train.epochs={epochs}") for epochs in (1, 2))
-    assert once.ends_short
+    assert (once.ends_short, once.num_rounds) == (True, 2)
     folder = trained(once, tmp_path / "run")
     assert folder.saved_rounds == [once.num_rounds - 1, once.num_rounds]
     continued = go_on(folder, ["train.epochs=2"])
@@ -90,7 +92,7 @@ def test_a_shorter_last_interval_is_trained_again_whole(state: str, tiny_job: Ma
 
 
 def test_a_longer_run_that_cannot_be_the_same_says_so(tiny_job: MakeJob, tmp_path: Path) -> None:
-    once = tiny_job(*LITTLE, "train.interval=50", "train.epochs=1")
+    once = tiny_job(*LITTLE, *SHORT_LAST, "train.epochs=1")
     folder = trained(once, tmp_path / "run")
     folder.remove(folder.checkpoints()[0])  # as runs of before have none
     continued = go_on(folder, ["train.epochs=2"])
@@ -119,13 +121,13 @@ def test_a_schedule_over_the_whole_run_is_another_in_a_longer_run(
 
 
 def test_a_schedule_that_has_not_begun_to_fall_is_the_same(tiny_job: MakeJob, tmp_path: Path) -> None:
-    """Three of ten rounds are trained when the run becomes longer; the rate falls from the ninth."""
+    """Three of five rounds are trained when the run becomes longer; the rate falls in the fifth."""
     overrides = (*LITTLE, "train.schedule=wsd", "train.decay=0.2")
-    whole = tiny_job(*overrides, "train.rounds=20")
-    folder = begun(tiny_job(*overrides, "train.rounds=10"), tmp_path / "run")
+    whole = tiny_job(*overrides, "train.rounds=10")
+    folder = begun(tiny_job(*overrides, "train.rounds=5"), tmp_path / "run")
     job = folder.job()
     folder.save(run(job, start(job), tmp_path / "first", 3), job.model_config, job.corpus.tokenizer_folder)
-    assert go_on(folder, ["train.rounds=20"]).note == ""
+    assert go_on(folder, ["train.rounds=10"]).note == ""
     train_local(folder)
     assert_same_run(state_of(folder), run(whole, start(whole), tmp_path / "oracle"))
 

@@ -70,10 +70,10 @@ def demo(
     ),
     overrides: options.Overrides = None,
 ) -> None:
-    """Train TwIST and FedAvg on the same budget, compare their tickets, deploy three, write a report. Minutes."""
-    from twist_fl.cli import commands
+    """Fine-tune a small model by TwIST and by FedAvg, compare tickets with pruning, deploy three, report. Minutes."""
+    from twist_fl.cli.demo import demo as show
 
-    commands.demo(console, directory, overrides or [])
+    show(console, directory, overrides or [])
 
 
 @app.command()

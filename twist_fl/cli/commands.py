@@ -1,4 +1,4 @@
-"""The demo, reports, and tickets for devices; `cli/app.py` holds the words of these commands."""
+"""Reports, and tickets for devices; `cli/app.py` holds the words of these commands."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from twist_fl.cli.progress import waits_for
-from twist_fl.cli.train import train_or_go_on
 from twist_fl.config.finding import finished_runs
-from twist_fl.config.schema import load_config
 from twist_fl.report.cells import markdown, terminal_table
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import LaunchError
@@ -20,33 +18,14 @@ from twist_fl.system.files import read_json, write_text
 from twist_fl.tickets.device_limits import parse_devices
 from twist_fl.tickets.measuring import measuring
 
-
-def demo(console: Console, directory: Path, overrides: list[str]) -> None:
-    """TwIST and FedAvg on one budget, three deployed devices, one table, one report.
-
-    What is already there is used: a finished run as it is, an interrupted one from its checkpoint.
-    """
-    load_config("demo", overrides)  # refused before a word is said
-    console.print(
-        "TwIST against FedAvg: the same model, text, batches and optimiser. Ctrl-C is safe: run it again to go on."
-    )
-    from twist_fl.report.compare import comparison_table
-    from twist_fl.report.tables import device_tables, run_tables
-
-    runs = []
-    for algorithm in ("twist", "fedavg"):
-        folder = RunFolder(directory / algorithm)
-        config = load_config("demo", [*overrides, f"algorithm={algorithm}", f"dir={folder.path}"])
-        runs.append(train_or_go_on(console, config, folder))
-    rows = _deployed(runs[0]) or deploy(console, runs[0].path, [])
-    for caption, cells in (run_tables(comparison_table(runs)) | device_tables(rows)).items():
-        console.print(terminal_table(caption, cells))
-    report(console, [run.path for run in runs], directory / "report.html")
+DEPLOYED, AGAINST_PRUNING = "deployed.json", "against_pruning.json"
+"""What else a run's folder may hold for its report: its devices, and how its tickets stand beside pruned models."""
 
 
-def _deployed(folder: RunFolder) -> list[dict[str, Any]]:
-    file = folder.path / "deployed.json"
-    rows: list[dict[str, Any]] = read_json(file, list) if file.is_file() else []
+def rows_in(runs: Sequence[RunFolder], name: str) -> list[dict[str, Any]]:
+    """Of the first of `runs` that has the file; else none."""
+    file = next((run.path / name for run in runs if (run.path / name).is_file()), None)
+    rows: list[dict[str, Any]] = read_json(file, list) if file else []
     return rows
 
 
@@ -55,8 +34,7 @@ def report(console: Console, paths: list[Path], out: Path) -> None:
     runs = [RunFolder(path) for path in finished_runs(paths)]
     from twist_fl.report.page import write_report
 
-    deployed = next((rows for run in runs if (rows := _deployed(run))), [])
-    write_report(runs, out, deployed)
+    write_report(runs, out, rows_in(runs, DEPLOYED), rows_in(runs, AGAINST_PRUNING))
     console.print(f"report: {out.resolve()}")
 
 
@@ -64,16 +42,16 @@ def publish(console: Console, paths: list[Path], target: Path) -> None:
     """The runs' results and logs, tables in Markdown and the figures: all that a document quotes, in one folder."""
     from twist_fl.report.compare import comparison_table
     from twist_fl.report.page import figures
-    from twist_fl.report.tables import device_tables, run_tables
+    from twist_fl.report.tables import against_pruning_table, device_tables, run_tables
 
     runs = [RunFolder(path) for path in finished_runs(paths)]
     for run in runs:
         copy = RunFolder(target / run.path.name)
-        for name in ("results.json", "events.jsonl", "deployed.json"):
+        for name in ("results.json", "events.jsonl", DEPLOYED, AGAINST_PRUNING):
             if (run.path / name).is_file():
                 write_text((run.path / name).read_text(), copy.path / name)
-    deployed = next((rows for run in runs if (rows := _deployed(run))), [])
-    tables = run_tables(comparison_table(runs)) | (device_tables(deployed) if deployed else {})
+    against, deployed = rows_in(runs, AGAINST_PRUNING), rows_in(runs, DEPLOYED)
+    tables = against_pruning_table(against) | run_tables(comparison_table(runs)) | device_tables(deployed)
     parts = (f"**{caption}**\n\n{markdown(cells)}" for caption, cells in tables.items())
     write_text("\n".join(parts), target / "table.md")
     figures(runs, target)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from shlex import quote
 from typing import Any, get_type_hints
@@ -18,6 +19,8 @@ from twist_fl.config.values import convert, item_schema
 from twist_fl.system.errors import ConfigError
 
 Layer = dict[str, Any]
+
+hints_of: Callable[[Any], dict[str, Any]] = cache(get_type_hints)
 
 
 def conf_dir() -> Path:
@@ -160,7 +163,7 @@ def _hint(key: str, schema: Any) -> Any:
     hint: Any = schema
     parts = key.split(".")
     for i, part in enumerate(parts):
-        hints = get_type_hints(hint) if is_dataclass(hint) else {}
+        hints = hints_of(hint) if is_dataclass(hint) else {}
         if not hints:
             raise ConfigError(f"{key!r} is no key: {'.'.join(parts[:i])} holds one value")
         if part not in hints:
@@ -174,7 +177,7 @@ def typed(given: Mapping[Any, Any], section: Any, schema: Any, prefix: str = "")
 
     Raises ConfigError for an unknown key or a value that its type does not allow.
     """
-    hints, defaults, made = get_type_hints(section), section(), dict[str, Any]()
+    hints, defaults, made = hints_of(section), section(), dict[str, Any]()
     for name, value in given.items():
         key = f"{prefix}{name}"
         if name not in hints:
@@ -200,6 +203,15 @@ def _items(key: str, value: Any, inner: Any) -> list[Layer]:
 def _no_items(key: str, value: Any, inner: Any) -> str:
     names = ", ".join(f"{field.name}: ..." for field in fields(inner))
     return f"{key}={value if isinstance(value, str) else shown(value)} must be a list of mappings: [{{{names}}}]"
+
+
+def lay_over(below: Layer, layer: Mapping[str, Any]) -> None:
+    """Put `layer` into `below`, key by key in sections; a list replaces a list."""
+    for name, value in layer.items():
+        if isinstance(value, dict) and isinstance(below.get(name), dict):
+            lay_over(below[name], value)
+        else:
+            below[name] = value
 
 
 def keys_of(layer: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

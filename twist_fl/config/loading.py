@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -13,7 +14,7 @@ from twist_fl.config.checks import check_values
 from twist_fl.config.effects import check_effects
 from twist_fl.config.finding import checkpoints_of
 from twist_fl.config.hub import check_folder, expanded, is_path, local_path
-from twist_fl.config.layers import as_mapping, keys_of, parse_yaml, read_overrides, read_preset, typed
+from twist_fl.config.layers import Layer, as_mapping, keys_of, lay_over, parse_yaml, read_overrides, read_preset, typed
 from twist_fl.config.shares import ShareError, refuse_share
 from twist_fl.config.suggest import choice
 from twist_fl.system.errors import ConfigError
@@ -60,18 +61,25 @@ def from_layers(schema: Any, layers: Sequence[Any]) -> Any:
 
 def _merge(schema: Any, layers: Sequence[Any]) -> tuple[Any, ShareError | None]:
     """Not checked yet, and a share that is to be refused when the model is known."""
-    merged, share = OmegaConf.structured(schema), None
+    given, share = Layer(), None
     for layer in layers:
         plain, in_layer = _without_shares(schema, as_mapping(layer))
         share = share or in_layer
         train = plain.get("train", {})
         if "epochs" in train:
             train.setdefault("rounds", None)  # of the two budgets, the one given last counts
-        merged = OmegaConf.merge(merged, OmegaConf.create(plain))
+        lay_over(given, plain)
     try:
-        return OmegaConf.to_object(merged), share
+        # Once for all layers: each merge copies the whole schema.
+        return OmegaConf.to_object(OmegaConf.merge(_defaults(schema), OmegaConf.create(given))), share
     except OmegaConfBaseException as error:  # of ${other.key}: all else is of its type already
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+
+
+@cache
+def _defaults(schema: Any) -> Any:
+    """Merging leaves it as it is."""
+    return OmegaConf.structured(schema)
 
 
 def _without_shares(schema: Any, layer: dict[str, Any]) -> tuple[dict[str, Any], ShareError | None]:

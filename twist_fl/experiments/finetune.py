@@ -1,11 +1,13 @@
 """TwIST as the paper uses it, on a trained model: what it costs the full model, and what its tickets gain.
 
 The paper fine-tunes a pretrained GPT-2. Here the pretrained model is the lab's own DDP run, and every method goes on
-from its weights for as many batches again, at a lower learning rate.
+from its weights for as many batches again, with one schedule and with as many tries of the learning rate as its best
+needs to lie between two others or at the end that the method itself sets.
 """
 
 from __future__ import annotations
 
+from math import log
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -22,37 +24,77 @@ from twist_fl.report.glossary import LOWER
 from twist_fl.report.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
 from twist_fl.system.units import perplexity_text, size_label
 
-LR = "train.lr=3e-4"
+SCHEDULE = ("train.schedule=wsd", "train.warmup=0.05", "train.decay=0.3", "train.clip_norm=1.0", "train.beta2=0.95")
 BOTH = "blueprint.setting=both"
-BEFORE, DDP = "before: DDP", "DDP"
-TRAINED = {
-    DDP: train("finetune-ddp", "algorithm=ddp", LR, after=runs.DDP),
-    "FedAvg": train("finetune-fedavg", "algorithm=fedavg", LR, after=runs.DDP),
-    "TwIST, 6/12": train("finetune-both-6", BOTH, "blueprint.num_sub=6", LR, after=runs.DDP),
-    "TwIST, 4/12": train("finetune-both-4", BOTH, "blueprint.num_sub=4", LR, after=runs.DDP),
-    "TwIST, 12, 6, 4, 3, two common": train("finetune-mixed", BOTH, COMMON, *SHUFFLED, LR, after=runs.DDP),
+BEFORE, DDP, TWIST = "before: DDP", "DDP", "TwIST, 12, 6, 4, 3, two common"
+METHODS = {
+    DDP: ("ddp", ("algorithm=ddp",), ("5e-4", "1e-3", "2e-3", "4e-3")),
+    "FedAvg": ("fedavg", ("algorithm=fedavg",), ("1e-3", "2e-3", "4e-3")),
+    "TwIST, 6/12 (the paper)": ("both-6", (BOTH, "blueprint.num_sub=6"), ("2e-3", "4e-3")),
+    TWIST: ("mixed", (BOTH, COMMON, *SHUFFLED), ("2e-3", "4e-3", "8e-3")),
 }
-PRUNERS = {"DDP, then SparseGPT": "sparsegpt", "DDP, then Wanda": "wanda"}
+"""Each method's name of a run, its settings and the learning rates tried."""
+CHANGED_AT = "4e-3"
+CHANGES = {
+    "constant 3e-4, no clipping, beta2 0.999": ("constant", (
+        "train.schedule=constant", "train.warmup=0", "train.clip_norm=null", "train.beta2=0.999", "train.lr=3e-4",
+    )),
+    "moments reset": ("reset", ("train.optimizer_state=reset",)),
+    "interval 5": ("interval-5", ("train.interval=5", "train.rounds=300")),
+    "outer Nesterov 0.7/0.9": ("nesterov", (
+        "aggregate.optimizer=nesterov", "aggregate.server_lr=0.7", "aggregate.momentum=0.9",
+    )),
+}  # fmt: skip
+"""What is changed of TWIST at CHANGED_AT, one thing at a time: the run's name, and the settings."""
+PRUNERS = {"SparseGPT": "sparsegpt", "Wanda": "wanda", "Z-Pruner": "zpruner", "Block Prune": "block",
+           "magnitude": "magnitude"}  # fmt: skip
 
 
-def _prune(method: str, size: int) -> Task:
-    settings = {"method": method, "setting": "both", "size": size, "calibration": CALIBRATION_WINDOWS}
-    return measure("prune", TRAINED[DDP], **settings)
+def _task(name: str, lr: str, *overrides: str) -> Task:
+    return train(f"finetune-{name}", *_last_of_each(*SCHEDULE, f"train.lr={lr}", *overrides), after=runs.DDP)
+
+
+def _last_of_each(*overrides: str) -> list[str]:
+    return [f"{key}={value}" for key, value in dict(word.split("=", 1) for word in overrides).items()]
+
+
+def tried(method: str) -> dict[str, Task]:
+    """The method's runs by learning rate."""
+    name, overrides, rates = METHODS[method]
+    return {lr: _task(f"{name}-{lr}", lr, *overrides) for lr in rates}
+
+
+def changed() -> dict[str, Task]:
+    name, overrides, _ = METHODS[TWIST]
+    return {
+        label: _task(f"{name}-{change}", CHANGED_AT, *overrides, *settings)
+        for label, (change, settings) in CHANGES.items()
+    }
+
+
+def _pruned(lab: Lab, run: Task, method: str) -> list[Task]:
+    settings = {"method": method, "setting": "both", "calibration": CALIBRATION_WINDOWS}
+    return [measure("prune", run, **settings, size=size) for size in lab.base.eval.sizes]
 
 
 def tasks(lab: Lab) -> list[Task]:
-    pruned = [_prune(method, size) for method in PRUNERS.values() for size in lab.base.eval.sizes]
-    return [runs.DDP, *TRAINED.values(), *pruned]
+    trained = [run for method in reversed(METHODS) for run in tried(method).values()]
+    pruned = [task for run in tried(DDP).values() for method in PRUNERS.values() for task in _pruned(lab, run, method)]
+    return [runs.DDP, *trained, *changed().values(), *pruned]
 
 
 def collect(lab: Lab) -> Data:
-    trained = {BEFORE: runs.DDP, **TRAINED}
-    rows = {label: _row(lab, task) for label, task in trained.items()}
+    rows: list[Data] = [{"method": BEFORE, "lr": None} | _row(lab, runs.DDP)]
+    rows += [{"method": method, "lr": lr} | _row(lab, run) for method in METHODS for lr, run in tried(method).items()]
     for label, method in PRUNERS.items():
-        found = {size: lab.result(_prune(method, size))["perplexity"] for size in lab.base.eval.sizes}
-        tickets = [{**ticket, "mean": found[ticket["size"]], "std": None} for ticket in rows[DDP]["tickets"]]
-        rows[label] = {"full": rows[DDP]["full"], "tickets": tickets}
-    return {"about": about(lab), "rows": rows}
+        for lr, run in tried(DDP).items():
+            dense = _row(lab, run)
+            found = [lab.result(task)["perplexity"] for task in _pruned(lab, run, method)]
+            tickets = [
+                ticket | {"mean": mean, "std": None} for ticket, mean in zip(dense["tickets"], found, strict=True)
+            ]
+            rows.append({"method": f"DDP, then {label}", "lr": lr, "full": dense["full"], "tickets": tickets})
+    return {"about": about(lab), "rows": rows, "changes": {name: _row(lab, run) for name, run in changed().items()}}
 
 
 def _row(lab: Lab, task: Task) -> Data:
@@ -60,13 +102,27 @@ def _row(lab: Lab, task: Task) -> Data:
     return {"full": results["full"], "tickets": [{key: each[key] for key in keep} for each in results["tickets"]]}
 
 
-def tables(data: Data) -> dict[str, Cells]:
-    rows: dict[str, Data] = data["rows"]
-    header = ["fine-tuned by", "full model", *map(size_label, rows[BEFORE]["tickets"])]
-    lines = [[name, perplexity_text(row["full"]), *map(_text, row["tickets"])] for name, row in rows.items()]
-    return {
-        caption(of_perplexity("after fine-tuning, setting both; of tickets mean ± deviation"), data): [header, *lines]
-    }
+def best(data: Data) -> dict[str, Data]:
+    """By method: of TwIST one checkpoint, with the least mean logarithm of perplexity over the full model and all
+    ticket sizes; every rival has, in each column, the best of its learning rates."""
+    found: dict[str, Data] = {}
+    for method in dict.fromkeys(row["method"] for row in data["rows"]):
+        rows = [row for row in data["rows"] if row["method"] == method]
+        if method.startswith("TwIST"):
+            found[method] = min(rows, key=lambda row: sum(map(log, _values(row))))
+        else:
+            columns = zip(*(row["tickets"] for row in rows), strict=True)
+            tickets = [min(column, key=lambda ticket: float(ticket["mean"])) for column in columns]
+            found[method] = {"lr": None, "full": min(row["full"] for row in rows), "tickets": tickets}
+    return found
+
+
+def _values(row: Data) -> list[float]:
+    return [row["full"], *(ticket["mean"] for ticket in row["tickets"])]
+
+
+def _cells(row: Data) -> list[str]:
+    return [perplexity_text(row["full"]), *map(_text, row["tickets"])]
 
 
 def _text(ticket: dict[str, Any]) -> str:
@@ -75,15 +131,32 @@ def _text(ticket: dict[str, Any]) -> str:
     return spread_text(ticket["mean"], ticket["std"])
 
 
+def tables(data: Data) -> dict[str, Cells]:
+    sizes = ["full model", *map(size_label, data["rows"][0]["tickets"])]
+    bests = [[name, *_cells(row)] for name, row in best(data).items()]
+    every = [[f"{row['method']}, {row['lr']}", *_cells(row)] for row in data["rows"] if row["lr"]]
+    base = next(row for row in data["rows"] if (row["method"], row["lr"]) == (TWIST, CHANGED_AT))
+    changes = [[f"{TWIST}, {CHANGED_AT}", *_cells(base)]]
+    changes += [[label, *_cells(row)] for label, row in data["changes"].items()]
+    return {
+        caption(of_perplexity("after fine-tuning, setting both; of tickets mean ± deviation"), data): [
+            ["fine-tuned by", *sizes],
+            *bests,
+        ],
+        of_perplexity("one change at a time"): [["changed", *sizes], *changes],
+        of_perplexity("every learning rate"): [["method, learning rate", *sizes], *every],
+    }
+
+
 def draw(data: Data) -> Figure:
     """Perplexity against the blocks kept, down from the full model."""
-    rows: dict[str, Data] = data["rows"]
+    rows = best(data)
     looks = looks_of(rows)
     figure = figure_of(3.2, looks)
     axes = figure.subplots()
     sizes = rows[BEFORE]["tickets"]
     kept = [sizes[0]["of"], *(ticket["size"] for ticket in sizes)]
-    lines = {name: [row["full"], *(ticket["mean"] for ticket in row["tickets"])] for name, row in rows.items()}
+    lines = {name: _values(row) for name, row in rows.items()}
     for name, values in lines.items():
         axes.plot(kept, values, **looks[name], linewidth=1.4, markersize=5)
     axes.set_xticks(kept)
@@ -102,20 +175,28 @@ def reading(data: Data) -> str:
 
 
 def notes(data: Data) -> list[str]:
-    rows: dict[str, Data] = data["rows"]
+    rows = best(data)
     dense = rows[DDP]["full"]
     found = [
-        f"All start from the lab's DDP run and train as many batches again, with {LR} and new optimiser state.",
+        "All start from the lab's DDP run and train as many batches again, with new optimiser state and "
+        f"{', '.join(SCHEDULE)}.",
+        "Each line of TwIST is one checkpoint: the learning rate with the least geometric mean over the line. Of each "
+        "rival every number is the best of its learning rates, so a line may be several checkpoints.",
         *(
-            f"{name}: the full model has {rows[name]['full'] / dense:.3f} of fine-tuned DDP's perplexity."
-            for name in TRAINED
-            if name != DDP
+            f"{name}, learning rate {rows[name]['lr']}: the full model has {rows[name]['full'] / dense:.3f} of "
+            "fine-tuned DDP's perplexity."
+            for name in METHODS
+            if name.startswith("TwIST")
         ),
     ]
     for i, ticket in enumerate(rows[BEFORE]["tickets"]):
         values = {name: row["tickets"][i]["mean"] for name, row in rows.items()}
-        best = min(values, key=lambda name: values[name])
-        found.append(f"{size_label(ticket)}: best is '{best}' with {perplexity_text(values[best])}.")
+        first = min(values, key=lambda name: values[name])
+        found.append(
+            f"{size_label(ticket)}: best is '{first}' with {perplexity_text(values[first])}; the last TwIST has "
+            f"{values[TWIST] / dense:.3f} of DDP's full model and {values[TWIST] / values['DDP, then SparseGPT']:.3f} "
+            "of DDP, then SparseGPT."
+        )
     return found
 
 

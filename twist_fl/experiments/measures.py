@@ -11,8 +11,8 @@ from twist_fl.config.sizes import blocks_per_layer, ticket_sizes
 from twist_fl.experiments.ablation import ordered_tickets
 from twist_fl.experiments.failure import failure
 from twist_fl.experiments.latency import latency
-from twist_fl.experiments.real_cost import real_cost
 from twist_fl.experiments.theorem import norms
+from twist_fl.experiments.weighing import real_cost
 from twist_fl.pruning import methods
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.trained import TrainedRun

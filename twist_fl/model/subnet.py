@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from twist_fl.blueprint.architectures import KINDS
@@ -128,7 +129,7 @@ def build_model(
     The full blueprint gives the plain full model, without any hook.
     """
     sized = type(config)(**config.to_dict() | subnet_sizes(layout, blueprint))
-    with torch.device("meta"):
+    with no_init_weights(), torch.device("meta"):  # drawing numbers that nobody sees takes most of the time
         model: PreTrainedModel = model_class(config.model_type)(sized)
     model.to_empty(device=device)
     for name, module in list(model.named_modules()):

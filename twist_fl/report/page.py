@@ -21,6 +21,7 @@ from twist_fl.report.tables import (
     MEMORY,
     PERPLEXITY,
     SENT,
+    against_pruning_table,
     device_tables,
     run_tables,
     ticket_cells,
@@ -46,11 +47,13 @@ def write_report(
     runs: Sequence[RunFolder],
     out: Path,
     deployed: Sequence[Mapping[str, Any]] = (),
+    against_pruning: Sequence[Mapping[str, Any]] = (),
     title: str = "TwIST on Flower: run report",
 ) -> None:
     """Write `out`: what to conclude, what the words mean, tables, figures, devices, configuration and provenance.
 
-    `deployed` has a mapping per edge device, as in deployed.json; what is missing shows as a dash.
+    `deployed` has a mapping per edge device, as in deployed.json; what is missing shows as a dash. `against_pruning`
+    has one per model, as in against_pruning.json.
     Raises ConfigError for a run that has not finished.
     """
     finished = read_runs(runs)
@@ -59,6 +62,7 @@ def write_report(
         f"<h1>{escape(title)}</h1>",
         *_summary(finished),
         *_words(finished),
+        *_against_pruning(against_pruning),
         *_perplexities(finished, tables),
         *_figures(finished),
         *_devices(deployed),
@@ -84,6 +88,20 @@ def _words(runs: Sequence[FinishedRun]) -> Iterator[str]:
     yield "<h2>What the words mean</h2>"
     present = dict.fromkeys(run.config["algorithm"] for run in runs)
     yield terms(WORDS | dict(ALGORITHMS[algorithm] for algorithm in present))
+
+
+def _against_pruning(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    if not rows:
+        return
+    yield "<h2>Why not just prune?</h2>"
+    ((caption, cells),) = against_pruning_table(rows).items()
+    yield table(cells, caption)
+    yield note(
+        "Pruned models keep the same share of the divided layers' weights as zeros in a model of full size: zeros take "
+        "as much room on disk, and as long to compute. A ticket is a smaller model, a random one here, and its "
+        f"perplexity a mean over {max(row['draws'] for row in rows)} draws. Prompt tokens are what one CPU thread "
+        "reads in a second; the last column is what pruning and its calibration took."
+    )
 
 
 def _perplexities(runs: Sequence[FinishedRun], tables: Mapping[str, Cells]) -> Iterator[str]:

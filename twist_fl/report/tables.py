@@ -13,6 +13,7 @@ from twist_fl.system.units import duration_text, human_bytes, perplexity_text, s
 PERPLEXITY = f"Test perplexity ({LOWER}), and of random tickets mean ± standard deviation"
 SENT = "What was sent: both directions, all rounds and workers"
 MEMORY = "Memory of a worker while it trains, and time"
+AGAINST_PRUNING = f"Smaller models: test perplexity ({LOWER}), and what they cost"
 DEVICES = f"Models on devices: test perplexity ({LOWER}) and speed, as each device measured them"
 DEVICE_BYTES = "Models on devices: what each received and holds"
 
@@ -61,9 +62,26 @@ def _bytes(num: int) -> str:
     return human_bytes(num) if num else MISSING
 
 
+def against_pruning_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Cells]:
+    """Of models as in against_pruning.json: good, small, fast, and what it took after training to make them so."""
+    lines = [
+        [
+            str(row["label"]),
+            size_label(row),
+            perplexity_text(row["perplexity"]),
+            f"{row['file_bytes'] / 1e6:.2f}",
+            f"{1000 * row['window'] / row['ms_per_window']:,.0f}",
+            f"{row['seconds']:.1f}",
+        ]
+        for row in rows
+    ]
+    header = ["model", "blocks kept", "perplexity", "MB on disk", "prompt tokens/s", "s after training"]
+    return {AGAINST_PRUNING: [header, *lines]} if rows else {}
+
+
 def device_tables(devices: Sequence[Mapping[str, Any]]) -> dict[str, Cells]:
     """Of devices as in deployed.json, what is missing is a dash: what a model is good for, then what it weighs."""
-    return {DEVICES: device_cells(devices), DEVICE_BYTES: device_bytes_cells(devices)}
+    return {DEVICES: device_cells(devices), DEVICE_BYTES: device_bytes_cells(devices)} if devices else {}
 
 
 def device_cells(devices: Sequence[Mapping[str, Any]]) -> Cells:

@@ -1,0 +1,97 @@
+"""The demo: TwIST as the paper uses it, on a trained model, beside plain training and pruning. Minutes on a CPU."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from twist_fl.cli.commands import AGAINST_PRUNING, DEPLOYED, deploy, report, rows_in
+from twist_fl.cli.progress import waits_for
+from twist_fl.cli.tickets import generate
+from twist_fl.cli.train import train_or_go_on
+from twist_fl.config.schema import load_config
+from twist_fl.report.cells import Cells, terminal_table
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.system.files import write_json
+
+MODEL = files("twist_fl.model") / "demo_model"
+"""The trained model that the demo starts from; benchmarks/demo_model.py makes it."""
+RECIPE = ("train.schedule=wsd", "train.warmup=0.05", "train.clip_norm=1.0", "train.beta2=0.95")
+BUDGET = ("train.rounds=60", "eval.tickets=10")
+RUNS = {
+    "twist": ("blueprint.num_sub=[12,6,4,3]", "blueprint.assign=shuffled", "blueprint.common=[0,1]", "train.lr=4e-3"),
+    "fedavg": ("algorithm=fedavg", "train.lr=2e-3"),
+}
+"""Each at the best of the learning rates that `twist-fl reproduce finetune` has tried for it."""
+PRUNERS = {"magnitude": "FedAvg, then magnitude", "sparsegpt": "FedAvg, then SparseGPT"}
+SHARES = (1 / 2, 1 / 4)
+_CALIBRATION, _DRAWS, _NEW_TOKENS, _TURNS = 128, 10, 16, 15
+_PROMPT = "The module"
+
+
+def demo(console: Console, directory: Path, overrides: list[str]) -> None:
+    """TwIST and FedAvg from one trained model on one budget; FedAvg's pruned; three devices; one table, one report.
+
+    What is already there is used: a finished run as it is, an interrupted one from its checkpoint.
+    """
+    configs = {name: load_config("demo", _words(directory, name, overrides)) for name in RUNS}
+    console.print(
+        "TwIST against FedAvg and pruning: the same trained model, text and batches. Ctrl-C is safe: run it again to "
+        "go on."
+    )
+    runs = [train_or_go_on(console, config, RunFolder(directory / name)) for name, config in configs.items()]
+    found = rows_in(runs, DEPLOYED)
+    devices = found or deploy(console, runs[0].path, [])
+    from twist_fl.report.tables import against_pruning_table, device_tables
+
+    _show(console, device_tables(found))
+    for device in devices:
+        console.print(f"{device['name']} writes: ", end="", style="bold")
+        generate(console, runs[0].path / "deployed" / device["name"], _PROMPT, 40, 0.7, None, 0)
+    _show(console, against_pruning_table(rows_in(runs, AGAINST_PRUNING) or _against_pruning(console, *runs)))
+    report(console, [run.path for run in runs], directory / "report.html")
+
+
+def _show(console: Console, tables: dict[str, Cells]) -> None:
+    for caption, cells in tables.items():
+        console.print(terminal_table(caption, cells))
+
+
+def _words(directory: Path, name: str, overrides: list[str]) -> list[str]:
+    """The user's come last, but for what tells the runs apart."""
+    rate = [word for word in RUNS[name] if word.startswith("train.")]
+    which = [word for word in RUNS[name] if word not in rate]
+    return [f"model.pretrained={MODEL}", *RECIPE, *BUDGET, *rate, *overrides, *which, f"dir={directory / name}"]
+
+
+def _against_pruning(console: Console, twist: RunFolder, fedavg: RunFolder) -> list[dict[str, Any]]:
+    """The full models, and smaller ones of two sizes: tickets, and FedAvg's model pruned to as many weights."""
+    waits_for(console, "pruning FedAvg's model, and measuring all of them")
+    from twist_fl.config.sizes import blocks_per_layer, legal_sizes
+    from twist_fl.experiments.weighing import rows_of, whole
+    from twist_fl.pruning.methods import Pruned, prune
+    from twist_fl.runs.trained import TrainedRun
+
+    ours, rival = TrainedRun(twist.path), TrainedRun(fedavg.path)
+    layout, division, seed = ours.job.layout, ours.job.division, ours.job.config.seed
+    of, legal = blocks_per_layer(layout, division), legal_sizes(layout, division)
+    sizes = [max(size for size in legal if size <= max(share * of, legal[0])) for share in SHARES]
+    windows = min(_CALIBRATION, len(rival.job.corpus.train))
+
+    def pruned(run: TrainedRun, method: str, size: int) -> Pruned:
+        return prune(run.job, run.state.params, method, size, seed=seed, calibration_windows=windows)
+
+    models = [("FedAvg", rival, whole(rival.state.params, of))]
+    models += [(label, rival, pruned(rival, method, size)) for method, label in PRUNERS.items() for size in sizes]
+    models += [("TwIST", ours, whole(ours.state.params, of))]
+    models += [("TwIST's tickets", ours, pruned(ours, "se", size)) for size in sizes]
+    measured = rows_of(
+        [(run.job, model) for _, run, model in models], ours.test, draws=_DRAWS, new_tokens=_NEW_TOKENS, turns=_TURNS
+    )
+    window = ours.job.config.data.window
+    rows = [{"label": label, "window": window, **row} for (label, _, _), row in zip(models, measured, strict=True)]
+    write_json(rows, twist.path / AGAINST_PRUNING)
+    return rows
