@@ -68,12 +68,8 @@ def export(
     loading(console, path, None)
     EXPORT_FORMAT.find(format)
     run = TrainedRun(path, places)
-    from transformers.utils import logging
-
     from twist_fl.config.sizes import blocks_per_layer
 
-    quiet: Any = logging.disable_progress_bar  # of the weights that the check loads; untyped
-    quiet()
     of = blocks_per_layer(run.job.layout, run.job.division)
     blocks = None if size is None else blocks_of(size, of)
     blueprint = run.blueprint(blocks, draw, seed)
