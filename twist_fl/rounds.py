@@ -178,8 +178,8 @@ class RoundMean:
     def _check(self, task: Task, reply: Reply) -> None:
         layout, blueprint = self.job.layout, task.blueprint
         given = self.job.given(task.worker, blueprint)
-        if reply.digest != blueprint.digest:
-            raise ReplyError(f"reply is for blueprint {reply.digest[:12]}, sent was {blueprint.digest[:12]}")
+        if reply.digest != task.digest:
+            raise ReplyError("the reply is to another task: its round, worker or blueprint differs")
         if reply.num_batches != task.num_batches:
             raise ReplyError(f"trained {reply.num_batches} batches, asked were {task.num_batches}")
         windows = sum(self.job.shard(task.worker).batch_length(task.cursor + i) for i in range(task.num_batches))

@@ -274,7 +274,7 @@ def test_a_changed_reply_is_refused_or_read_as_it_stands(optimizer_state: str, b
     assert moments is not None
     after = Moments(task.num_batches, moments.values)
     windows = sum(job.shard(0).batch_length(i) for i in range(task.num_batches))
-    honest = Reply(task.blueprint.digest, params, 1.25, windows * 15, task.num_batches, moments=after)
+    honest = Reply(task.digest, params, 1.25, windows * 15, task.num_batches, moments=after)
     outcomes = {"refused": 0, "dropped": 0, "counted": 0}
     for segment in segment_for(job, by):
         content = wire.reply_to_records(job, task.blueprint, honest, segment)

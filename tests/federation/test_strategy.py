@@ -309,7 +309,8 @@ def of_another(task: Task, message: Message, answer: Answer) -> list[Message]:
     """Same names, same shapes, other blocks: only the digest tells."""
     other = replace(task.blueprint, attn=task.blueprint.ffn, ffn=task.blueprint.attn)
     assert other.shape == task.blueprint.shape
-    return [changed(task, message, answer(), lambda reply: replace(reply, digest=other.digest))]
+    digest = replace(task, blueprint=other).digest
+    return [changed(task, message, answer(), lambda reply: replace(reply, digest=digest))]
 
 
 def not_finite(task: Task, message: Message, answer: Answer) -> list[Message]:
@@ -337,7 +338,7 @@ FAILURES: dict[str, tuple[Bend, str]] = {
     "error without a word": (unexplained, "Flower error 3"),
     "silence": (silent, "no reply within flower.round_timeout=0.3 s"),
     "nothing in it": (empty, "malformed reply: KeyError"),
-    "another blueprint": (of_another, "reply is for blueprint "),
+    "another blueprint": (of_another, "the reply is to another task"),
     "NaN": (not_finite, "transformer.wte.weight has values that are not finite"),
     "fewer batches": (lazy, "trained 1 batches, asked were 2"),
     "a parameter missing": (headless, "transformer.wte.weight"),

@@ -99,7 +99,7 @@ def state(job: Job, random_state: RandomState) -> RunState:
 def reply(job: Job, state: RunState) -> Reply:
     task = plan(job, state)[1]
     params, moments = dispatch(job, state, task)
-    return Reply(task.blueprint.digest, params, 1.25, 60, 2, 0.5, moments, peak_bytes=123_456_789)
+    return Reply(task.digest, params, 1.25, 60, 2, 0.5, moments, peak_bytes=123_456_789)
 
 
 # Round trips
@@ -282,7 +282,7 @@ def test_weights_are_rounded_to_nearest_and_moments_are_not(
         assert tensors.num_bytes(content) | {"other": 0} == {"weights": half, "moments": 4 * half, "other": 0}
         trained = {name: tensor + 1e-3 * torch.randn(tensor.shape) for name, tensor in rounded.items()}
         for after in (rounded, trained):
-            reply = Reply(task.blueprint.digest, after, 1.25, 60, 2, 0.5, moments)
+            reply = Reply(task.digest, after, 1.25, 60, 2, 0.5, moments)
             content = wire.reply_to_records(job, task.blueprint, reply, segment, sent)
             arrived = wire.reply_from_records(job, task.blueprint, content, segment, state.params)
             # What the worker was not sent, the server has kept; only the change is rounded.
@@ -299,7 +299,7 @@ def test_gradients_of_ddp_travel_as_they_are(wire_dtype: str, tiny_job: MakeJob,
     job = tiny_job("algorithm=ddp", f"flower.wire_dtype={wire_dtype}")
     state = random_run(job, random_state)
     task = plan(job, state)[0]
-    reply = Reply(task.blueprint.digest, random_state(job.layout, 7), 1.25, 30, 1)
+    reply = Reply(task.digest, random_state(job.layout, 7), 1.25, 30, 1)
     content = wire.reply_to_records(job, task.blueprint, reply)
     arrived = wire.reply_from_records(job, task.blueprint, content)
     rounded = {name: tensor.to(getattr(torch, wire_dtype)).float() for name, tensor in reply.params.items()}
@@ -637,7 +637,7 @@ def test_a_malformed_reply_is_a_reply_error(case: str, tiny_job: MakeJob, random
     job = tiny_job()
     state = random_run(job, random_state)
     task = plan(job, state)[0]
-    reply = Reply(task.blueprint.digest, dispatch(job, state, task)[0], 1.25, 60, 2)
+    reply = Reply(task.digest, dispatch(job, state, task)[0], 1.25, 60, 2)
     content = wire.reply_to_records(job, task.blueprint, reply)
     wire.reply_from_records(job, task.blueprint, content)
     spoil, reason = MALFORMED[case]
@@ -652,7 +652,7 @@ def test_what_a_worker_says_is_one_short_line(tiny_job: MakeJob, random_state: R
     state = random_run(job, random_state)
     task = plan(job, state)[0]
     note = "\x1b[31mred\r\n\u202etxt\0" + "x" * 10**6
-    reply = Reply(task.blueprint.digest, dispatch(job, state, task)[0], 1.25, 60, 2, note=note)
+    reply = Reply(task.digest, dispatch(job, state, task)[0], 1.25, 60, 2, note=note)
     found = wire.reply_from_records(job, task.blueprint, wire.reply_to_records(job, task.blueprint, reply)).note
     assert found.startswith(" [31mred   txt xxx")
     assert len(found) == 300
@@ -703,7 +703,7 @@ def test_a_reply_with_half_of_its_moments(tiny_job: MakeJob, random_state: Rando
     state = random_run(job, random_state)
     task = plan(job, state)[0]
     params, moments = dispatch(job, state, task)
-    reply = Reply(task.blueprint.digest, params, 1.25, 60, 2, moments=moments)
+    reply = Reply(task.digest, params, 1.25, 60, 2, moments=moments)
     content = wire.reply_to_records(job, task.blueprint, reply)
     content.pop("exp_avg_sq")
     with pytest.raises(ReplyError, match="exp_avg_sq"):
@@ -715,7 +715,7 @@ def test_a_reply_by_a_handle_that_is_not_its_own_is_refused(tiny_job: MakeJob, r
     job = tiny_job()
     state = random_run(job, random_state)
     task = plan(job, state)[0]
-    reply = Reply(task.blueprint.digest, dispatch(job, state, task)[0], 1.25, 60, 2)
+    reply = Reply(task.digest, dispatch(job, state, task)[0], 1.25, 60, 2)
     size = len(reply.params) and Packing.of(job, task.blueprint).segment_bytes
     with new_segment(job, task.blueprint) as segment:
         content = wire.reply_to_records(job, task.blueprint, reply, segment)
@@ -741,7 +741,7 @@ def test_a_reply_of_another_shape_is_not_spread_over_the_buffer(tiny_job: MakeJo
     task = plan(job, state)[0]
     params = dispatch(job, state, task)[0] | {"transformer.ln_f.weight": torch.ones(1)}
     with pytest.raises(ValueError, match=r"^transformer\.ln_f\.weight has shape \(1,\), expected \(32,\)$"):
-        wire.reply_to_records(job, task.blueprint, Reply(task.blueprint.digest, params, 1.25, 60, 2))
+        wire.reply_to_records(job, task.blueprint, Reply(task.digest, params, 1.25, 60, 2))
 
 
 # Whether a node shares this machine

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -36,10 +37,16 @@ class Task:
     keep_from: int = 0
     """Oldest round whose client-side moments a resumed run could still need."""
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what a reply answers: of blueprints that come again, an earlier round's is told apart by it."""
+        return hashlib.sha256(f"{self.round} {self.worker} {self.blueprint.digest}".encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Reply:
     digest: str
+    """The task's."""
     params: State
     """As trained; of DDP, their gradient."""
     loss: float
@@ -97,7 +104,7 @@ class Worker:
                 take_back(model)
         trained_in_place = in_place and config.algorithm != "ddp"
         return Reply(
-            task.blueprint.digest,
+            task.digest,
             _back(interval.result, params if trained_in_place else {}),
             interval.loss,
             interval.num_tokens,
