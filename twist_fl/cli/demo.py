@@ -22,8 +22,8 @@ MODEL = files("twist_fl.model") / "demo_model"
 RECIPE = ("train.schedule=wsd", "train.warmup=0.05", "train.clip_norm=1.0", "train.beta2=0.95")
 BUDGET = ("train.rounds=60", "eval.tickets=10")
 RUNS = {
-    "twist": ("blueprint.num_sub=[12,6,4,3]", "blueprint.assign=shuffled", "blueprint.common=[0,1]", "train.lr=4e-3"),
-    "fedavg": ("algorithm=fedavg", "train.lr=2e-3"),
+    "twist": ("blueprint.num_sub=[12,6,4,3]", "blueprint.assign=shuffled", "blueprint.common=[0,1]", "train.lr=8e-3"),
+    "fedavg": ("algorithm=fedavg", "train.lr=4e-3"),
 }
 """Each at the best of the learning rates that `twist-fl reproduce finetune` has tried for it."""
 PRUNERS = {"magnitude": "FedAvg, then magnitude", "sparsegpt": "FedAvg, then SparseGPT"}
