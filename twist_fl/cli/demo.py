@@ -19,13 +19,12 @@ from twist_fl.system.files import write_json
 
 MODEL = files("twist_fl.model") / "demo_model"
 """The trained model that the demo starts from; benchmarks/demo_model.py makes it."""
-RECIPE = ("train.schedule=wsd", "train.warmup=0.05", "train.clip_norm=1.0", "train.beta2=0.95")
-BUDGET = ("train.rounds=60", "eval.tickets=10")
+BUDGET = ("train.rounds=80", "eval.tickets=10")
 RUNS = {
-    "twist": ("blueprint.num_sub=[12,6,4,3]", "blueprint.assign=shuffled", "blueprint.common=[0,1]", "train.lr=8e-3"),
-    "fedavg": ("algorithm=fedavg", "train.lr=4e-3"),
+    "twist": ("blueprint.num_sub=[12,6,4,3]", "blueprint.assign=shuffled", "blueprint.common=[0,1]"),
+    "fedavg": ("algorithm=fedavg",),
 }
-"""Each at the best of the learning rates that `twist-fl reproduce finetune` has tried for it."""
+"""The preset's learning rate is the best of those tried for FedAvg, and between the best for tickets and for the whole."""
 PRUNERS = {"magnitude": "FedAvg, then magnitude", "sparsegpt": "FedAvg, then SparseGPT"}
 SHARES = (1 / 2, 1 / 4)
 _CALIBRATION, _DRAWS, _NEW_TOKENS, _TURNS = 128, 10, 16, 15
@@ -62,9 +61,7 @@ def _show(console: Console, tables: dict[str, Cells]) -> None:
 
 def _words(directory: Path, name: str, overrides: list[str]) -> list[str]:
     """The user's come last, but for what tells the runs apart."""
-    rate = [word for word in RUNS[name] if word.startswith("train.")]
-    which = [word for word in RUNS[name] if word not in rate]
-    return [f"model.pretrained={MODEL}", *RECIPE, *BUDGET, *rate, *overrides, *which, f"dir={directory / name}"]
+    return [f"model.pretrained={MODEL}", *BUDGET, *overrides, *RUNS[name], f"dir={directory / name}"]
 
 
 def _against_pruning(console: Console, twist: RunFolder, fedavg: RunFolder) -> list[dict[str, Any]]:
