@@ -419,6 +419,7 @@ def test_pruned_models_stand_beside_fine_tuned_ones(lab: Lab) -> None:
     assert "±" in dense[-1] and "±" not in sparse[-1]
     trained = [task for task in finetune.tasks(lab) if task.kind == TRAIN and task != DDP]
     assert {lab.words(task)[-3] for task in trained} == {f"model.pretrained={lab.run('ddp').path}"}
+    assert {lab.config(task).train.rounds for task in trained} == {100, 300}
     lost = replace(lab, folder=lab.folder / "elsewhere")  # to be planned before anything has been trained
     assert lost.config(trained[0]).model.pretrained == str(lost.run("ddp").path)
 

@@ -39,6 +39,7 @@ CHANGES = {
     "constant 3e-4, no clipping, beta2 0.999": ("constant", (
         "train.schedule=constant", "train.warmup=0", "train.clip_norm=null", "train.beta2=0.999", "train.lr=3e-4",
     )),
+    "interval 5": ("interval-5", ("train.interval=5", "train.rounds=300")),
 }  # fmt: skip
 """What is changed of TWIST at CHANGED_AT, one thing at a time: the run's name, and the settings."""
 PRUNERS = {"SparseGPT": "sparsegpt", "Wanda": "wanda", "Block Prune": "block", "magnitude": "magnitude"}
