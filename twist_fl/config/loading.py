@@ -95,7 +95,8 @@ def _without_shares(schema: Any, layer: dict[str, Any]) -> tuple[dict[str, Any],
 def _make_absolute(config: Any) -> None:
     """Folders that exist become absolute: Flower runs the app in another working folder. A run stands for its newest
     checkpoint."""
-    for section, key in ((config.data, "path"), (config.data, "tokenizer"), (config.model, "pretrained")):
+    places = ((config.data, "path"), (config.data, "private"), (config.data, "tokenizer"), (config.model, "pretrained"))
+    for section, key in places:
         value = getattr(section, key)
         path = expanded(value or "")
         if value and glob.has_magic(value) and section is config.data and not path.exists():

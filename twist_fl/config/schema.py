@@ -1,8 +1,6 @@
-"""Every knob of a run, with its unit and default, and how a run's configuration is put together.
+"""Every knob of a run, with its unit and default: the paper's (section 5) where the paper has one.
 
-A configuration is the defaults below, then a preset of `conf/` (which holds only what differs), then
-`key=value` overrides. Defaults are the paper's (section 5) where the paper has one.
-"""
+A configuration is these, then a preset of `conf/` (which holds only what differs), then `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -62,6 +60,9 @@ class DataConfig:
     test_glob: str = "*test*"
     test_fraction: float = 0.1
     """Share of documents kept for evaluation where the source has no test split of its own."""
+    private: str | None = None
+    """Each worker trains on text of its own, the s-th folder or file (by name) of this folder. The other keys are then
+    of the server's text, to test on, and for a tokenizer if there is none; how text is read goes for both."""
     tokenizer: str | None = None
     """Folder, or name on the hub; null: model.pretrained's own, and for a model from scratch a byte-level BPE of
     `vocab_size`, trained on the training text."""

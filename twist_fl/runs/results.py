@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from twist_fl.blueprint.drawing import full_blueprint
 from twist_fl.config.schema import Config
 from twist_fl.config.sizes import blocks_per_layer, ticket_sizes
-from twist_fl.data.corpus import load_corpus
+from twist_fl.data.own_text import digests, read_texts
 from twist_fl.rounds import RunState
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.cores import usable_cores
@@ -71,7 +71,7 @@ def portable_config(config: Config) -> dict[str, Any]:
     """The configuration without this machine's folders (of a local path, its last part) and trackers."""
     fields: Any = OmegaConf.to_container(OmegaConf.structured(config))
     del fields["dir"], fields["log"]
-    for section, key in (("data", "path"), ("data", "tokenizer"), ("model", "pretrained")):
+    for section, key in (("data", "path"), ("data", "private"), ("data", "tokenizer"), ("model", "pretrained")):
         value = fields[section][key]
         if value and Path(value).is_absolute():
             fields[section][key] = Path(value).name
@@ -93,10 +93,8 @@ def refuse_other_settings(folder: RunFolder, wanted: Config) -> None:
                     f"{folder.path} holds a run with {name}={mine.get(key)}, asked was {wish}: "
                     "remove it, or choose another --dir"
                 )
-    if (
-        wanted.data != job.config.data and load_corpus(wanted.data).digest != job.text.digest
-    ):  # a path alone says little
-        raise ConfigError(
+    if wanted.data != job.config.data and digests(*read_texts(wanted)) != digests(job.text, job.own):
+        raise ConfigError(  # a path alone says little
             f"{folder.path} holds a run on other text than data.path={wanted.data.path} has now: "
             "remove it, or choose another --dir"
         )

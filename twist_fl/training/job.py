@@ -19,7 +19,8 @@ from twist_fl.blueprint.drawing import draw_round, draw_ticket, full_blueprint
 from twist_fl.config.checks import check_name
 from twist_fl.config.schema import Config, from_yaml, to_yaml
 from twist_fl.config.sizes import make_division, of_workers, smallest_share, ticket_sizes, workers_per_round
-from twist_fl.data.corpus import Corpus, Shard
+from twist_fl.data.corpus import Corpus, Shard, Windows
+from twist_fl.data.own_text import Own, facts, known_facts, own_texts, read_texts
 from twist_fl.data.run_text import RunText
 from twist_fl.model.hf_config import config_from_dict, model_config
 from twist_fl.system.cores import usable_cores
@@ -27,6 +28,7 @@ from twist_fl.system.errors import ConfigError
 from twist_fl.system.plugins import ARCHITECTURE, check_plugins
 from twist_fl.system.untrusted import Field, read_fields
 from twist_fl.training import device
+from twist_fl.training.fitting import fit_batches, fit_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -46,6 +48,8 @@ class Job:
     text: RunText
     run_id: str
     """Random name of the run: clients keep its optimiser state under it."""
+    own: Own | None = None
+    """With data.private, each worker's text; `text` is then the server's."""
 
     @property
     def model_config(self) -> PreTrainedConfig:
@@ -56,11 +60,26 @@ class Job:
         """The tokenised text, opened when it is first asked for. Raises ConfigError: see `RunText.open`."""
         return self.text.open()
 
+    def text_of(self, worker: int) -> RunText:
+        """The text of which the worker trains on its shard."""
+        return self.text if self.own is None else self.own[worker]
+
+    def windows(self, worker: int) -> Windows:
+        """What the ids of the worker's shard are of."""
+        return self.text_of(worker).open().train
+
+    def open_texts(self) -> None:
+        """What is wrong with any text shows now. Raises ConfigError."""
+        for text in (self.text, *(self.own or {}).values()):
+            text.open()
+
     @property
     def total_batches(self) -> int:
-        """Batches each worker trains on in the whole run, if it misses no round."""
+        """Batches each worker trains on in the whole run, if it misses no round: the epochs of the longest shard."""
         train = self.config.train
-        return train.rounds * train.interval if train.rounds else train.epochs * self.shard(0).batches_per_epoch
+        if train.rounds:
+            return train.rounds * train.interval
+        return train.epochs * max(self.shard(worker).batches_per_epoch for worker in self.own or [0])
 
     @property
     def batches_per_round(self) -> int:
@@ -114,8 +133,8 @@ class Job:
         return replace(self, division=replace(self.division, scores=scores))
 
     def shard(self, worker: int) -> Shard:
-        train = self.config.train
-        return Shard(self.config.seed, worker, train.workers, self.text.num_windows, train.batch_size)
+        train, windows = self.config.train, self.text_of(worker).num_windows
+        return Shard(self.config.seed, worker, train.workers if self.own is None else 1, windows, train.batch_size)
 
     def sampled(self, round_: int) -> list[int]:
         """The workers that train in round `round_`, counted from 1: all, or a share of train.fraction."""
@@ -168,6 +187,8 @@ class Job:
             "corpus": self.text.digest,
             "windows": self.text.num_windows,
         }
+        if self.own is not None:
+            fields["own"] = [facts(text) for text in self.own.values()]
         fields["run_id"] = self.run_id
         return json.dumps(fields, sort_keys=True)
 
@@ -190,11 +211,12 @@ def make_job(config: Config) -> Job:
         from twist_fl.model.pretrained import check_pretrained
 
         check_pretrained(config.model.pretrained, layout)
-    text = RunText.read(config.data, config.train.workers)
-    _fit_vocabulary(config, model, text.open())
-    _fit_batches(config, text.num_windows)
+    text, own = read_texts(config)
+    fit_vocabulary(config, model, text.open())
+    if own is None:
+        fit_batches(config, text.num_windows)
     _set_threads(config)
-    job = _job(config, model.to_dict(), text, uuid.uuid4().hex)
+    job = _job(config, model.to_dict(), text, uuid.uuid4().hex, own)
     if not job.division.num_common:  # else it draws by scores
         job.blueprints(1)  # what is wrong with a policy shows before anything starts
     if model.model_type not in ARCHITECTURE.own:
@@ -215,22 +237,25 @@ def job_from_json(text: str) -> Job:
         check_name(key, fields[key])
     config = from_yaml(fields["config"])
     # Jobs of before windows were counted in them open their text for it.
-    known = RunText(config.data, config.train.workers, fields["corpus"], fields.get("windows"))
-    return _job(config, fields["model"], known, fields["run_id"], coverage=False)
+    run = RunText(config.data, config.train.workers, fields["corpus"], fields.get("windows"))
+    own = own_texts(config, run, known_facts(fields.get("own"), config.train.workers))
+    return _job(config, fields["model"], run, fields["run_id"], own, coverage=False)
 
 
-def with_config(job: Job, config: Config, text: RunText) -> Job:
+def with_config(job: Job, config: Config, text: RunText, own: Own | None) -> Job:
     """The same run with other settings, of those that leave it the same run. Raises ConfigError if they cannot be."""
     _set_threads(config)
-    return _job(config, job.model_fields, text, job.run_id)
+    return _job(config, job.model_fields, text, job.run_id, own)
 
 
 def _set_threads(config: Config) -> None:
     config.train.threads = config.train.threads or max(1, usable_cores() // workers_per_round(config))
 
 
-def _job(config: Config, model: Mapping[str, Any], text: RunText, run_id: str, coverage: bool = True) -> Job:
-    return Job(config, model, *_divide(config, model, coverage), text, run_id)
+def _job(
+    config: Config, model: Mapping[str, Any], text: RunText, run_id: str, own: Own | None, coverage: bool = True
+) -> Job:
+    return Job(config, model, *_divide(config, model, coverage), text, run_id, own)
 
 
 def _divide(config: Config, model: Mapping[str, Any], coverage: bool = True) -> tuple[Layout, Division]:
@@ -257,25 +282,3 @@ def _check_fraction(config: Config, layout: Layout, division: Division) -> None:
         raise ConfigError(
             f"train.fraction={config.train.fraction:g} of {config.train.workers} workers: {error}"
         ) from error
-
-
-def _fit_batches(config: Config, num_windows: int) -> None:
-    train = config.train
-    windows = num_windows // train.workers
-    if train.batch_size > windows:
-        raise ConfigError(
-            f"train.batch_size={train.batch_size} is more than the {windows} windows of data.window="
-            f"{config.data.window} tokens that each of {train.workers} workers has: use at most {windows}"
-        )
-
-
-def _fit_vocabulary(config: Config, model: PreTrainedConfig, corpus: Corpus) -> None:
-    """A model from scratch takes the tokenizer's vocabulary; a pretrained one must have room for it."""
-    if not config.model.pretrained:
-        model.vocab_size = corpus.vocab_size
-        model.bos_token_id = model.eos_token_id = corpus.end_token
-    elif model.vocab_size < corpus.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {corpus.vocab_size} tokens and model.pretrained={config.model.pretrained!r} only "
-            f"{model.vocab_size}: leave data.tokenizer out, or give the model's own"
-        )
