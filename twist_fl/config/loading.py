@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from twist_fl.config.checks import check_values
+from twist_fl.config.checks import NODES, check_values
 from twist_fl.config.effects import check_effects
 from twist_fl.config.finding import checkpoints_of
 from twist_fl.config.hub import check_folder, expanded, is_path, local_path
@@ -99,6 +99,8 @@ def _make_absolute(config: Any) -> None:
     for section, key in places:
         value = getattr(section, key)
         path = expanded(value or "")
+        if key == "private" and value == NODES:
+            continue
         if value and glob.has_magic(value) and section is config.data and not path.exists():
             setattr(section, key, str(path.absolute()))
         elif value and path.exists():

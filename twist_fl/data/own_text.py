@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from twist_fl.config.checks import check_name
+from twist_fl.config.checks import NODES, check_name
 from twist_fl.config.hub import beside, expanded
 from twist_fl.config.schema import Config, DataConfig
 from twist_fl.data.corpus import Corpus, load_corpus
@@ -23,14 +23,21 @@ def read_texts(config: Config) -> tuple[RunText, Own | None]:
     run = RunText.read(config.data, config.train.workers)
     own = own_texts(config, run)
     for worker, text in (own or {}).items():
-        check_batch(text.read_again(), config.train.batch_size, f"worker {worker}")
+        if text is not run:
+            text.read_again()
+        check_batch(text, config.train.batch_size, f"worker {worker}")
     return run, own
 
 
 def own_texts(config: Config, run: RunText, known: Sequence[Sequence[Any]] = ()) -> Own | None:
-    """Those of the workers, not looked for before they are needed; `known` says what `facts` told of them."""
+    """Those of the workers, not looked for before they are needed; `known` says what `facts` told of them.
+
+    With data.private=nodes, only that of the server's own worker, if it has one: the others are added as nodes come.
+    """
     if config.data.private is None:
         return None
+    if config.data.private == NODES:
+        return {0: run} if config.train.variant == "hybrid" else {}
     return {
         worker: FolderText(run, worker, *(known[worker] if known else ())) for worker in range(config.train.workers)
     }

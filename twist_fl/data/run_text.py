@@ -18,6 +18,8 @@ class RunText:
     whose = "the run's text"
     place: ClassVar[str] = "data.path"
     """The setting that says where it is."""
+    here: ClassVar[bool] = True
+    """Whether it can be opened on this machine."""
 
     def __init__(
         self,
@@ -43,7 +45,8 @@ class RunText:
         return self
 
     def _read(self) -> Corpus:
-        return load_corpus(self.config, 0 if self.config.private else self.num_workers)
+        own, none = self.config.private is not None, self.config.source == "none"
+        return load_corpus(self.config, 0 if own else self.num_workers, 0 if none else 1)
 
     @property
     def num_windows(self) -> int:

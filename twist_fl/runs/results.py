@@ -24,7 +24,8 @@ from twist_fl.training.job import Job
 
 
 def final_results(job: Job, state: RunState, folder: RunFolder, threads: int | None = None) -> dict[str, Any]:
-    """Evaluate the final model and random tickets of every size in eval.sizes; write results.json.
+    """Write results.json: perplexity of the final model and of random tickets of every size in eval.sizes, if there is
+    test text.
 
     `threads` (CPU) is all cores by default.
     """
@@ -32,7 +33,6 @@ def final_results(job: Job, state: RunState, folder: RunFolder, threads: int | N
     config, division = job.config, job.scored(state.scores).division
     windows = job.corpus.test[: config.eval.max_windows]
     models = job.models()
-    full = models.load_sliced(full_blueprint(job.layout), state.params)
     results: dict[str, Any] = provenance() | {
         "config": portable_config(config),
         "corpus": job.text.digest,
@@ -40,10 +40,12 @@ def final_results(job: Job, state: RunState, folder: RunFolder, threads: int | N
         "lost_replies": sum(len(event["dropped"]) for event in folder.events("round")),
         "num_params": job.layout.num_params(),
         "test_tokens": int(windows.size),
-        "full": evaluate.perplexity(full, windows, config.eval.batch_size),
         "tickets": [],
     }
-    for size in config.eval.sizes:
+    if len(windows):
+        full = models.load_sliced(full_blueprint(job.layout), state.params)
+        results["full"] = evaluate.perplexity(full, windows, config.eval.batch_size)
+    for size in config.eval.sizes if len(windows) else ():
         on_ticket = partial(folder.log, "ticket", round=state.round, size=size)
         tickets = evaluate.ticket_distribution(
             models,

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from twist_fl.blueprint.blocks import make_layout
+from twist_fl.config.checks import NODES
 from twist_fl.config.schema import Config, load_config
 from twist_fl.data.own_text import read_texts
 from twist_fl.model.hf_config import model_config
@@ -108,7 +109,7 @@ def _changed(job: Job, overrides: Sequence[str], may_change: Sequence[str]) -> J
     config = load_config(overrides=overrides, base=base)
     _refuse_others(job.config, config, may_change)
     was, is_now = job.config.data.private, config.data.private
-    if was != is_now and None in (was, is_now):
+    if was != is_now and {None, NODES} & {was, is_now}:
         raise ConfigError(f"data.private={is_now} would make it another run: this one has {was}")
     text, own = job.text, job.own
     if given & set(PLACES):

@@ -1,10 +1,13 @@
-"""What the text must be to a run's settings and model: enough for a batch, and of a vocabulary that the model has."""
+"""What must fit together before a run starts: text and batches, vocabulary and model, few workers and all blocks."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from twist_fl.blueprint.blocks import Layout
+from twist_fl.blueprint.division import Division
 from twist_fl.config.schema import Config
+from twist_fl.config.sizes import smallest_share
 from twist_fl.data.corpus import Corpus
 from twist_fl.system.errors import ConfigError
 
@@ -33,3 +36,13 @@ def fit_vocabulary(config: Config, model: PreTrainedConfig, corpus: Corpus) -> N
             f"the tokenizer has {corpus.vocab_size} tokens and model.pretrained={config.model.pretrained!r} only "
             f"{model.vocab_size}: leave data.tokenizer out, or give the model's own"
         )
+
+
+def check_fraction(config: Config, layout: Layout, division: Division) -> None:
+    """Raises ConfigError if the workers that train.fraction may leave a round cannot cover all blocks."""
+    try:
+        smallest_share(config, division).check(layout)
+    except ValueError as error:
+        raise ConfigError(
+            f"train.fraction={config.train.fraction:g} of {config.train.workers} workers: {error}"
+        ) from error

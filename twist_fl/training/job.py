@@ -16,10 +16,11 @@ from twist_fl.blueprint.blocks import Layout, make_layout
 from twist_fl.blueprint.blueprint import Blueprint, Scale
 from twist_fl.blueprint.division import Debt, Division, Purpose, Scores, generator
 from twist_fl.blueprint.drawing import draw_round, draw_ticket, full_blueprint
-from twist_fl.config.checks import check_name
+from twist_fl.config.checks import NODES, check_name
 from twist_fl.config.schema import Config, from_yaml, to_yaml
-from twist_fl.config.sizes import make_division, of_workers, smallest_share, ticket_sizes, workers_per_round
+from twist_fl.config.sizes import make_division, of_workers, ticket_sizes, workers_per_round
 from twist_fl.data.corpus import Corpus, Shard, Windows
+from twist_fl.data.node_text import NodeText, Place, tokenizer_digest, tokenizer_files
 from twist_fl.data.own_text import Own, facts, known_facts, own_texts, read_texts
 from twist_fl.data.run_text import RunText
 from twist_fl.model.hf_config import config_from_dict, model_config
@@ -28,7 +29,7 @@ from twist_fl.system.errors import ConfigError
 from twist_fl.system.plugins import ARCHITECTURE, check_plugins
 from twist_fl.system.untrusted import Field, read_fields
 from twist_fl.training import device
-from twist_fl.training.fitting import fit_batches, fit_vocabulary
+from twist_fl.training.fitting import check_fraction, fit_batches, fit_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -71,7 +72,8 @@ class Job:
     def open_texts(self) -> None:
         """What is wrong with any text shows now. Raises ConfigError."""
         for text in (self.text, *(self.own or {}).values()):
-            text.open()
+            if text.here:
+                text.open()
 
     @property
     def total_batches(self) -> int:
@@ -187,7 +189,9 @@ class Job:
             "corpus": self.text.digest,
             "windows": self.text.num_windows,
         }
-        if self.own is not None:
+        if self.config.data.private == NODES:
+            fields["tokenizer"] = tokenizer_digest(tokenizer_files(self.corpus.tokenizer_folder))
+        elif self.own is not None:
             fields["own"] = [facts(text) for text in self.own.values()]
         fields["run_id"] = self.run_id
         return json.dumps(fields, sort_keys=True)
@@ -226,8 +230,9 @@ def make_job(config: Config) -> Job:
     return job
 
 
-def job_from_json(text: str) -> Job:
-    """The job of a run's folder or of a message. Its text is not looked for before it is needed.
+def job_from_json(text: str, node: Place | None = None) -> Job:
+    """The job of a run's folder or of a message. Its text is not looked for before it is needed: it is that of the
+    server, or with `node` the node's own.
 
     Raises ValueError for what is no job. Names that become folders here are such. That the sizes cover all blocks
     was seen when the job was made: a policy of the user's need only be where the server is.
@@ -239,7 +244,20 @@ def job_from_json(text: str) -> Job:
     # Jobs of before windows were counted in them open their text for it.
     run = RunText(config.data, config.train.workers, fields["corpus"], fields.get("windows"))
     own = own_texts(config, run, known_facts(fields.get("own"), config.train.workers))
+    if node is not None:
+        run = NodeText(config.data, tokenizer_named(text), node)
+        own = dict.fromkeys(clients(config), run)
     return _job(config, fields["model"], run, fields["run_id"], own, coverage=False)
+
+
+def tokenizer_named(text: str) -> str:
+    """In the job of a message: the hash of the tokenizer for a node's own text, or "" if the run's text is another.
+
+    Raises ValueError."""
+    digest = read_fields(text, {}).get("tokenizer", "")
+    if digest:
+        check_name("tokenizer", str(digest))
+    return str(digest)
 
 
 def with_config(job: Job, config: Config, text: RunText, own: Own | None) -> Job:
@@ -266,19 +284,9 @@ def _divide(config: Config, model: Mapping[str, Any], coverage: bool = True) -> 
         coverage = coverage and config.algorithm == "twist"
         division.check(layout, coverage)
         if coverage:
-            _check_fraction(config, layout, division)
+            check_fraction(config, layout, division)
         for size in config.eval.sizes:
             ticket_sizes(layout, division, size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return layout, division
-
-
-def _check_fraction(config: Config, layout: Layout, division: Division) -> None:
-    """Raises ConfigError if the workers that train.fraction may leave a round cannot cover all blocks."""
-    try:
-        smallest_share(config, division).check(layout)
-    except ValueError as error:
-        raise ConfigError(
-            f"train.fraction={config.train.fraction:g} of {config.train.workers} workers: {error}"
-        ) from error
