@@ -102,7 +102,7 @@ def check_values(config: Any) -> None:
         raise ConfigError(
             "data.source=hub needs data.path: the name of a data set, for example data.path=roneneldan/TinyStories"
         )
-    if config.data.source in ("builtin", "none") and config.data.path:
+    if config.data.source in ("builtin", "empty") and config.data.path:
         given = f"data.path={config.data.path!r} is not read with data.source={config.data.source}"
         raise ConfigError(f"{given}: add data.source=files")
     _check_private(config)
@@ -124,18 +124,20 @@ def _check_private(config: Any) -> None:
     data, train = config.data, config.train
     if data.private == NODES and not train.rounds:
         raise ConfigError("data.private=nodes needs train.rounds: how long an epoch is, only the nodes know")
-    if data.source != "none":
+    if data.source != "empty":
         return
     if data.private is None:
-        raise ConfigError("data.source=none is for workers with text of their own: set data.private, or another source")
+        raise ConfigError(
+            "data.source=empty is for workers with text of their own: set data.private, or another source"
+        )
     if not (data.tokenizer or config.model.pretrained):
         raise ConfigError(
-            "data.source=none has no text to train a tokenizer on: give data.tokenizer, model.pretrained, or the "
+            "data.source=empty has no text to train a tokenizer on: give data.tokenizer, model.pretrained, or the "
             "server text of its own"
         )
     for key, value in (("train.variant", train.variant), ("blueprint.policy", config.blueprint.policy)):
         if value in ("hybrid", "importance"):
-            raise ConfigError(f"{key}={value} needs text where the server is, and data.source=none gives it none")
+            raise ConfigError(f"{key}={value} needs text where the server is, and data.source=empty gives it none")
 
 
 def _check_device_name(device: str) -> None:

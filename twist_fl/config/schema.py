@@ -46,7 +46,7 @@ class DataConfig:
 
     source: str = "builtin"
     """builtin: the Python documentation this interpreter carries; files: `path`; wikitext: WikiText, whose rows are
-    lines of running text; hub: a data set of the Hugging Face hub; none: for `private`. Every node reads it itself."""
+    lines of running text; hub: a data set of the Hugging Face hub; empty: for `private`. Every node reads it itself."""
     path: str | None = None
     """files, wikitext: a file, a folder or a glob of txt, md, jsonl, json, csv, parquet or arrow, also .gz, or what
     save_to_disk wrote (wikitext: default is the hub's); hub: the name of the data set."""

@@ -45,8 +45,8 @@ class RunText:
         return self
 
     def _read(self) -> Corpus:
-        own, none = self.config.private is not None, self.config.source == "none"
-        return load_corpus(self.config, 0 if own else self.num_workers, 0 if none else 1)
+        own, empty = self.config.private is not None, self.config.source == "empty"
+        return load_corpus(self.config, 0 if own else self.num_workers, 0 if empty else 1)
 
     @property
     def num_windows(self) -> int:

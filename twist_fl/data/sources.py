@@ -85,7 +85,7 @@ def _documents(parts: Sequence[Part], longest: int | None) -> Iterator[str]:
 
 def _parts(config: DataConfig, meter: Meter) -> list[Part]:
     parts = SOURCE.find(config.source)(config, meter)
-    missing = not parts and config.source != "none"
+    missing = not parts and config.source != "empty"
     if missing or not isinstance(parts, list) or not all(isinstance(part, Part) for part in parts):
         raise ConfigError(f"data.source={config.source!r} gave {shown(parts)}, expected a list of twist_fl.Part")
     return parts
@@ -95,7 +95,7 @@ def builtin(config: DataConfig, meter: Meter) -> list[Part]:
     return [Part("builtin", lambda: iter(builtin_text.documents()))]
 
 
-def none(config: DataConfig, meter: Meter) -> list[Part]:
+def empty(config: DataConfig, meter: Meter) -> list[Part]:
     return []
 
 

@@ -37,7 +37,7 @@ def sum_nll(model: nn.Module, windows: Windows, batch_size: int) -> float:
 def mean_nll(model: nn.Module, windows: Windows, batch_size: int) -> float:
     """The same per predicted token, an exact token mean. Raises ConfigError if there is no window."""
     if not len(windows):
-        raise ConfigError("there is no test text here: the run was made without (data.source=none)")
+        raise ConfigError("there is no test text here: the run was made without (data.source=empty)")
     return sum_nll(model, windows, batch_size) / float(len(windows) * (windows.shape[1] - 1))
 
 
