@@ -13,11 +13,12 @@ from flwr.app import Error, Message
 from flwr.common.serde import recorddict_to_proto
 from local_grid import LocalGrid, assert_same_run
 
-from twist_fl.config.schema import DataConfig, load_config
+from twist_fl.config.schema import DataConfig, DeviceConfig, load_config
 from twist_fl.data.corpus import Corpus, Windows
 from twist_fl.data.node_text import keep_tokenizer, tokenizer_digest, tokenizer_files
 from twist_fl.data.own_text import load_own
 from twist_fl.federation.connecting import NoWorkersError
+from twist_fl.federation.deploy import deploy_here
 from twist_fl.federation.joining import node_arguments
 from twist_fl.federation.strategy import TwistStrategy
 from twist_fl.rounds import run as rounds_run
@@ -288,6 +289,8 @@ def test_a_server_without_text_trains_and_has_what_the_nodes_find(
     assert next(iter(lines(event, Story()))).startswith("no test text here; as the workers find it ")
     with pytest.raises(ConfigError, match=r"there is no test text here: .* \(data\.source=empty\)"):
         TrainedRun(strategy.folder.path).perplexity()
+    with pytest.raises(ConfigError, match=r"^device phone has no test text to measure a ticket on"):
+        deploy_here(strategy.folder, job, [DeviceConfig("phone", 3.0)], print)
 
 
 @pytest.mark.parametrize(
