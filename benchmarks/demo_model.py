@@ -13,10 +13,10 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import twist_fl
-from twist_fl.cli.demo import MODEL, RECIPE
+from twist_fl.cli.demo import MODEL
 from twist_fl.runs.checkpoint import RunFolder
 
-SETTINGS = ("algorithm=ddp", *RECIPE, "train.rounds=100", "train.lr=4e-3", "train.threads=1", "eval.every=50")
+SETTINGS = ("algorithm=ddp", "train.rounds=100", "train.threads=1", "eval.every=50")
 
 
 def main(run: Path) -> None:

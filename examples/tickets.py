@@ -14,4 +14,6 @@ tokenizer, model = run.tokenizer(), run.model(ticket)
 tokens = model.generate(**tokenizer("The module", return_tensors="pt"), max_new_tokens=8, pad_token_id=0)
 print("it writes:", tokenizer.decode(tokens[0]))
 
-print("for AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True):", run.export(ticket, "phone"))
+exported = run.export(ticket, "phone")
+print("for AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True):", exported.folder)
+print(f"{exported.num_bytes:,} bytes; checked in {exported.checked}")

@@ -33,11 +33,11 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_its_commands_do_what_its_examples_say(run: Run, tiny: tuple[str, ...], mine: None) -> None:
-    train, tickets = (line.split()[1:] for line in commands(PAGE))
+    train, export = (line.split()[1:] for line in commands(PAGE))
     more = ["eval.every=0", "eval.max_windows=4", "train.rounds=2", "--local"]
     status, _, error = run("train", "demo", *tiny, *train[2:], *more)
     assert (status, error) == (0, error)
-    status, _, error = run(*(word.replace("6", "2") for word in tickets), "--draws", "1")
+    status, _, error = run(*(word.replace("6", "2") for word in export))
     assert (status, error) == (0, error)
 
     trained, folder = TrainedRun("runs/mine"), RunFolder(Path("runs/mine"))
@@ -49,8 +49,9 @@ def test_its_commands_do_what_its_examples_say(run: Run, tiny: tuple[str, ...], 
     assert [(int(round_), float(loss)) for round_, loss in heard] == [
         (event["round"], event["loss"]) for event in folder.events("round")
     ]
-    saved = np.load("tickets/2/weights.npz")
+    saved = np.load("numbers/weights.npz")
     assert sum(value.size for value in saved.values()) == trained.tickets(2, 1).num_params
+    assert "| checked | not by its format |" in Path("numbers/README.md").read_text()
 
 
 def test_an_architecture_of_ones_own(run: Run, tiny: tuple[str, ...], mine: None) -> None:
@@ -64,7 +65,7 @@ def test_an_architecture_of_ones_own(run: Run, tiny: tuple[str, ...], mine: None
     with torch.inference_mode():
         physical = trained.model(ticket)(tokens).logits
         masked = MaskedModel(trained.job.models()).load(ticket, trained.state.params)(tokens).logits
-        opened = AutoModelForCausalLM.from_pretrained(trained.export(ticket, "ticket"), trust_remote_code=True)
+        opened = AutoModelForCausalLM.from_pretrained(trained.export(ticket, "ticket").folder, trust_remote_code=True)
         exported = opened(tokens).logits
     torch.testing.assert_close(physical, masked)
     torch.testing.assert_close(physical, exported)

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
 
+from twist_fl.blueprint.blocks import Layout
 from twist_fl.blueprint.division import Debt, Scores
+from twist_fl.blueprint.moments import MOMENTS, SQUARES
 from twist_fl.model.subnet import State, mask_state, slice_state
 from twist_fl.training.aggregate import (
     LARGEST,
@@ -24,7 +26,7 @@ from twist_fl.training.aggregate import (
 )
 from twist_fl.training.client_state import MomentShelf
 from twist_fl.training.importance import score_blocks
-from twist_fl.training.interval import MOMENTS, SQUARES, Moments, adam_step, zero_moments
+from twist_fl.training.interval import Moments, adam_step, zero_moments
 from twist_fl.training.job import Job
 from twist_fl.training.outer_optimizer import OuterState, new_outer, outer_step
 from twist_fl.training.schedule import learning_rate
@@ -40,7 +42,7 @@ class RunState:
     round: int = 0
     debt: Debt = frozenset()
     moments: Moments | None = None
-    """The server's, with train.optimizer_state=server or DDP."""
+    """The server's: those that travel, or DDP's."""
     outer: OuterState | None = None
     """With aggregate.optimizer other than mean."""
     scores: Scores | None = None
@@ -70,9 +72,9 @@ class RoundReport:
 
 def start(job: Job) -> RunState:
     params = job.initial_state()
-    kept = job.moments_travel or job.config.algorithm == "ddp"
+    kept = dict.fromkeys(MOMENTS, job.layout) if job.config.algorithm == "ddp" else job.moment_layouts
     scores = score_blocks(job, params, 0) if job.division.num_common else None
-    moments = zero_moments(params) if kept else None
+    moments = zero_moments(kept) if kept else None
     outer = new_outer(job.config.aggregate, job.layout, params)
     return RunState(params, [0] * job.config.train.workers, moments=moments, outer=outer, scores=scores)
 
@@ -90,17 +92,19 @@ def plan(job: Job, state: RunState, keep_from: int = 0) -> list[Task]:
 
 
 def dispatch(job: Job, state: RunState, task: Task) -> tuple[State, Moments | None]:
-    """The parameters, and with optimizer_state=server the moments, that the task's blueprint names.
+    """The parameters, and of the moments that travel what the task's blueprint names.
 
     A worker that masks is given them whole. The server's own keep momentum only where they may move.
     """
     given = job.given(task.worker, task.blueprint)
     params = slice_state(job.layout, state.params, given)
-    if state.moments is None or not job.moments_travel:
+    if state.moments is None or not job.moment_layouts:
         return params, None
-    values = {name: slice_state(job.layout, state.moments.values[name], given) for name in MOMENTS}
-    if task.worker not in job.clients:
-        values = {name: mask_state(job.layout, value, task.blueprint) for name, value in values.items()}
+    values = {}
+    for name, layout in job.moment_layouts.items():
+        values[name] = slice_state(layout, state.moments.values[name], given)
+        if task.worker not in job.clients:
+            values[name] = mask_state(layout, values[name], task.blueprint)
     return params, Moments(state.moments.step, values)
 
 
@@ -118,17 +122,19 @@ class RoundMean:
         self._before = {name: value.clone() for name, value in state.params.items()} if state.outer else {}
         self._spare: list[Memory] = []
         gradients = job.config.algorithm == "ddp"
-        self._params = self._begin(job.config.aggregate.rule, state.params, in_place and not gradients)
-        moments = state.moments.values if state.moments and job.moments_travel else {}
-        self._moments = {name: self._begin("mean", values, in_place) for name, values in moments.items()}
+        self._params = self._begin(job.config.aggregate.rule, job.layout, state.params, in_place and not gradients)
+        moments = state.moments.values if state.moments else {}
+        self._moments = {
+            name: self._begin("mean", layout, moments[name], in_place) for name, layout in job.moment_layouts.items()
+        }
         self._loss_sum = 0.0
         self._cursors = list(state.cursors)
 
-    def _begin(self, rule: str, values: State, in_place: bool) -> Aggregator:
+    def _begin(self, rule: str, layout: Layout, values: State, in_place: bool) -> Aggregator:
         """Memory that another round has given back is taken; nobody else gets it."""
         self._spare.append(self.state.spare.pop(0) if self.state.spare else {})
         own = values if in_place else {name: tensor.clone() for name, tensor in values.items()}
-        return new_aggregator(rule, self.job.layout, own, self._spare[-1])
+        return new_aggregator(rule, layout, own, self._spare[-1])
 
     def add(self, task: Task, reply: Reply, lasts: bool = False) -> None:
         """Count the reply in; a bad one is named in the report and dropped, one more from the same worker is not read.
@@ -153,8 +159,8 @@ class RoundMean:
         given = self.job.given(task.worker, task.blueprint)  # of a worker that masks, the other blocks do not count
         self._params.add(task.blueprint, reply.params, weight, given, lasts)
         if reply.moments is not None:
-            for name in MOMENTS:
-                self._moments[name].add(task.blueprint, reply.moments.values[name], weight, given, lasts)
+            for name, mean in self._moments.items():
+                mean.add(task.blueprint, reply.moments.values[name], weight, given, lasts)
         self._loss_sum += reply.loss * reply.num_tokens
         self._cursors[task.worker] += reply.num_batches
         self.report.num_tokens += reply.num_tokens
@@ -172,8 +178,8 @@ class RoundMean:
     def _check(self, task: Task, reply: Reply) -> None:
         layout, blueprint = self.job.layout, task.blueprint
         given = self.job.given(task.worker, blueprint)
-        if reply.digest != blueprint.digest:
-            raise ReplyError(f"reply is for blueprint {reply.digest[:12]}, sent was {blueprint.digest[:12]}")
+        if reply.digest != task.digest:
+            raise ReplyError("the reply is to another task: its round, worker or blueprint differs")
         if reply.num_batches != task.num_batches:
             raise ReplyError(f"trained {reply.num_batches} batches, asked were {task.num_batches}")
         windows = sum(self.job.shard(task.worker).batch_length(task.cursor + i) for i in range(task.num_batches))
@@ -182,14 +188,14 @@ class RoundMean:
         if not isfinite(reply.loss):
             raise ReplyError(f"training loss is {reply.loss}")
         check_state(layout, given, reply.params)
-        if (reply.moments is None) == self.job.moments_travel:
+        if (reply.moments is None) == bool(self.job.moment_layouts):
             raise ReplyError("optimiser moments are missing or were not asked for")
         if reply.moments is not None:
             assert self.state.moments is not None
             if reply.moments.step != (after := self.state.moments.step + task.num_batches):
                 raise ReplyError(f"moment_step is {reply.moments.step}, expected {after}")
-            for name in MOMENTS:
-                check_state(layout, given, reply.moments.values[name], 0 if name == SQUARES else -LARGEST)
+            for name, of in self.job.moment_layouts.items():
+                check_state(of, given, reply.moments.values[name], 0 if name == SQUARES else -LARGEST)
 
     def finish(self) -> RunState:
         """The next state. What nobody answered for keeps the server's value and is owed in the next round."""
@@ -214,7 +220,7 @@ class RoundMean:
             return *adam_step(state.params, self._params.finish(), moments, self.job.config.train, rate), None
         if moments is not None:
             longest = max(task.num_batches for task in self.tasks if task.worker in self.report.answered)
-            moments = Moments(moments.step + longest, {name: self._moments[name].finish() for name in MOMENTS})
+            moments = Moments(moments.step + longest, {name: mean.finish() for name, mean in self._moments.items()})
         params = self._params.finish()
         if outer is not None:
             outer = outer if self._in_place else deepcopy(outer)

@@ -14,6 +14,7 @@ from twist_fl.blueprint import cost
 from twist_fl.blueprint.blocks import make_layout
 from twist_fl.blueprint.division import Assign, Division, Setting
 from twist_fl.blueprint.drawing import draw_round
+from twist_fl.blueprint.moments import moment_layouts
 from twist_fl.model.subnet import build_model
 from twist_fl.training.interval import next_token_loss
 
@@ -113,7 +114,8 @@ def test_bytes_are_four_per_parameter_each_way() -> None:
     assert sizes[0] < sizes[1] == 124_439_808
     assert [cost.state_bytes(GPT2, blueprint) for blueprint in drawn] == [4 * size for size in sizes]
     assert cost.round_bytes(GPT2, drawn) == 8 * sum(sizes)
-    assert cost.moment_bytes(GPT2, drawn) == 2 * cost.round_bytes(GPT2, drawn)
+    assert cost.moment_bytes(moment_layouts("server", GPT2), drawn) == 2 * cost.round_bytes(GPT2, drawn)
+    assert cost.moment_bytes(moment_layouts("reset", GPT2), drawn) == 0
 
 
 def test_an_interval_exchanges_once() -> None:

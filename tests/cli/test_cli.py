@@ -16,18 +16,23 @@ from conftest import Run
 from local_grid import LocalGrid
 from typer.testing import CliRunner
 
+from twist_fl.blueprint.blocks import make_layout
 from twist_fl.blueprint.blueprint import Blueprint
+from twist_fl.blueprint.cost import state_bytes
 from twist_fl.blueprint.drawing import draw_ticket
+from twist_fl.blueprint.moments import moment_layouts
 from twist_fl.cli import app, train
-from twist_fl.config.schema import Config, DeviceConfig, from_yaml
+from twist_fl.config.schema import Config, DeviceConfig, from_yaml, load_config
+from twist_fl.config.sizes import make_division
 from twist_fl.federation import apps, deploy
 from twist_fl.federation.connecting import NoWorkersError
+from twist_fl.model.hf_config import scratch_fields
 from twist_fl.model.subnet import ModelCache
 from twist_fl.report.tables import device_cells
 from twist_fl.rounds import start
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.story import held_text
-from twist_fl.runs.trained import TrainedRun, chosen_sizes
+from twist_fl.runs.trained import chosen_sizes
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.units import human_bytes
 from twist_fl.tickets.device_limits import parse_devices
@@ -41,7 +46,8 @@ MakeJob = Callable[..., Job]
 COMMANDS = {
     "train": ("preset", "overrides", "--resume", "--local"),
     "demo": ("overrides", "--dir"),
-    "tickets": ("run", "--sizes", "--draws", "--windows", "--save", "--format"),
+    "tickets": ("run", "--sizes", "--draws", "--windows"),
+    "export": ("run", "--size", "--format", "--dtype", "--out", "--draw", "--seed", "--windows"),
     "prune": ("run", "--method", "--sizes", "--windows", "--calibration", "--draws", "--out", "--save"),
     "deploy": ("run", "--device"),
     "generate": ("model", "--prompt", "--new-tokens", "--temperature", "--size", "--seed"),
@@ -411,9 +417,19 @@ def test_cost_is_of_the_budget_of_the_setting_where_it_says_rounds(run: Run) -> 
 
 def test_moments_are_shown_only_where_they_travel(run: Run) -> None:
     columns = {}
-    for overrides in (["train.optimizer_state=reset"], ["algorithm=ddp"], ["train.optimizer_state=server"]):
-        columns[overrides[0]] = len(rows(run("cost", "demo", *overrides)[1])[0])
+    for overrides in ("train.optimizer_state=reset", "algorithm=ddp", "train.optimizer_state=server"):
+        columns[overrides] = len(rows(run("cost", "demo", overrides)[1])[0])
     assert list(columns.values()) == [5, 5, 7]
+
+
+def test_factored_moments_cost_what_a_run_would_send(run: Run) -> None:
+    output = run("cost", "demo", "train.optimizer_state=factored", "--steps", 1500)[1]
+    config = load_config("demo")
+    layout = make_layout(scratch_fields(config.model, config.data.vocab_size))
+    (part,) = moment_layouts("factored", layout).values()
+    blueprint = draw_ticket(layout, make_division(config), (4, 4), 0, 0)
+    found = {row[0]: row[1:] for row in rows(output)}
+    assert found["4/12"][-1] == human_bytes(100 * 2 * state_bytes(part, blueprint))
 
 
 def test_cost_of_an_impossible_run(run: Run) -> None:
@@ -680,37 +696,3 @@ def test_a_device_that_is_too_slow_with_every_ticket_is_told_how_slow(
     assert {path.name for path in (folder.path / "deployed").iterdir()} == {"phone", "laptop"}
     assert not folder.events("deployed")
     assert "latency_ms=1.5 is too little" in folder.events("failed")[-1]["error"]
-
-
-def test_tickets_are_saved_in_a_format_of_the_users(
-    run: Run, trained: Path, user_module: Callable[[str], str], tmp_path: Path
-) -> None:
-    module = user_module(
-        "def names(ticket, folder, tokenizer_folder):\n"
-        "    folder.mkdir(parents=True)\n"
-        "    (folder / 'ours.txt').write_text(ticket.digest + str((tokenizer_folder / 'tokenizer.json').is_file()))\n"
-    )
-    words = ("tickets", str(trained), "--sizes", "2", "--draws", "1", "--save")
-    assert run(*words, str(tmp_path / "ours"), "--format", f"{module}:names")[0] == 0
-    assert run(*words, str(tmp_path / "theirs"))[0] == 0
-    about = json.loads((tmp_path / "theirs" / "2" / "twist.json").read_text())
-    assert [path.name for path in (tmp_path / "ours" / "2").iterdir()] == ["ours.txt"]
-    assert (tmp_path / "ours" / "2" / "ours.txt").read_text() == f"{about['digest']}True"
-    assert about["blueprint"] == json.loads(TrainedRun(trained).blueprint(2).to_json())
-    assert (tmp_path / "theirs" / "2" / "model.safetensors").is_file()
-
-
-@pytest.mark.parametrize(
-    ("words", "reason"),
-    [
-        (("--format", "transformer"), "format='transformer' must be one of transformers, or module:name of your own, "
-         "did you mean 'transformers'?"),
-        (("--format", "json:loads", "--save", "saved"), "format='json:loads' must be a function (ticket, folder, "
-         "tokenizer_folder) -> None, found loads(s, "),
-        (("--format", "operator:attrgetter"), "--format operator:attrgetter says what --save writes: give --save "
-         "FOLDER"),
-    ],
-)  # fmt: skip
-def test_a_format_that_cannot_be_is_refused(words: tuple[str, ...], reason: str, run: Run, trained: Path) -> None:
-    status, _, error = run("tickets", str(trained), *words)
-    assert (status, " ".join(error.split())[: len(reason) + 7]) == (2, f"error: {reason}")

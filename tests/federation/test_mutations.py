@@ -27,7 +27,7 @@ from twist_fl.rounds import RoundMean, dispatch, plan, start
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import DamagedError
 from twist_fl.training.aggregate import ReplyError
-from twist_fl.training.interval import MOMENTS, Moments
+from twist_fl.training.interval import Moments
 from twist_fl.training.job import Job
 from twist_fl.training.worker import Reply
 
@@ -263,9 +263,10 @@ def segment_for(job: Job, by: str) -> Iterator[transport.Segment | None]:
     transport.close(segment)
 
 
-def test_a_changed_reply_is_refused_or_read_as_it_stands(by: str, tiny_job: MakeJob) -> None:
+@pytest.mark.parametrize("optimizer_state", ["server", "factored"])
+def test_a_changed_reply_is_refused_or_read_as_it_stands(optimizer_state: str, by: str, tiny_job: MakeJob) -> None:
     """One that is read has the honest tensors, and the mean counts it only if nothing in it differs that matters."""
-    job = tiny_job("train.optimizer_state=server")
+    job = tiny_job(f"train.optimizer_state={optimizer_state}")
     state = start(job)
     tasks = plan(job, state)
     task = tasks[0]
@@ -273,7 +274,7 @@ def test_a_changed_reply_is_refused_or_read_as_it_stands(by: str, tiny_job: Make
     assert moments is not None
     after = Moments(task.num_batches, moments.values)
     windows = sum(job.shard(0).batch_length(i) for i in range(task.num_batches))
-    honest = Reply(task.blueprint.digest, params, 1.25, windows * 15, task.num_batches, moments=after)
+    honest = Reply(task.digest, params, 1.25, windows * 15, task.num_batches, moments=after)
     outcomes = {"refused": 0, "dropped": 0, "counted": 0}
     for segment in segment_for(job, by):
         content = wire.reply_to_records(job, task.blueprint, honest, segment)
@@ -288,7 +289,9 @@ def test_a_changed_reply_is_refused_or_read_as_it_stands(by: str, tiny_job: Make
                 outcomes["refused"] += 1
                 continue
             assert reply.moments is not None
-            pairs = [(reply.params, params)] + [(reply.moments.values[name], moments.values[name]) for name in MOMENTS]
+            pairs = [(reply.params, params)] + [
+                (reply.moments.values[name], moments.values[name]) for name in moments.values
+            ]
             mean = RoundMean(job, state, tasks)
             mean.add(task, reply)
             if mean.report.dropped:

@@ -276,7 +276,7 @@ def test_a_server_without_text_trains_and_has_what_the_nodes_find(
 ) -> None:
     tokenizer = tiny_job().corpus.tokenizer_folder
     settings = ("eval.every=1", "eval.federated=full", "train.rounds=2", f"data.tokenizer={tokenizer}")
-    job = job_of("data.path=null", "data.source=empty", *settings)
+    job = job_of("data.path=null", "data.source=empty", "deploy.new_tokens=4", *settings)
     assert (job.corpus.train.shape, job.corpus.test.shape) == ((0, 16), (0, 16))
     strategy = strategy_of(job, tmp_path / "run")
     ended = strategy.run(LocalGrid(3, data=parts(texts)))

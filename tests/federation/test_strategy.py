@@ -81,7 +81,7 @@ def events(strategy: TwistStrategy, kind: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("by", ["shm", "inline"])
 @pytest.mark.parametrize("algorithm", ["twist", "fedavg"])
-@pytest.mark.parametrize("optimizer_state", ["reset", "client", "server"])
+@pytest.mark.parametrize("optimizer_state", ["reset", "client", "server", "factored"])
 def test_the_app_is_rounds_run(
     algorithm: str, optimizer_state: str, by: str, make_strategy: Callable[..., TwistStrategy], tmp_path: Path
 ) -> None:
@@ -309,7 +309,8 @@ def of_another(task: Task, message: Message, answer: Answer) -> list[Message]:
     """Same names, same shapes, other blocks: only the digest tells."""
     other = replace(task.blueprint, attn=task.blueprint.ffn, ffn=task.blueprint.attn)
     assert other.shape == task.blueprint.shape
-    return [changed(task, message, answer(), lambda reply: replace(reply, digest=other.digest))]
+    digest = replace(task, blueprint=other).digest
+    return [changed(task, message, answer(), lambda reply: replace(reply, digest=digest))]
 
 
 def not_finite(task: Task, message: Message, answer: Answer) -> list[Message]:
@@ -337,7 +338,7 @@ FAILURES: dict[str, tuple[Bend, str]] = {
     "error without a word": (unexplained, "Flower error 3"),
     "silence": (silent, "no reply within flower.round_timeout=0.3 s"),
     "nothing in it": (empty, "malformed reply: KeyError"),
-    "another blueprint": (of_another, "reply is for blueprint "),
+    "another blueprint": (of_another, "the reply is to another task"),
     "NaN": (not_finite, "transformer.wte.weight has values that are not finite"),
     "fewer batches": (lazy, "trained 1 batches, asked were 2"),
     "a parameter missing": (headless, "transformer.wte.weight"),
@@ -499,7 +500,13 @@ def test_evaluation_only_as_asked(overrides: tuple[str, ...], make_strategy: Cal
 
 
 @pytest.mark.parametrize(
-    "overrides", [(), ("train.optimizer_state=server", "blueprint.num_sub=[1,2,4]"), ("algorithm=fedavg",)]
+    "overrides",
+    [
+        (),
+        ("train.optimizer_state=server", "blueprint.num_sub=[1,2,4]"),
+        ("train.optimizer_state=factored",),
+        ("algorithm=fedavg",),
+    ],
 )
 def test_the_bytes_logged_are_those_of_the_cost_model(
     overrides: tuple[str, ...], make_strategy: Callable[..., TwistStrategy]
@@ -508,12 +515,11 @@ def test_the_bytes_logged_are_those_of_the_cost_model(
     job = strategy.job
     strategy.run(LocalGrid())
     (plan_,) = events(strategy, "start")
-    server = job.config.train.optimizer_state == "server"
     for event in events(strategy, "round"):
         blueprints, down, up = job.blueprints(event["round"]), event["bytes_down"], event["bytes_up"]
         assert down["weights"] == up["weights"]
         assert down["weights"] + up["weights"] == round_bytes(job.layout, blueprints) == plan_["predicted_round_bytes"]
-        moments = moment_bytes(job.layout, blueprints) if server else 0
+        moments = moment_bytes(job.moment_layouts, blueprints)
         assert down["moments"] + up["moments"] == moments == plan_["predicted_moment_bytes"]
         assert 0 < up["other"] < down["other"] < 3 * 5_000
     assert plan_["subnet_params"] == [job.layout.num_params(blueprint) for blueprint in job.blueprints(1)]

@@ -28,6 +28,7 @@ from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.cost import state_bytes
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import draw_ticket
+from twist_fl.blueprint.moments import moment_layouts
 from twist_fl.federation import tensors, transport, wire
 from twist_fl.federation.packing import DTYPES, Packing
 from twist_fl.federation.transport import Handle, Segment, SegmentError
@@ -36,7 +37,7 @@ from twist_fl.rounds import RunState, dispatch, plan, start
 from twist_fl.system.errors import ConfigError
 from twist_fl.training.aggregate import ReplyError
 from twist_fl.training.client_state import MomentShelf
-from twist_fl.training.interval import MOMENTS, Moments
+from twist_fl.training.interval import Moments
 from twist_fl.training.job import Job
 from twist_fl.training.worker import Reply, Task, Worker
 
@@ -52,8 +53,8 @@ FRAME_CONSTANT, FRAME_PER_ARRAY = 8_192, 512
 def random_run(job: Job, random_state: RandomState) -> RunState:
     """A state with every number random; with moments if the job's server keeps them."""
     moments = None
-    if job.config.train.optimizer_state == "server":
-        moments = Moments(30, {name: random_state(job.layout, 1 + i) for i, name in enumerate(MOMENTS)})
+    if layouts := job.moment_layouts:
+        moments = Moments(30, {name: random_state(each, 1 + i) for i, (name, each) in enumerate(layouts.items())})
     return RunState(random_state(job.layout), [4, 2, 6], 2, moments=moments)
 
 
@@ -84,7 +85,7 @@ def segment(request: pytest.FixtureRequest, job: Job, state: RunState) -> Iterat
         yield found
 
 
-@pytest.fixture(params=["reset", "server"])
+@pytest.fixture(params=["reset", "server", "factored"])
 def job(request: pytest.FixtureRequest, tiny_job: MakeJob) -> Job:
     return tiny_job(f"train.optimizer_state={request.param}")
 
@@ -98,7 +99,7 @@ def state(job: Job, random_state: RandomState) -> RunState:
 def reply(job: Job, state: RunState) -> Reply:
     task = plan(job, state)[1]
     params, moments = dispatch(job, state, task)
-    return Reply(task.blueprint.digest, params, 1.25, 60, 2, 0.5, moments, peak_bytes=123_456_789)
+    return Reply(task.digest, params, 1.25, 60, 2, 0.5, moments, peak_bytes=123_456_789)
 
 
 # Round trips
@@ -122,7 +123,8 @@ def assert_same_moments(ours: Moments | None, theirs: Moments | None) -> None:
     assert (ours is None) == (theirs is None)
     if ours is not None and theirs is not None:
         assert ours.step == theirs.step
-        assert all(same(ours.values[name], theirs.values[name]) for name in MOMENTS)
+        assert ours.values.keys() == theirs.values.keys()
+        assert all(same(values, theirs.values[name]) for name, values in ours.values.items())
 
 
 def test_a_reply_arrives_as_it_was_sent(job: Job, state: RunState, reply: Reply, segment: Segment | None) -> None:
@@ -190,7 +192,8 @@ def test_by_shared_memory_a_task_is_trained_where_it_lies(job: Job, tmp_path: Pa
     with new_segment(job, task.blueprint) as segment:
         parcel = wire.task_from_records(job, task_records(job, state, task, segment))
         reply = worker.train(parcel.task, parcel.params, parcel.moments, parcel.in_place)
-        assert pointers(reply) == pointers(parcel)
+        made = len(reply.params) if job.config.train.optimizer_state == "factored" else None  # its factors are new
+        assert pointers(reply)[:made] == pointers(parcel)[:made]
         content = wire.reply_to_records(job, task.blueprint, reply, segment)
         arrived = wire.reply_from_records(job, task.blueprint, content, segment)
         assert (arrived.loss, arrived.digest) == (expected.loss, expected.digest)
@@ -240,16 +243,17 @@ def pointers(of: Reply | wire.Parcel) -> list[int]:
     return [tensor.data_ptr() for state in states for tensor in state.values()]
 
 
-@given(st.integers(0, 3), st.sampled_from(list(DTYPES)), st.booleans())
-def test_tensors_in_a_segment_are_aligned_and_apart(draw: int, wire_dtype: str, with_moments: bool) -> None:
+@given(st.integers(0, 3), st.sampled_from(list(DTYPES)), st.sampled_from(["reset", "server", "factored"]))
+def test_tensors_in_a_segment_are_aligned_and_apart(draw: int, wire_dtype: str, optimizer_state: str) -> None:
     layout = make_layout(GPT2Config(n_embd=12, n_layer=3, n_head=4, n_positions=7, vocab_size=11).to_dict())
     division = Division("both", ((1 + draw, 2),), undivided_first=1, undivided_last=0)
-    packing = Packing(layout, draw_ticket(layout, division, (1 + draw, 2), 0, 0), with_moments, wire_dtype)
+    layouts = {"params": layout} | moment_layouts(optimizer_state, layout)
+    packing = Packing(layouts, draw_ticket(layout, division, (1 + draw, 2), 0, 0), wire_dtype)
     places = sorted(packing.places.values(), key=lambda place: place.start)
-    assert len(places) == len(packing.records) * len(layout.params)
+    assert len(places) == sum(len(each.params) for each in layouts.values())
     assert all(place.start % 64 == 0 for place in places)
     assert all(before.stop <= after.start < before.stop + 64 for before, after in pairwise(places))
-    sizes = sum(map(packing.num_bytes, packing.records))
+    sizes = sum(map(packing.num_bytes, layouts))
     assert sizes <= places[-1].stop == packing.segment_bytes < sizes + 64 * len(places)
 
 
@@ -278,7 +282,7 @@ def test_weights_are_rounded_to_nearest_and_moments_are_not(
         assert tensors.num_bytes(content) | {"other": 0} == {"weights": half, "moments": 4 * half, "other": 0}
         trained = {name: tensor + 1e-3 * torch.randn(tensor.shape) for name, tensor in rounded.items()}
         for after in (rounded, trained):
-            reply = Reply(task.blueprint.digest, after, 1.25, 60, 2, 0.5, moments)
+            reply = Reply(task.digest, after, 1.25, 60, 2, 0.5, moments)
             content = wire.reply_to_records(job, task.blueprint, reply, segment, sent)
             arrived = wire.reply_from_records(job, task.blueprint, content, segment, state.params)
             # What the worker was not sent, the server has kept; only the change is rounded.
@@ -295,7 +299,7 @@ def test_gradients_of_ddp_travel_as_they_are(wire_dtype: str, tiny_job: MakeJob,
     job = tiny_job("algorithm=ddp", f"flower.wire_dtype={wire_dtype}")
     state = random_run(job, random_state)
     task = plan(job, state)[0]
-    reply = Reply(task.blueprint.digest, random_state(job.layout, 7), 1.25, 30, 1)
+    reply = Reply(task.digest, random_state(job.layout, 7), 1.25, 30, 1)
     content = wire.reply_to_records(job, task.blueprint, reply)
     arrived = wire.reply_from_records(job, task.blueprint, content)
     rounded = {name: tensor.to(getattr(torch, wire_dtype)).float() for name, tensor in reply.params.items()}
@@ -312,11 +316,12 @@ def test_weights_cost_what_appendix_c_says(job: Job, state: RunState, reply: Rep
     for content in (down, up):
         sizes = tensors.num_bytes(content)
         assert sizes["weights"] == state_bytes(job.layout, task.blueprint) == 4 * job.layout.num_params(task.blueprint)
-        assert sizes["moments"] == (2 * sizes["weights"] if state.moments else 0)
+        assert sizes["moments"] == sum(state_bytes(each, task.blueprint) for each in job.moment_layouts.values())
         assert tensors.transport_of(content) == ("inline" if segment is None else "shm")
         if segment is not None:
             assert not content.array_records
-            assert sizes["weights"] + sizes["moments"] == len(segment.memory)
+            num_tensors = sum(len(each.params) for each in ({"params": job.layout} | job.moment_layouts).values())
+            assert 0 <= len(segment.memory) - sizes["weights"] - sizes["moments"] < 64 * num_tensors
 
 
 def test_subnets_of_unequal_workers_cost_unequal_bytes(tiny_job: MakeJob, random_state: RandomState) -> None:
@@ -359,10 +364,10 @@ def test_shared_arrays_are_the_same_object_for_every_worker(job: Job, state: Run
     """Flower uploads equal objects once; a block's slice must not pass for another's of the same shape."""
     alone = [(task, task_records(job, state, task)) for task in plan(job, state, keep_from=1)]
     for sent in (tasks(job, state), alone):
-        for record in ("params", *(MOMENTS if state.moments else ())):
+        for record, layout in ({"params": job.layout} | job.moment_layouts).items():
             arrays = [content.array_records[record] for _, content in sent]
             assert len({array[tensors.BLOCKS].object_id for array in arrays}) == 3
-            for param in job.layout.params:
+            for param in layout.params:
                 divided = param.kind is not None and param.layer in (1, 2)
                 found = [array.get(param.name) for array in arrays]
                 assert [array is None for array in found] == [divided] * 3
@@ -632,7 +637,7 @@ def test_a_malformed_reply_is_a_reply_error(case: str, tiny_job: MakeJob, random
     job = tiny_job()
     state = random_run(job, random_state)
     task = plan(job, state)[0]
-    reply = Reply(task.blueprint.digest, dispatch(job, state, task)[0], 1.25, 60, 2)
+    reply = Reply(task.digest, dispatch(job, state, task)[0], 1.25, 60, 2)
     content = wire.reply_to_records(job, task.blueprint, reply)
     wire.reply_from_records(job, task.blueprint, content)
     spoil, reason = MALFORMED[case]
@@ -647,7 +652,7 @@ def test_what_a_worker_says_is_one_short_line(tiny_job: MakeJob, random_state: R
     state = random_run(job, random_state)
     task = plan(job, state)[0]
     note = "\x1b[31mred\r\n\u202etxt\0" + "x" * 10**6
-    reply = Reply(task.blueprint.digest, dispatch(job, state, task)[0], 1.25, 60, 2, note=note)
+    reply = Reply(task.digest, dispatch(job, state, task)[0], 1.25, 60, 2, note=note)
     found = wire.reply_from_records(job, task.blueprint, wire.reply_to_records(job, task.blueprint, reply)).note
     assert found.startswith(" [31mred   txt xxx")
     assert len(found) == 300
@@ -698,7 +703,7 @@ def test_a_reply_with_half_of_its_moments(tiny_job: MakeJob, random_state: Rando
     state = random_run(job, random_state)
     task = plan(job, state)[0]
     params, moments = dispatch(job, state, task)
-    reply = Reply(task.blueprint.digest, params, 1.25, 60, 2, moments=moments)
+    reply = Reply(task.digest, params, 1.25, 60, 2, moments=moments)
     content = wire.reply_to_records(job, task.blueprint, reply)
     content.pop("exp_avg_sq")
     with pytest.raises(ReplyError, match="exp_avg_sq"):
@@ -710,7 +715,7 @@ def test_a_reply_by_a_handle_that_is_not_its_own_is_refused(tiny_job: MakeJob, r
     job = tiny_job()
     state = random_run(job, random_state)
     task = plan(job, state)[0]
-    reply = Reply(task.blueprint.digest, dispatch(job, state, task)[0], 1.25, 60, 2)
+    reply = Reply(task.digest, dispatch(job, state, task)[0], 1.25, 60, 2)
     size = len(reply.params) and Packing.of(job, task.blueprint).segment_bytes
     with new_segment(job, task.blueprint) as segment:
         content = wire.reply_to_records(job, task.blueprint, reply, segment)
@@ -736,7 +741,7 @@ def test_a_reply_of_another_shape_is_not_spread_over_the_buffer(tiny_job: MakeJo
     task = plan(job, state)[0]
     params = dispatch(job, state, task)[0] | {"transformer.ln_f.weight": torch.ones(1)}
     with pytest.raises(ValueError, match=r"^transformer\.ln_f\.weight has shape \(1,\), expected \(32,\)$"):
-        wire.reply_to_records(job, task.blueprint, Reply(task.blueprint.digest, params, 1.25, 60, 2))
+        wire.reply_to_records(job, task.blueprint, Reply(task.digest, params, 1.25, 60, 2))
 
 
 # Whether a node shares this machine

@@ -11,6 +11,7 @@ import torch
 from local_grid import Answer, Bend, LocalGrid, assert_same_run, failing, honest, same
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
+from twist_fl.blueprint.moments import MOMENTS
 from twist_fl.data.tokenizer import load_tokenizer
 from twist_fl.federation import apps
 from twist_fl.federation.connecting import NoWorkersError
@@ -23,7 +24,7 @@ from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system import files
 from twist_fl.system.errors import ConfigError, DamagedError
 from twist_fl.training import client_state
-from twist_fl.training.interval import MOMENTS, Moments
+from twist_fl.training.interval import Moments
 from twist_fl.training.job import Job
 from twist_fl.training.worker import Task
 
@@ -259,7 +260,7 @@ def check_events(folder: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize("optimizer_state", ["reset", "client", "server"])
+@pytest.mark.parametrize("optimizer_state", ["reset", "client", "server", "factored"])
 def test_a_run_resumed_from_any_checkpoint_ends_the_same(
     optimizer_state: str, every: int, tiny_job: MakeJob, tmp_path: Path
 ) -> None:

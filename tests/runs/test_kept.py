@@ -13,6 +13,7 @@ import pytest
 import torch
 from local_grid import Answer, LocalGrid, assert_same_run, failing
 
+from twist_fl.blueprint.moments import MOMENTS
 from twist_fl.federation import apps
 from twist_fl.federation.connecting import NoWorkersError
 from twist_fl.rounds import run, start, twist_round
@@ -23,7 +24,7 @@ from twist_fl.runs.status import Look
 from twist_fl.runs.story import results_text
 from twist_fl.system.errors import DamagedError
 from twist_fl.training.client_state import MomentShelf
-from twist_fl.training.interval import MOMENTS, Moments
+from twist_fl.training.interval import Moments
 from twist_fl.training.job import Job
 from twist_fl.training.worker import Task, Worker
 

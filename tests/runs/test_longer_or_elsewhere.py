@@ -51,7 +51,7 @@ def state_of(folder: RunFolder) -> RunState:
 @pytest.mark.parametrize(
     "setting",
     [
-        *(f"train.optimizer_state={state}" for state in ("reset", "client", "server")),
+        *(f"train.optimizer_state={state}" for state in ("reset", "client", "server", "factored")),
         *("algorithm=fedavg", "algorithm=ddp", "train.variant=hybrid", "blueprint.assign=shuffled"),
         "aggregate.optimizer=adam",
     ],

@@ -19,11 +19,12 @@ from twist_fl.blueprint.blocks import Layout, make_layout
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import draw_round, full_blueprint
+from twist_fl.blueprint.moments import MOMENTS
 from twist_fl.model.subnet import State, slice_state
 from twist_fl.rounds import RoundMean, RunState, plan, start
 from twist_fl.system.threads import PIECE, threads
 from twist_fl.training.aggregate import ReplyError, StreamingMean, check_state, coverage_debt
-from twist_fl.training.interval import MOMENTS, Moments
+from twist_fl.training.interval import Moments
 from twist_fl.training.job import Job
 from twist_fl.training.worker import Reply, Task
 
@@ -318,7 +319,7 @@ def honest(job: Job, task: Task, random_state: RandomState, seed: int = 5) -> Re
     if job.config.train.optimizer_state == "server":
         first, second = sliced(seed + 1), {name: value.square() for name, value in sliced(seed + 2).items()}
         moments = Moments(task.num_batches, {"exp_avg": first, "exp_avg_sq": second})
-    return Reply(task.blueprint.digest, sliced(seed), 3.0, 60, task.num_batches, moments=moments)
+    return Reply(task.digest, sliced(seed), 3.0, 60, task.num_batches, moments=moments)
 
 
 def other_digest(reply: Reply) -> Reply:
@@ -337,8 +338,17 @@ def with_moments(change: Callable[[torch.Tensor], torch.Tensor], step: int = 2) 
     return changed
 
 
+@given(st.integers(1, 9), st.integers(0, 3), st.integers(1, 9), st.integers(0, 3))
+def test_a_reply_answers_one_task_though_blueprints_come_again(
+    round_: int, worker: int, later: int, other: int
+) -> None:
+    task = Task(round_, worker, full_blueprint(LAYOUT), 0, 1)
+    again = replace(task, round=later, worker=other)
+    assert (task.digest == again.digest) == ((round_, worker) == (later, other))
+
+
 BAD_REPLIES: dict[str, tuple[Callable[[Reply], Reply], str]] = {
-    "digest": (other_digest, "reply is for blueprint 000000000000, sent was"),
+    "digest": (other_digest, "the reply is to another task"),
     "batches": (lambda reply: replace(reply, num_batches=1), "trained 1 batches, asked were 2"),
     "no moments": (lambda reply: replace(reply, moments=None), "moments are missing"),
     "bad moments": (with_moments(lambda value: value * torch.nan), "values that are not finite"),

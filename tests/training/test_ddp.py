@@ -16,12 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from twist_fl.blueprint.cost import round_bytes
 from twist_fl.blueprint.drawing import full_blueprint
+from twist_fl.blueprint.moments import MOMENTS
 from twist_fl.federation.strategy import TwistStrategy
 from twist_fl.model.subnet import State, get_state, load_state
 from twist_fl.rounds import RoundMean, RunState, dispatch, plan, run, start
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.training.client_state import MomentShelf
-from twist_fl.training.interval import MOMENTS, next_token_loss
+from twist_fl.training.interval import next_token_loss
 from twist_fl.training.job import Job
 from twist_fl.training.worker import Task, Worker
 

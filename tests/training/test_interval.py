@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import GPT2LMHeadModel
 
+from twist_fl.blueprint.moments import MOMENTS
 from twist_fl.config.schema import TrainConfig
 from twist_fl.model.subnet import State, get_state, load_state
-from twist_fl.training.interval import MOMENTS, Moments, train_interval
+from twist_fl.training.interval import Moments, train_interval
 from twist_fl.training.job import Job
 
 RandomState = Callable[..., State]

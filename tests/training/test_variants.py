@@ -111,6 +111,7 @@ VARIANTS = ("true", "masked", "hybrid")
         ("train.optimizer_state=reset",),
         ("train.optimizer_state=client",),
         ("train.optimizer_state=server", "blueprint.ffn_blocks=8", "blueprint.num_sub_ffn=3"),
+        ("train.optimizer_state=factored",),
         ("blueprint.num_sub=[1,4,2]", "blueprint.setting=ffn", "blueprint.assign=shuffled"),
     ],
 )
@@ -129,11 +130,12 @@ def test_weights_after_three_rounds(overrides: tuple[str, ...], tiny_job: MakeJo
                 torch.testing.assert_close(ours.moments.values[moment][name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_what_nobody_answered_for_does_not_move(tiny_job: MakeJob, tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer_state", ["server", "factored"])
+def test_what_nobody_answered_for_does_not_move(optimizer_state: str, tiny_job: MakeJob, tmp_path: Path) -> None:
     """In the hybrid the server's momentum must not move its masked blocks, which nobody's reply puts right."""
     found: list[RunState] = []
     for name in VARIANTS:
-        job = tiny_job("train.eps=1e-3", "train.optimizer_state=server", f"train.variant={name}")
+        job = tiny_job("train.eps=1e-3", f"train.optimizer_state={optimizer_state}", f"train.variant={name}")
         worker, state = Worker(job, MomentShelf(tmp_path)), start(job)
         for missing in ((), (1, 2)):
             tasks = plan(job, state)
@@ -167,7 +169,8 @@ def strategy_of(job: Job, folder: Path) -> TwistStrategy:
 
 
 @pytest.mark.parametrize(
-    ("optimizer_state", "by"), [("reset", "inline"), ("client", "shm"), ("server", "shm"), ("server", "inline")]
+    ("optimizer_state", "by"),
+    [("reset", "inline"), ("client", "shm"), ("server", "shm"), ("server", "inline"), ("factored", "shm")],
 )
 @pytest.mark.parametrize("variant", ["masked", "hybrid"])
 def test_the_app_is_rounds_run(variant: str, optimizer_state: str, by: str, tiny_job: MakeJob, tmp_path: Path) -> None:
@@ -186,7 +189,7 @@ def test_the_app_is_rounds_run(variant: str, optimizer_state: str, by: str, tiny
         drawn, full = job.blueprints(event["round"]), full_blueprint(job.layout)
         travelled = [full] * 3 if variant == "masked" else drawn[1:]
         sent = {kind: event["bytes_down"][kind] + event["bytes_up"][kind] for kind in ("weights", "moments")}
-        moments = moment_bytes(job.layout, travelled) if optimizer_state == "server" else 0
+        moments = moment_bytes(job.moment_layouts, travelled)
         assert sent == {"weights": round_bytes(job.layout, travelled), "moments": moments}
         assert (plan_["predicted_round_bytes"], plan_["predicted_moment_bytes"]) == (sent["weights"], moments)
 

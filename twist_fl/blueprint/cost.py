@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -32,9 +32,9 @@ def round_bytes(layout: Layout, blueprints: Iterable[Blueprint]) -> int:
     return sum(2 * state_bytes(layout, blueprint) for blueprint in blueprints)
 
 
-def moment_bytes(layout: Layout, blueprints: Iterable[Blueprint]) -> int:
-    """What `train.optimizer_state=server` adds to a round: Adam's two moments, both directions."""
-    return 2 * round_bytes(layout, blueprints)
+def moment_bytes(layouts: Mapping[str, Layout], blueprints: Sequence[Blueprint]) -> int:
+    """What moments that travel, each made of its layout, add to a round: both directions, all workers."""
+    return sum(round_bytes(layout, blueprints) for layout in layouts.values())
 
 
 def training_bytes(layout: Layout, blueprint: Blueprint | None = None) -> int:
@@ -78,21 +78,33 @@ class RunCost:
     tb_per_step: float
     memory_gib: float
     """Of the largest subnet."""
+    moments: float = 0.0
+    """Bytes of moments that travel with each of weights."""
 
 
-def run_cost(layout: Layout, division: Division | None, rounds: int, steps: int) -> RunCost:
+def run_cost(
+    layout: Layout, division: Division | None, rounds: int, steps: int, moments: Collection[Layout] = ()
+) -> RunCost:
     """Cost per worker of `rounds` intervals, `steps` optimiser steps in all; `division` None is FedAvg or DDP.
+
+    `moments`: of those that travel, what each is made of.
 
     `tb_per_step` is Table 2's counting (one exchange per optimiser step), `tb_per_interval` what TwIST moves. Of
     workers that differ it is the first one's: see `groups`.
     """
     blueprint = draw_round(layout, division, 0, 0)[0] if division else full_blueprint(layout)
-    return _run_cost(layout, {blueprint: 1}, rounds, steps)
+    return _run_cost(layout, {blueprint: 1}, rounds, steps, moments)
 
 
-def _run_cost(layout: Layout, held: Mapping[Blueprint, int], rounds: int, steps: int) -> RunCost:
+def _run_cost(
+    layout: Layout, held: Mapping[Blueprint, int], rounds: int, steps: int, moments: Collection[Layout]
+) -> RunCost:
     """Of a worker that holds subnets as often as `held` says."""
-    params = sum(times * layout.num_params(blueprint) for blueprint, times in held.items()) / sum(held.values())
+
+    def mean(of: Layout) -> float:
+        return sum(times * of.num_params(blueprint) for blueprint, times in held.items()) / sum(held.values())
+
+    params = mean(layout)
     exchange = 2 * BYTES_PER_PARAM * params / 1e12
     return RunCost(
         num_params=layout.num_params(),
@@ -102,6 +114,7 @@ def _run_cost(layout: Layout, held: Mapping[Blueprint, int], rounds: int, steps:
         tb_per_interval=rounds * exchange,
         tb_per_step=steps * exchange,
         memory_gib=max(training_gib(layout, blueprint) for blueprint in held),
+        moments=sum(map(mean, moments)) / params,
     )
 
 
@@ -114,7 +127,15 @@ class Group:
     cost: RunCost
 
 
-def groups(layout: Layout, division: Division, seed: int, rounds: int, steps: int, first: int = 0) -> list[Group]:
+def groups(
+    layout: Layout,
+    division: Division,
+    seed: int,
+    rounds: int,
+    steps: int,
+    first: int = 0,
+    moments: Collection[Layout] = (),
+) -> list[Group]:
     """Workers `first`, `first` + 1, ... by what they hold in a run of `rounds` intervals, `steps` steps in all.
 
     Of fixed sizes each is a group, in the order of the workers. Where sizes are dealt out or drawn anew every round,
@@ -127,7 +148,7 @@ def groups(layout: Layout, division: Division, seed: int, rounds: int, steps: in
     else:
         found = [(len(drawn[0]), Counter(size for sizes in drawn for size in sizes))]
     return [
-        Group(workers, held, _run_cost(layout, _subnets(layout, division, held), rounds, steps))
+        Group(workers, held, _run_cost(layout, _subnets(layout, division, held), rounds, steps, moments))
         for workers, held in found
     ]
 

@@ -93,15 +93,33 @@ def tickets(
     sizes: options.Sizes = None,
     draws: options.Draws = 20,
     windows: options.Windows = None,
-    save: options.SaveTickets = None,
-    format: options.Format = "transformers",
     places: options.Places = None,
 ) -> None:
     """Draw random subnets from a trained run and show the distribution of their perplexity."""
     counts = block_counts(sizes)
     from twist_fl.cli import tickets as of_run
 
-    of_run.tickets(console, run, counts, draws, windows, save, format, places or [])
+    of_run.tickets(console, run, counts, draws, windows, places or [])
+
+
+@app.command()
+def export(
+    run: options.RunDir,
+    size: options.TicketSize = None,
+    format: options.Format = "compact",
+    dtype: options.Dtype = "float32",
+    out: options.ExportFolder = None,
+    draw: options.Draw = 0,
+    seed: options.RunSeed = None,
+    windows: options.CardWindows = None,
+    places: options.Places = None,
+) -> None:
+    """Write a random ticket of a trained run for transformers, llama.cpp or onnxruntime, and check it there."""
+    from twist_fl.cli import tickets as of_run
+
+    of_run.export(
+        console, run, size, format, dtype, out, draw=draw, seed=seed, windows=windows, places=places or []
+    )  # fmt: skip
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from twist_fl.blueprint.architectures import KINDS
 from twist_fl.blueprint.blocks import Layout, make_layout
 from twist_fl.blueprint.cost import PAPER_EXCHANGES, Group, RunCost, groups, run_cost
 from twist_fl.blueprint.division import Division
+from twist_fl.blueprint.moments import moment_layouts
 from twist_fl.config.schema import Config, ModelConfig, load_config
 from twist_fl.config.sizes import blocks_per_layer, legal_sizes, make_division, ticket_sizes, workers_per_round
 from twist_fl.model.hf_config import model_config, scratch_fields
@@ -40,7 +41,7 @@ def show_cost(console: Console, preset: str, overrides: list[str], steps: int | 
         raise ConfigError(f"{preset} is a run, which keeps its settings: leave out {' '.join(overrides)}")
     job = folder.job()
     _show(console, preset, job.config, job.model_fields, steps or job.total_batches)
-    console.print(_measured(folder, job.moments_travel))
+    console.print(_measured(folder, len(job.moment_layouts)))
 
 
 def _model_dict(config: Config) -> dict[str, Any]:
@@ -54,7 +55,6 @@ def _model_dict(config: Config) -> dict[str, Any]:
 
 def _show(console: Console, title: str, config: Config, model: Mapping[str, Any], steps: int) -> None:
     ddp = config.algorithm == "ddp"
-    moments = config.train.optimizer_state == "server" and not ddp
     rounds = steps if ddp else -(-steps // config.train.interval)
     if config.blueprint.assign != "fixed" and rounds > _MOST_DRAWN:
         most = _MOST_DRAWN * (1 if ddp else config.train.interval)
@@ -65,16 +65,20 @@ def _show(console: Console, title: str, config: Config, model: Mapping[str, Any]
     try:
         layout, division = make_layout(model, config.blueprint.ffn_blocks), make_division(config)
         division.check(layout, coverage=config.algorithm == "twist")
-        sizes = _of_sizes(layout, division, rounds, steps)
-        found = groups(layout, _sent(config, layout, division), config.seed, rounds, steps, _first_client(config))
+        travel = {} if ddp else moment_layouts(config.train.optimizer_state, layout)
+        moments = travel.values()
+        sizes = _of_sizes(layout, division, rounds, steps, moments)
+        sent = _sent(config, layout, division)
+        found = groups(layout, sent, config.seed, rounds, steps, _first_client(config), moments)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     title = f"{title}, {division.setting}: one worker, {steps:,} optimiser steps"
-    console.print(_table(title, _header("blocks", moments), [_line(size, row, moments) for size, row in sizes]))
-    workers = [_line(_workers_text(layout, division, group), group.cost, moments) for group in found]
-    together = [sum(group.workers * getattr(group.cost, key) for group in found) for key in _COUNTINGS]
-    workers.append([f"all {sum(group.workers for group in found)}", "", "", *_bytes(together, moments)])
-    console.print(_table("the workers as they are set", _header("workers x blocks", moments), workers))
+    columns = _COLUMNS if moments else {name: of for name, of in _COLUMNS.items() if name.startswith("weights")}
+    console.print(_table(title, ["blocks", *_SIZES, *columns], [_line(size, row, columns) for size, row in sizes]))
+    workers = [_line(_workers_text(layout, division, group), group.cost, columns) for group in found]
+    together = [sum(group.workers * of(group.cost) for group in found) for of in columns.values()]
+    workers.append([f"all {sum(group.workers for group in found)}", "", "", *map(_bytes, together)])
+    console.print(_table("the workers as they are set", ["workers x blocks", *_SIZES, *columns], workers))
     if (number := workers_per_round(config)) < config.train.workers:
         console.print(
             f"With train.fraction, {number} of {config.train.workers} workers are in a round: that part of it is moved."
@@ -83,29 +87,37 @@ def _show(console: Console, title: str, config: Config, model: Mapping[str, Any]
         "By step is how the paper's Table 2 counts, one exchange per optimiser step, for TwIST and DDP alike; here, "
         + ("DDP does." if ddp else f"workers exchange once per interval of {config.train.interval} batches.")
         + " Bytes are both ways. GiB are for training: weights, gradients and two moments of the largest subnet held, "
-        "without activations."
-        + ("" if moments or ddp else " train.optimizer_state=server adds the moments, twice the weights again."),
+        "without activations." + ("" if moments or ddp else _of_moments(layout)),
         highlight=False,
     )
 
 
+def _of_moments(layout: Layout) -> str:
+    (factors,) = moment_layouts("factored", layout).values()
+    return (
+        " train.optimizer_state=server adds the moments, twice the weights again, and factored "
+        f"{factors.num_params() / layout.num_params():.1%} of them."
+    )
+
+
 _MOST_DRAWN = 100_000
-_COUNTINGS = {"tb_per_step": "by step", "tb_per_interval": "by interval"}
+_SIZES = ("params", "GiB")
+_COLUMNS: dict[str, Callable[[RunCost], float]] = {
+    "weights by step": lambda cost: cost.tb_per_step,
+    "weights by interval": lambda cost: cost.tb_per_interval,
+    "moments by step": lambda cost: cost.moments * cost.tb_per_step,
+    "moments by interval": lambda cost: cost.moments * cost.tb_per_interval,
+}
+"""TB of the weights by each counting and, apart from them, of the moments that travel with them."""
 
 
-def _header(first: str, moments: bool) -> list[str]:
-    kinds = ("weights", "moments")[: 1 + moments]
-    return [first, "params", "GiB", *(f"{kind} {name}" for kind in kinds for name in _COUNTINGS.values())]
+def _line(first: str, cost: RunCost, columns: Mapping[str, Callable[[RunCost], float]]) -> list[str]:
+    moved = [_bytes(of(cost)) for of in columns.values()]
+    return [first, f"{cost.subnet_params:,.0f}", f"{cost.memory_gib:.2f}", *moved]
 
 
-def _line(first: str, cost: RunCost, moments: bool) -> list[str]:
-    weights = [getattr(cost, key) for key in _COUNTINGS]
-    return [first, f"{cost.subnet_params:,.0f}", f"{cost.memory_gib:.2f}", *_bytes(weights, moments)]
-
-
-def _bytes(weights: Sequence[float], moments: bool) -> list[str]:
-    """Of the weights (TB) by each counting and, apart from them, of the two moments that travel with them."""
-    return [human_bytes(times * tb * 1e12) for times in (1, 2)[: 1 + moments] for tb in weights]
+def _bytes(terabytes: float) -> str:
+    return human_bytes(terabytes * 1e12)
 
 
 def _table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
@@ -116,14 +128,16 @@ def _table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) ->
     return table
 
 
-def _of_sizes(layout: Layout, division: Division, rounds: int, steps: int) -> list[tuple[str, RunCost]]:
+def _of_sizes(
+    layout: Layout, division: Division, rounds: int, steps: int, moments: Collection[Layout]
+) -> list[tuple[str, RunCost]]:
     """A worker's cost for every size that all workers could hold, the largest first."""
     plain = Division(division.setting, (), division.undivided_first, division.undivided_last)
     rows = []
     for size in reversed(legal_sizes(layout, division)):
         # As many workers as blocks: every size is legal for enough of them.
         num_sub = (ticket_sizes(layout, division, size),) * max(layout.num_blocks)
-        row = run_cost(layout, replace(plain, num_sub=num_sub), rounds, steps)
+        row = run_cost(layout, replace(plain, num_sub=num_sub), rounds, steps, moments)
         rows.append((f"{size}/{blocks_per_layer(layout, division)}", row))
     return rows
 
@@ -151,7 +165,7 @@ def _workers_text(layout: Layout, division: Division, group: Group) -> str:
     return f"{group.workers} x {texts[0] if len(set(texts)) == 1 else '; FFN '.join(texts)}"
 
 
-def _measured(folder: RunFolder, moments_travel: bool) -> Table:
+def _measured(folder: RunFolder, num_moments: int) -> Table:
     """Bytes and peak memory of the run's rounds so far, as the cost model has them and as they were."""
     rounds = folder.events("round")
     sent = {
@@ -161,12 +175,14 @@ def _measured(folder: RunFolder, moments_travel: bool) -> Table:
     anything = any(sent.values())
     measured = {kind: human_bytes(size) if anything else "" for kind, size in sent.items()}
     weights = sum(each["predicted_bytes"] for each in rounds)
+    # A log of before there were factors does not say: each moment that travelled was as large as the weights.
+    moments = sum(each.get("predicted_moment_bytes", num_moments * each["predicted_bytes"]) for each in rounds)
     most = {
         key: max((each.get(key, 0) for each in rounds), default=0) for key in ("predicted_peak_bytes", "peak_bytes")
     }
     lines = [
         ["weights sent", human_bytes(weights), measured["weights"]],
-        ["moments sent", human_bytes(2 * weights * moments_travel), measured["moments"]],
+        ["moments sent", human_bytes(moments), measured["moments"]],
         ["other sent", "", measured["other"]],
         ["worker's peak memory", *(human_bytes(value) if value else "" for value in most.values())],
     ]

@@ -78,12 +78,21 @@ Save = Annotated[
     Path | None,
     new_folder("Also put each pruned model in a folder METHOD-SIZE below this one."),
 ]
-SaveTickets = Annotated[
-    Path | None,
-    new_folder("Also write the first ticket of each size to a folder SIZE below this one."),
+TicketSize = Annotated[
+    str | None,
+    typer.Option(help="Blocks per divided layer, or a share of them: 4, 1/3 or 25%; default: the whole model."),
 ]
 Format = Annotated[
-    str, typer.Option(help="What --save writes: transformers, or module:name of your own (docs/extending.md).")
+    str, typer.Option(help="compact, hf, gguf, onnx (docs/exports.md), or module:name of your own (docs/extending.md).")
+]
+Dtype = Annotated[
+    str, typer.Option(help="Numbers of the weights: float32, bfloat16, float16; gguf: also q8_0; onnx: also int8.")
+]
+ExportFolder = Annotated[Path | None, new_folder("The folder to write; default: exports/SIZE-FORMAT-DTYPE in the run.")]
+Draw = Annotated[int, typer.Option(min=0, max=100_000, help="Which of the seed's tickets of that size.")]
+RunSeed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Default: the run's.")]
+CardWindows = Annotated[
+    int | None, typer.Option(min=1, help="Test windows for a perplexity on the model card; default: none.")
 ]
 Page = Annotated[
     Path | None,

@@ -11,13 +11,14 @@ from rich.table import Table
 
 from twist_fl.cli.progress import loading, waits_for
 from twist_fl.config.finding import no_run, runs_in
-from twist_fl.config.shares import ShareError
+from twist_fl.config.shares import ShareError, is_share, share_of
 from twist_fl.config.suggest import choice
 from twist_fl.report.cells import titled
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.trained import TrainedRun, chosen_sizes
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.plugins import EXPORT_FORMAT
+from twist_fl.system.units import human_bytes
 
 _COLDEST, _HOTTEST = 0.01, 100
 
@@ -28,16 +29,10 @@ def tickets(
     sizes: Sequence[int] | ShareError | None,
     draws: int,
     windows: int | None,
-    save: Path | None = None,
-    format: str = "transformers",
     places: Sequence[str] = (),
 ) -> None:
-    """Perplexity of random tickets of several sizes; with `save`, a folder of the first of each."""
-    EXPORT_FORMAT.check(format, choice)
-    if format != "transformers" and not save:
-        raise ConfigError(f"--format {format} says what --save writes: give --save FOLDER")
+    """Perplexity of random tickets of several sizes."""
     loading(console, path, sizes)
-    EXPORT_FORMAT.find(format)
     run = TrainedRun(path, places)
     from twist_fl.config.sizes import blocks_per_layer
 
@@ -51,12 +46,53 @@ def tickets(
             row = run.tickets(size, draws, test).summary()
         values = [f"{row[key]:.2f}" for key in ("mean", "std", "min", "max")]
         table.add_row(f"{size}/{blocks_per_layer(job.layout, job.division)}", f"{row['num_params']:,}", *values)
-        if save:
-            run.export(run.blueprint(size), save / str(size), format)
     title = f"{path}, round {run.state.round}: perplexity (lower is better) of {draws} random tickets a size, "
     console.print(titled(f"{title}on {test.size:,} test tokens", table))
-    if save:
-        console.print(f"the first of each size: {save.resolve()}", soft_wrap=True)
+
+
+def export(
+    console: Console,
+    path: Path,
+    size: str | None,
+    format: str,
+    dtype: str,
+    out: Path | None,
+    *,
+    draw: int = 0,
+    seed: int | None = None,
+    windows: int | None = None,
+    places: Sequence[str] = (),
+) -> None:
+    """One ticket as files for a device; the default folder is named after what is in it."""
+    EXPORT_FORMAT.check(format, choice)
+    loading(console, path, None)
+    EXPORT_FORMAT.find(format)
+    run = TrainedRun(path, places)
+    from twist_fl.config.sizes import blocks_per_layer
+
+    of = blocks_per_layer(run.job.layout, run.job.division)
+    blocks = None if size is None else blocks_of(size, of)
+    blueprint = run.blueprint(blocks, draw, seed)
+    name = f"{of if blocks is None else blocks}-of-{of}-{format.rpartition(':')[2]}-{dtype}"
+    text = run.job.corpus.test[:windows] if windows else None
+    with console.status(f"{format}: writing and checking"):
+        found = run.export(blueprint, out or run.folder.path / "exports" / name, format, dtype, text)
+    checked = f"checked in {found.checked}" if found.checked else "the format checks nothing"
+    console.print(f"{found.folder}: {human_bytes(found.num_bytes)}; {checked}", soft_wrap=True, highlight=False)
+
+
+def blocks_of(size: str, of: int) -> int:
+    """Of --size 4, 1/3 or 25%: blocks of a divided layer of `of`. Raises ConfigError unless it is a whole number."""
+    number = share_of(size)
+    if number is None:
+        raise ConfigError(f"--size {size!r} is no number of blocks and no share: for example {max(1, of // 2)} or 1/2")
+    blocks = number * of if is_share(number, size) else number
+    if blocks.denominator != 1:
+        raise ConfigError(
+            f"--size {size} of {of} blocks is {float(blocks):.3g}: give a whole number of blocks, 1 to {of}, or a "
+            f"share that is one, for example {max(1, round(blocks))}/{of}"
+        )
+    return int(blocks)
 
 
 def generate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from textwrap import fill
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from twist_fl.blueprint.blocks import Layout
 from twist_fl.blueprint.cost import state_bytes
-from twist_fl.blueprint.drawing import draw_ticket
+from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
 from twist_fl.config.sizes import blocks_per_layer, ticket_sizes
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Data, Experiment
@@ -70,20 +72,18 @@ def interval_bytes(job: Job) -> dict[str, float]:
     Of DDP, the gradients are counted with the weights, once a batch.
     """
     plain = replace(job.division, policy="random", ticket_policy="random", common=(), num_common=0)
-    bytes_of: dict[tuple[int, int], int] = {}
-
-    def subnet(size: tuple[int, int]) -> int:
-        if size not in bytes_of:
-            bytes_of[size] = state_bytes(job.layout, draw_ticket(job.layout, plain, size, 0, 0))
-        return bytes_of[size]
-
     workers, seed = job.config.train.workers, job.config.seed
     if job.config.algorithm == "twist":
-        rounds = [job.division.sizes(job.layout, seed, round_) for round_ in range(1, job.num_rounds + 1)]
-        weights = 2 * sum(subnet(size) for sizes in rounds for size in sizes) / len(rounds)
+        rounds = range(1, job.num_rounds + 1)
+        sizes = Counter(size for round_ in rounds for size in job.division.sizes(job.layout, seed, round_))
+        held = [(draw_ticket(job.layout, plain, size, 0, 0), times / len(rounds)) for size, times in sizes.items()]
     else:
-        weights = 2.0 * workers * state_bytes(job.layout) * job.rounds_per_interval
-    return {"weights": weights, "moments": 2 * weights if job.moments_travel else 0.0}
+        held = [(full_blueprint(job.layout), workers * job.rounds_per_interval)]
+
+    def moved(layout: Layout) -> float:
+        return 2.0 * sum(times * state_bytes(layout, blueprint) for blueprint, times in held)
+
+    return {"weights": moved(job.layout), "moments": sum(map(moved, job.moment_layouts.values()))}
 
 
 def ordered_tickets(folder: RunFolder, *, sizes: list[int]) -> dict[str, Any]:

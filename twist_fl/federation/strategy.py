@@ -68,7 +68,7 @@ class TwistStrategy(RoundLoop):
         self._mean = RoundMean(self.job, self.state, self._planned, in_place=True)
         if Packing.of(self.job, self._planned[0].blueprint).differences:
             self._kept = {name: tensor.clone() for name, tensor in self.state.params.items()}
-        moments = self.state.moments if self.job.moments_travel else None
+        moments = self.state.moments if self.job.moment_layouts else None
         here = [task for task in self._clients() if self.nodes.serves(task.worker)]
         for task in self._clients():
             if task not in here:
@@ -172,6 +172,7 @@ class TwistStrategy(RoundLoop):
             **asdict(report),
             seconds=time.perf_counter() - self._began,
             predicted_bytes=self._keeper.predicted_bytes(self._planned),
+            predicted_moment_bytes=self._keeper.predicted_moment_bytes(self._planned),
             predicted_peak_bytes=self._keeper.predicted_peak_bytes(self._planned),
             bytes_down=self._down,
             bytes_up=up,

@@ -17,12 +17,13 @@ from math import prod
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from twist_fl.blueprint.blocks import Layout
 from twist_fl.federation.packing import DTYPES, Packing
 from twist_fl.federation.transport import Handle, Segment, SegmentError
 from twist_fl.model.subnet import Copies, State, copy_all
 from twist_fl.system.untrusted import Field, shown
 from twist_fl.training.aggregate import ReplyError
-from twist_fl.training.interval import MOMENTS, Moments
+from twist_fl.training.interval import Moments
 
 _HANDLE = {
     "name": Field(str),
@@ -35,8 +36,8 @@ _STYPE = "raw.little"
 BLOCKS = "blocks"
 """Name of the array with a record's divided parameters; a parameter's name has a dot in it."""
 
-Take = Callable[[str, torch.Tensor, torch.Tensor], Copies]
-"""take(name, value, out): what puts the parameter's value, or the part that travels, into `out`."""
+Take = Callable[[Layout, str, torch.Tensor, torch.Tensor], Copies]
+"""take(layout, name, value, out): what puts the parameter's value, or the part that travels, into `out`."""
 KnownArrays = MutableMapping[tuple[str, str], Array]
 """Arrays made before in the same round, by record and parameter: made, and hashed by Flower, once for all workers."""
 
@@ -71,7 +72,7 @@ def to_arrays(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
     """Float32 tensors as raw arrays, one each, one copy each."""
     return ArrayRecord(
         {
-            name: _new_array(tuple(tensor.shape), "float32", partial(take_whole, name, tensor))
+            name: _new_array(tuple(tensor.shape), "float32", partial(_copy, name, tensor))
             for name, tensor in state.items()
         }
     )
@@ -96,32 +97,43 @@ def put_tensors(
 ) -> None:
     states = {"params": params} | (moments.values if moments else {})
     if segment is None:
-        for record in packing.records:
-            content[record] = _pack(packing, record, states[record], take, known)
+        for record, layout in packing.layouts.items():
+            content[record] = _pack(packing, record, states[record], partial(take, layout), known)
         return
     views = packing.views_of_all(segment.memory)
     outs = [(record, name, out) for record in views for name, out in views[record].items()]
-    copy_all(pair for record, name, out in outs for pair in take(name, states[record][name], out))
-    sizes = {"weights": packing.num_bytes("params"), "moments": sum(map(packing.num_bytes, packing.records[1:]))}
+    copy_all(
+        pair for record, name, out in outs for pair in take(packing.layouts[record], name, states[record][name], out)
+    )
+    sizes = {record: packing.num_bytes(record) for record in packing.layouts}
+    sizes = {"weights": sizes.pop("params"), "moments": sum(sizes.values())}
     content["segment"] = ConfigRecord(asdict(segment.handle()) | sizes)
 
 
-def _pack(packing: Packing, record: str, state: State, take: Take, known: KnownArrays) -> ArrayRecord:
+def _pack(
+    packing: Packing,
+    record: str,
+    state: State,
+    take: Callable[[str, torch.Tensor, torch.Tensor], Copies],
+    known: KnownArrays,
+) -> ArrayRecord:
     """One array for the blocks, one for each parameter held whole."""
     dtype = packing.dtype(record)
     arrays = ArrayRecord()  # its constructor copies arrays, and with them loses the hashes
-    for param in packing.shared:
+    for param in packing.shared(record):
         place = record, param.name
         if place not in known:
             known[place] = _new_array(param.shape, dtype, partial(take, param.name, state[param.name]))
         arrays[param.name] = known[place]
 
+    blocks = packing.blocks(record)
+
     def take_own(buffer: torch.Tensor) -> Copies:
-        for name, out in packing.views(packing.blocks, buffer).items():
+        for name, out in packing.views(record, blocks, buffer).items():
             yield from take(name, state[name], out)
 
-    if packing.blocks:
-        arrays[BLOCKS] = _new_array((packing.num_elements(packing.blocks),), dtype, take_own)
+    if blocks:
+        arrays[BLOCKS] = _new_array((packing.num_elements(record, blocks),), dtype, take_own)
     return arrays
 
 
@@ -129,14 +141,15 @@ def get_tensors(
     content: RecordDict, packing: Packing, step: int | None, segment: Segment | None
 ) -> tuple[State, Moments | None]:
     """Weights in the dtype of the wire, and moments, where they lie. What came inline cannot be written into."""
-    if (step is not None) != packing.with_moments:
-        raise ValueError(f"moment_step={step}, where the job's messages hold {', '.join(packing.records)}")
+    if (step is None) != (len(packing.layouts) == 1):
+        raise ValueError(f"moment_step={step}, where the job's messages hold {', '.join(packing.layouts)}")
     handle = handle_of(content)
     if handle is None:
-        states = {record: _unpack(packing, record, content.array_records[record]) for record in packing.records}
+        states = {record: _unpack(packing, record, content.array_records[record]) for record in packing.layouts}
     else:
         states = packing.views_of_all(_checked(segment, handle, packing))
-    return states["params"], None if step is None else Moments(step, {name: states[name] for name in MOMENTS})
+    params = states.pop("params")
+    return params, None if step is None else Moments(step, states)
 
 
 def _checked(segment: Segment | None, handle: Handle, packing: Packing) -> torch.Tensor:
@@ -151,18 +164,22 @@ def _checked(segment: Segment | None, handle: Handle, packing: Packing) -> torch
 
 def _unpack(packing: Packing, record: str, arrays: ArrayRecord) -> State:
     dtype = packing.dtype(record)
-    expected = {param.name: param.shape for param in packing.shared}
-    if packing.blocks:
-        expected[BLOCKS] = (packing.num_elements(packing.blocks),)
+    expected, blocks = {param.name: param.shape for param in packing.shared(record)}, packing.blocks(record)
+    if blocks:
+        expected[BLOCKS] = (packing.num_elements(record, blocks),)
     if wrong := expected.keys() ^ arrays.keys():
         raise ReplyError(f"array {min(wrong)!r} of {record!r} is missing or unknown ({len(wrong)} in all)")
     found = {name: _look_into(name, arrays[name], shape, dtype) for name, shape in expected.items()}
-    if packing.blocks:
-        found |= packing.views(packing.blocks, found.pop(BLOCKS))
-    return {param.name: found[param.name] for param in packing.layout.params}
+    if blocks:
+        found |= packing.views(record, blocks, found.pop(BLOCKS))
+    return {param.name: found[param.name] for param in packing.layouts[record].params}
 
 
-def take_whole(name: str, value: torch.Tensor, out: torch.Tensor) -> Copies:
+def take_whole(layout: Layout, name: str, value: torch.Tensor, out: torch.Tensor) -> Copies:
+    return _copy(name, value, out)
+
+
+def _copy(name: str, value: torch.Tensor, out: torch.Tensor) -> Copies:
     if value.shape != out.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(out.shape)}")
     if value.data_ptr() != out.data_ptr():  # a worker's tensors, trained in place, are there already

@@ -7,20 +7,20 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
+from twist_fl.blueprint.blocks import Layout
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.config.checks import check_name
 from twist_fl.federation import transport
 from twist_fl.federation.packing import Packing
 from twist_fl.federation.tensors import KnownArrays, get_tensors, handle_of, put_tensors, take_whole
 from twist_fl.federation.transport import ChangedError, Segment, SegmentError
-from twist_fl.model.subnet import State, slice_state, take_slice
+from twist_fl.model.subnet import Copies, State, slice_state, take_slice
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.untrusted import Field, plain, read_exactly
 from twist_fl.training.aggregate import ReplyError
@@ -176,8 +176,11 @@ def task_to_records(
     fields = asdict(task) | {"blueprint": task.blueprint.to_json(), "moment_step": moments and moments.step}
     content = RecordDict({"job": ConfigRecord({"json": job_json}), "task": _to_record(fields)})
     packing = Packing.of(job, task.blueprint, moments is not None)
-    write = partial(take_slice, job.layout, packing.blueprint)
-    put_tensors(content, packing, params, moments, write, segment, {} if known is None else known)
+
+    def take(layout: Layout, name: str, value: torch.Tensor, out: torch.Tensor) -> Copies:
+        return take_slice(layout, packing.blueprint, name, value, out)
+
+    put_tensors(content, packing, params, moments, take, segment, {} if known is None else known)
     return content
 
 

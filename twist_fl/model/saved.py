@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from twist_fl.blueprint.architectures import known_architecture
 from twist_fl.model.hf_config import folder_config
@@ -14,6 +17,19 @@ from twist_fl.model.subnet_classes import model_class
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import SEAL, check_seal
 from twist_fl.system.untrusted import plain
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """transformers shows no progress of its own: of a local folder it is a flash between the lines of a command."""
+    bars: Any = logging  # untyped in transformers
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            bars.enable_progress_bar()
 
 
 def open_model(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -30,13 +46,14 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> Any:
         if hasattr(config, "heads_per_layer") and known_architecture(config.model_type):
             auto = model_class(config.model_type)
     try:
-        model, info = auto.from_pretrained(
-            folder,
-            trust_remote_code=trust_remote_code,
-            weights_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with no_bars():
+            model, info = auto.from_pretrained(
+                folder,
+                trust_remote_code=trust_remote_code,
+                weights_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
         raise ConfigError(
             f"{folder} holds no model that can be opened: {plain(' '.join(str(error).split()))}"

@@ -23,6 +23,7 @@ from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
 from twist_fl.config.sizes import blocks_per_layer, ticket_sizes
 from twist_fl.data.corpus import Windows
 from twist_fl.data.tokenizer import copy_tokenizer
+from twist_fl.model.saved import no_bars
 from twist_fl.model.subnet import State, get_state, load_state
 from twist_fl.pruning import magnitude, sparsegpt, wanda, zpruner
 from twist_fl.pruning.calibrate import Inputs, Matrix, Say, Statistic, divided_matrices, draw_windows, layer_inputs
@@ -200,6 +201,6 @@ def save_pruned(job: Job, pruned: Pruned, folder: Path) -> None:
     auto: Any = AutoModelForCausalLM  # untyped in transformers
     model = auto.from_config(job.model_config, dtype=torch.float32)  # a checkpoint in 16 bits was trained further in 32
     load_state(model, pruned.params)
-    with new_folder(folder) as making:
+    with new_folder(folder) as making, no_bars():
         model.save_pretrained(making)
         copy_tokenizer(tokenizer_folder, making)

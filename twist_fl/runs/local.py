@@ -81,6 +81,7 @@ def train_local(folder: RunFolder, eval_threads: int | None = None) -> None:
                 bytes_down={},
                 bytes_up={},
                 predicted_bytes=keeper.predicted_bytes(tasks),
+                predicted_moment_bytes=keeper.predicted_moment_bytes(tasks),
                 predicted_peak_bytes=keeper.predicted_peak_bytes(tasks),
             )
             if not report.answered:

@@ -41,12 +41,16 @@ class Keeper:
             num_params=job.layout.num_params(),
             subnet_params=[job.layout.num_params(task.blueprint) for task in tasks],
             predicted_round_bytes=self.predicted_bytes(tasks),
-            predicted_moment_bytes=moment_bytes(job.layout, self._sent(tasks)) if job.moments_travel else 0,
+            predicted_moment_bytes=self.predicted_moment_bytes(tasks),
         )
 
     def predicted_bytes(self, tasks: Sequence[Task]) -> int:
         """What Appendix C says a round moves."""
         return round_bytes(self.job.layout, self._sent(tasks))
+
+    def predicted_moment_bytes(self, tasks: Sequence[Task]) -> int:
+        """What travels beside it, of the optimiser."""
+        return moment_bytes(self.job.moment_layouts, self._sent(tasks))
 
     def predicted_peak_bytes(self, tasks: Sequence[Task]) -> int:
         """What Appendix C says the worker that holds most needs to train."""

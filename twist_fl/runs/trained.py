@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from twist_fl.config.shares import ShareError, blocks_of_share
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
-from twist_fl.system.plugins import EXPORT_FORMAT
 
 if TYPE_CHECKING:
     from twist_fl.blueprint.blueprint import Blueprint
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from twist_fl.model.subnet import ModelCache
     from twist_fl.rounds import RunState
     from twist_fl.tickets.evaluate import Tickets
+    from twist_fl.tickets.exporting import Exported
     from twist_fl.training.job import Job
 
 
@@ -105,20 +105,37 @@ class TrainedRun:
             batch_size=config.eval.batch_size,
         )
 
-    def export(self, blueprint: Blueprint, folder: Path | str, format: str = "transformers") -> Path:
-        """Write the ticket as a dense model with its tokenizer; the folder's absolute path.
+    def export(
+        self,
+        blueprint: Blueprint,
+        folder: Path | str,
+        format: str = "compact",
+        dtype: str = "float32",
+        windows: Windows | None = None,
+    ) -> Exported:
+        """Write the ticket as a dense model with its tokenizer and a model card, which has its perplexity on `windows`.
 
-        transformers: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) opens it without this
-        package. Another `format` is module:name, or what an installed package calls its own: see docs/extending.md.
+        compact: AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True) opens it without this package.
+        hf, gguf and onnx: see docs/exports.md. Another `format` is module:name, or what an installed package calls its
+        own: see docs/extending.md. Raises ConfigError where the format cannot hold the ticket.
         """
+        from twist_fl.tickets.card import Source, known_perplexity, licence_of
         from twist_fl.tickets.export import make_ticket
+        from twist_fl.tickets.exporting import export
 
-        write = EXPORT_FORMAT.find(format)
-        fields, scale = self.job.model_config.to_dict(), self.job.config.blueprint.scale
-        ticket = make_ticket(self.job.layout, self.state.params, fields, blueprint, scale)
-        target = Path(folder).expanduser().resolve()
-        write(ticket, target, self.folder.checkpoints()[-1])
-        return target
+        config = self.job.config
+        ticket = make_ticket(
+            self.job.layout, self.state.params, self.job.model_config.to_dict(), blueprint, config.blueprint.scale
+        )
+        base = config.model.pretrained
+        source = Source(
+            self.folder.path.resolve().name,
+            self.state.round,
+            base and (Path(base).name if Path(base).is_absolute() else base),
+            licence_of(Path(base).expanduser() if base else None),
+            None if windows is None else known_perplexity(self.perplexity(blueprint, windows), windows.size),
+        )
+        return export(ticket, folder, format, dtype, self.folder.checkpoints()[-1], source)
 
 
 def chosen_sizes(job: Job, given: Sequence[int] | ShareError | None) -> list[int]:

@@ -7,7 +7,7 @@ Ours are found in the same way. Nothing is imported before it is used.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import os
 import sys
@@ -143,13 +143,21 @@ TRACKER = Plugin(
 EXPORT_FORMAT = Plugin(
     "format",
     "twist_fl.export_formats",
-    _ours("tickets.export", transformers="export_ticket"),
-    "(ticket, folder, tokenizer_folder) -> None",
+    _ours("tickets.hf_formats", compact="compact", hf="plain")
+    | _ours("tickets.gguf_format", gguf="write")
+    | _ours("tickets.onnx_format", onnx="write"),
+    "(ticket, folder, tokenizer_folder, dtype) -> words",
     "here",
 )
 PLUGINS = (ARCHITECTURE, POLICY, RULE, SOURCE, TRACKER)
 """Those that are settings."""
 _OF_THE_SERVER = (POLICY, RULE, TRACKER)
+
+
+def needs(*modules: str, extra: str) -> None:
+    """Raises ConfigError, with what to install, unless the packages of an optional extra of this one are there."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise ConfigError(f"this needs {' and '.join(missing)}: pip install 'twist-fl[{extra}]'")
 
 
 def names_in(config: Any) -> Iterator[tuple[Plugin, str]]:

@@ -119,6 +119,12 @@ def make_ticket(
     return _hashed(blueprint, params, config)
 
 
+def in_dtype(ticket: Ticket, dtype: str) -> Ticket:
+    """The ticket with rounded numbers, which is another one: it has a hash of its own."""
+    params = {name: tensor.to(getattr(torch, dtype)) for name, tensor in ticket.params.items()}
+    return _hashed(ticket.blueprint, params, ticket.model_config)
+
+
 def _hashed(blueprint: Blueprint, params: State, config: dict[str, Any]) -> Ticket:
     digest = ticket_digest(blueprint.to_json(), json.dumps(config, sort_keys=True), params)
     return Ticket(blueprint, params, config, digest)
@@ -143,33 +149,50 @@ def export_ticket(ticket: Ticket, folder: Path, tokenizer_folder: Path | None) -
 
     The model code in it is this package's own, and the config names no other: nothing received is executed.
     """
-    family = family_of(ticket.model_config["model_type"])
     with new_folder(folder) as making:
-        _write_json(_export_config(ticket), making / "config.json")
-        _write_json(_generation_config(ticket), making / "generation_config.json")
-        _write_json(_about(ticket), making / "twist.json")
-        save_tensors({name: tensor.detach() for name, tensor in ticket.params.items()}, making / "model.safetensors")
-        (making / "requirements.txt").write_text(f"torch\ntransformers>={family.since},<6\n")
-        (making / MODEL_CODE).write_text(shipped_code(family.model_type), encoding="utf-8")
-        if tokenizer_folder:
-            architecture = architecture_of(ticket.model_config)
-            copy_tokenizer(tokenizer_folder, making, ticket.model_config[architecture.keys["n_positions"]])
+        write_ticket(ticket, making, tokenizer_folder)
 
 
-def _write_json(fields: Mapping[str, Any], path: Path) -> None:
+def write_ticket(ticket: Ticket, folder: Path, tokenizer_folder: Path | None) -> None:
+    """The files of `export_ticket`, into a folder that is there."""
+    family = family_of(ticket.model_config["model_type"])
+    write_json(_export_config(ticket), folder / "config.json")
+    write_json(_about(ticket), folder / "twist.json")
+    (folder / "requirements.txt").write_text(f"torch\ntransformers>={family.since},<6\n")
+    (folder / MODEL_CODE).write_text(shipped_code(family.model_type), encoding="utf-8")
+    write_shared(ticket.model_config, ticket.params, folder, tokenizer_folder)
+
+
+def write_shared(fields: Mapping[str, Any], params: State, folder: Path, tokenizer_folder: Path | None) -> None:
+    """What every folder of a model has: weights, special tokens, and a tokenizer that knows the longest context."""
+    write_json(_generation_config(fields), folder / "generation_config.json")
+    save_tensors({name: tensor.detach() for name, tensor in params.items()}, folder / "model.safetensors")
+    if tokenizer_folder:
+        copy_tokenizer(tokenizer_folder, folder, fields[architecture_of(fields).keys["n_positions"]])
+
+
+def write_json(fields: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(fields, indent=1, sort_keys=True) + "\n")
 
 
 def _export_config(ticket: Ticket) -> dict[str, Any]:
     family, code = family_of(ticket.model_config["model_type"]), Path(MODEL_CODE).stem
-    return ticket.model_config | {
+    return saved_config(ticket.model_config, ticket.params) | {
         "architectures": [f"Subnet{family.model}"],
         "auto_map": {
             "AutoConfig": f"{code}.Subnet{family.config}",
             "AutoModelForCausalLM": f"{code}.Subnet{family.model}",
         },
-        "dtype": str(next(iter(ticket.params.values())).dtype).removeprefix("torch."),
-        **_rotations_of_version_4(ticket.model_config.get("rope_parameters") or {}),
+    }
+
+
+def saved_config(fields: Mapping[str, Any], params: State) -> dict[str, Any]:
+    """For the model class of the architecture, in every version of transformers."""
+    return {
+        **fields,
+        "architectures": [family_of(fields["model_type"]).model],
+        "dtype": str(next(iter(params.values())).dtype).removeprefix("torch."),
+        **_rotations_of_version_4(fields.get("rope_parameters") or {}),
     }
 
 
@@ -184,10 +207,10 @@ def _rotations_of_version_4(rope: Mapping[str, Any]) -> dict[str, Any]:
     return old
 
 
-def _generation_config(ticket: Ticket) -> dict[str, Any]:
+def _generation_config(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The special tokens. Without a padding token of its own, a model pads with its end of text."""
-    tokens = {name: ticket.model_config.get(name) for name in ("bos_token_id", "eos_token_id")}
-    return tokens | {"pad_token_id": padding_token(ticket.model_config)}
+    tokens = {name: fields.get(name) for name in ("bos_token_id", "eos_token_id")}
+    return tokens | {"pad_token_id": padding_token(fields)}
 
 
 def _about(ticket: Ticket) -> dict[str, Any]:

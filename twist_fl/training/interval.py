@@ -11,26 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from twist_fl.blueprint.blocks import Layout
+from twist_fl.blueprint.moments import FIRST, MOMENTS, SQUARES
 from twist_fl.config.schema import TrainConfig
 from twist_fl.model.subnet import State, get_state
 from twist_fl.training.loss import LOSS_CHUNK, linear_cross_entropy
 from twist_fl.training.precision import forward_precision, product_precision
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-SQUARES = "exp_avg_sq"
-"""The one that is never negative."""
-
 
 @dataclass
 class Moments:
-    """Adam's state of some parameters by name: two moments, and the steps they have seen."""
+    """Adam's state: of its two moments those that are known, each of some parameters by name or of their factors, and
+    the steps they have seen."""
 
     step: int = 0
     values: dict[str, State] = field(default_factory=lambda: {name: {} for name in MOMENTS})
 
     def clone(self) -> Moments:
-        values = {moment: {name: value.clone() for name, value in self.values[moment].items()} for moment in MOMENTS}
-        return Moments(self.step, values)
+        return Moments(
+            self.step, {moment: {n: v.clone() for n, v in each.items()} for moment, each in self.values.items()}
+        )
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,10 @@ def train_interval(
 ) -> Interval:
     """Train `model` in place on `batches`, each (B, T) int64 on the model's device, at `rates`, else at config.lr.
 
-    `moments` may cover any subset of the parameters; the others start anew. Those that lie on the model's device change
-    in place. `seed` fixes the dropout. The host never waits for the device between the first batch and the last: it
-    reads the next one meanwhile.
+    `moments` may cover any subset of the parameters; the others start anew. Where they are second moments only, the
+    first are zeros as old as they, so that the first steps are short. Those that lie on the model's device change in
+    place. `seed` fixes the dropout. The host never waits for the device between the first batch and the last: it reads
+    the next one meanwhile.
     """
     torch.manual_seed(seed)
     model.train()
@@ -149,9 +150,9 @@ def adam_step(
     return {name: parameter.detach() for name, parameter in named.items()}, _collect(optimizer, named, moments.step + 1)
 
 
-def zero_moments(params: State) -> Moments:
-    """The state of an Adam that has seen no step."""
-    return Moments(0, {moment: {name: torch.zeros_like(value) for name, value in params.items()} for moment in MOMENTS})
+def zero_moments(layouts: Mapping[str, Layout]) -> Moments:
+    """The state of an Adam that has seen no step: of each moment what its layout is made of."""
+    return Moments(0, {name: {p.name: torch.zeros(p.shape) for p in layout.params} for name, layout in layouts.items()})
 
 
 def _backward(model: nn.Module, windows: torch.Tensor, config: TrainConfig) -> torch.Tensor:
@@ -164,12 +165,11 @@ def _backward(model: nn.Module, windows: torch.Tensor, config: TrainConfig) -> t
 
 
 def _restore(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], moments: Moments) -> None:
-    for name in moments.values[MOMENTS[0]]:
+    for name in moments.values[SQUARES]:
         parameter = named[name]
-        optimizer.state[parameter] = {
-            "step": torch.tensor(float(moments.step), device=parameter.device),
-            **{moment: moments.values[moment][name].to(parameter.device) for moment in MOMENTS},
-        }
+        known = {moment: values[name].to(parameter.device) for moment, values in moments.values.items()}
+        step = torch.tensor(float(moments.step), device=parameter.device)
+        optimizer.state[parameter] = {"step": step, FIRST: torch.zeros_like(parameter), **known}
 
 
 def _collect(optimizer: torch.optim.Optimizer, named: Mapping[str, nn.Parameter], step: int) -> Moments:

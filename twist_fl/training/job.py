@@ -9,6 +9,7 @@ import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from twist_fl.blueprint.architectures import KINDS, use_architecture
@@ -16,6 +17,7 @@ from twist_fl.blueprint.blocks import Layout, make_layout
 from twist_fl.blueprint.blueprint import Blueprint, Scale
 from twist_fl.blueprint.division import Debt, Division, Purpose, Scores, generator
 from twist_fl.blueprint.drawing import draw_round, draw_ticket, full_blueprint
+from twist_fl.blueprint.moments import moment_layouts
 from twist_fl.config.checks import NODES, check_name
 from twist_fl.config.schema import Config, from_yaml, to_yaml
 from twist_fl.config.sizes import make_division, of_workers, ticket_sizes, workers_per_round
@@ -102,10 +104,12 @@ class Job:
         """Whether the last interval has fewer batches than the others: a longer run would have trained it whole."""
         return self.total_batches % self.batches_per_round > 0
 
-    @property
-    def moments_travel(self) -> bool:
-        """Whether the optimiser's moments go to the workers and back. DDP's stay on the server."""
-        return self.config.train.optimizer_state == "server" and self.config.algorithm != "ddp"
+    @cached_property
+    def moment_layouts(self) -> dict[str, Layout]:
+        """The optimiser's moments that go to the workers and back, and what each is made of; none of DDP's."""
+        if self.config.algorithm == "ddp":
+            return {}
+        return moment_layouts(self.config.train.optimizer_state, self.layout)
 
     @property
     def clients(self) -> range:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from twist_fl.model.subnet import State, take_back
 from twist_fl.system.errors import DamagedError
 from twist_fl.system.memory import Peak
 from twist_fl.training.client_state import MomentShelf
-from twist_fl.training.interval import MOMENTS, Interval, Moments, batch_gradient, train_interval
+from twist_fl.training.factors import from_factors, to_factors
+from twist_fl.training.interval import Interval, Moments, batch_gradient, train_interval
 from twist_fl.training.job import Job
 from twist_fl.training.precision import check_precision
 from twist_fl.training.schedule import learning_rates
@@ -34,10 +36,16 @@ class Task:
     keep_from: int = 0
     """Oldest round whose client-side moments a resumed run could still need."""
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what a reply answers: of blueprints that come again, an earlier round's is told apart by it."""
+        return hashlib.sha256(f"{self.round} {self.worker} {self.blueprint.digest}".encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Reply:
     digest: str
+    """The task's."""
     params: State
     """As trained; of DDP, their gradient."""
     loss: float
@@ -95,7 +103,7 @@ class Worker:
                 take_back(model)
         trained_in_place = in_place and config.algorithm != "ddp"
         return Reply(
-            task.blueprint.digest,
+            task.digest,
             _back(interval.result, params if trained_in_place else {}),
             interval.loss,
             interval.num_tokens,
@@ -119,15 +127,19 @@ class Worker:
 
     def _train(self, model: PreTrainedModel, task: Task, seed: int, moments: Moments | None) -> Interval:
         config = self.job.config.train
+        if moments is not None and config.optimizer_state == "factored":
+            moments = from_factors(self.job.layout, moments, self.device)
         first = (task.round - 1) * self.job.batches_per_round  # of the run: a worker may have missed rounds
         rates = learning_rates(config, first, task.num_batches, self.job.total_batches)
         return train_interval(model, self.batches(task), config, seed, moments, rates)
 
     def _moments(self, after: Moments, places: Mapping[str, State]) -> Moments | None:
         """Those that travel."""
-        if not self.job.moments_travel:
+        if not self.job.moment_layouts:
             return None
-        return Moments(after.step, {name: _back(after.values[name], places.get(name, {})) for name in MOMENTS})
+        if self.job.config.train.optimizer_state == "factored":
+            after = to_factors(self.job.layout, after)
+        return Moments(after.step, {name: _back(value, places.get(name, {})) for name, value in after.values.items()})
 
     def _continue(self, model: PreTrainedModel, task: Task, seed: int) -> tuple[Interval, str]:
         """An interval with the client's own optimiser state of what it always holds, and a note if that is lost."""
