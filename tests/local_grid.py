@@ -58,11 +58,16 @@ class LocalGrid(Grid):
         one_at_a_time: bool = False,
         broken: Sequence[int] = (),
         far: Sequence[int] = (),
+        data: Sequence[object] = (),
     ) -> None:
         ids = random.Random(11).sample(range(2**62, 2**63), num_nodes)
         self.partitions = dict(zip(ids, range(num_nodes), strict=True))
         self.bend, self.last_first, self.one_at_a_time, self.broken = bend, last_first, one_at_a_time, broken
         self.far = far
+        self.settings: list[dict[str, int | str]] = [{"partition-id": place} for place in range(num_nodes)]
+        """Of each partition's node."""
+        for place, path in enumerate(data):
+            self.settings[place]["data"] = str(path)
         self.served: list[Served] = []
         self._replies: list[Message] = []
 
@@ -80,7 +85,7 @@ class LocalGrid(Grid):
     def _serve(self, message: Message) -> Sequence[Message]:
         node = message.metadata.dst_node_id
         partition = self.partitions[node]
-        context = Context(1, node, {"partition-id": partition}, RecordDict(), {})
+        context = Context(1, node, {**self.settings[partition]}, RecordDict(), {})
 
         def answer() -> Message:
             return client_app.app(message, context)

@@ -333,7 +333,7 @@ def test_a_damaged_corpus_is_made_anew_where_its_text_is(
     config = config_of(folder)
     corpus = load_corpus(config)
     whole = (corpus.folder / "train.npy").read_bytes()
-    for make in (load_corpus, lambda config: find_corpus(corpus.digest, config, 1)):
+    for make in (load_corpus, lambda config: find_corpus(corpus.digest, config.window, lambda: load_corpus(config))):
         (corpus.folder / "train.npy").write_bytes(whole[:-1] + b"x")
         assert make(config).digest == corpus.digest
         assert "train.npy is not what was written" in (said := capsys.readouterr().err)
@@ -344,7 +344,7 @@ def test_a_damaged_corpus_is_made_anew_where_its_text_is(
     with pytest.raises(
         DamagedError, match=r"train\.npy is not what was written .*; it cannot be made anew here: data\.pa"
     ):
-        find_corpus(corpus.digest, config, 1)
+        find_corpus(corpus.digest, config.window, lambda: load_corpus(config))
 
 
 # Errors

@@ -19,11 +19,13 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+from conftest import write_text
 from local_grid import assert_same_run
-from loopback import Network, network, warm_node
+from loopback import Network, network, stock_node, warm_node
 from typer.testing import CliRunner
 
 from twist_fl.cli.app import app
+from twist_fl.config.schema import load_config
 from twist_fl.federation import node
 from twist_fl.federation.simulation import free_port
 from twist_fl.rounds import run, start
@@ -31,6 +33,7 @@ from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.children import stop_tree
 from twist_fl.system.environment import private_environment
 from twist_fl.system.errors import ConfigError, LaunchError
+from twist_fl.training.job import make_job
 
 PATIENCE = 300.0
 """Seconds after which something counts as stuck: a busy machine is slow."""
@@ -129,6 +132,40 @@ def test_a_killed_node_takes_its_processes_with_it(trained: tuple[RunFolder, Net
     running.nodes[1].kill()
     running.nodes[1].wait()
     assert psutil.wait_procs(everyone, timeout=PATIENCE)[1] == []
+
+
+# Text of their own
+
+
+def test_nodes_with_text_of_their_own_train_as_one_process_that_has_both(tiny: tuple[str, ...], tmp_path: Path) -> None:
+    """A warm node with --data, and Flower's own with the path in its node config; as on machines of their own, neither
+    finds in a cache what the other or the server has read."""
+    for place, num_words in enumerate((400, 900)):
+        (tmp_path / "texts" / str(place)).mkdir(parents=True)
+        write_text(tmp_path / "texts" / str(place) / "a.txt", num_words, seed=30 + place)
+    folder = RunFolder(tmp_path / "run")
+    words = [*tiny, "train.workers=2", "train.rounds=2", "eval.every=0", "eval.max_windows=4", "eval.tickets=2"]
+
+    def node_with_text(address: str, node_config: str) -> list[str]:
+        place = node_config.partition("=")[2][0]
+        path, own_cache = tmp_path / "texts" / place, ["env", f"TWIST_FL_CACHE={tmp_path / 'caches' / place}"]
+        if place == "0":
+            return [*own_cache, *warm_node(address, node_config), "--data", str(path)]
+        return [*own_cache, *stock_node(address, f"{node_config} data='{path}'")]
+
+    with network(tmp_path / "flower", 2, node_with_text) as running:
+        overrides = " ".join([*words, "data.private=nodes"])
+        output = running.run({"preset": "demo", "overrides": overrides, "run-dir": str(folder.path)}, PATIENCE)
+        logs = output + running.node_log(0).read_text() + running.node_log(1).read_text()
+        assert [event["event"] for event in folder.events()][-1:] == ["done"], logs
+    assert [event["dropped"] for event in folder.events("round")] == [{}, {}]
+    (nodes,) = folder.events("nodes")
+    assert nodes["windows"]["0"] < nodes["windows"]["1"]
+    assert [len(list((tmp_path / "caches" / place / "tokens").iterdir())) for place in "01"] == [1, 1]
+    same = make_job(load_config("demo", [*words, f"data.private={tmp_path / 'texts'}"]))
+    ended = folder.load()
+    assert ended is not None
+    assert_same_run(ended, run(same, start(same), tmp_path / "moments"))
 
 
 # An app of its own: what a node does with errors and bundles

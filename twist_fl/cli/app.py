@@ -259,10 +259,11 @@ def node(
         str, typer.Option(help='For example "partition-id=0 num-partitions=2".', show_default=False)
     ] = "",
     trusted_entities: options.TrustedEntities = None,
+    data: options.OwnText = None,
 ) -> None:
     """Join a Flower network as a SuperNode whose worker stays warm between rounds; see docs/nodes.md."""
     arguments = node_arguments(
-        superlink, insecure, root_certificates, auth_supernode_private_key, node_config, trusted_entities
+        superlink, insecure, root_certificates, auth_supernode_private_key, node_config, trusted_entities, data
     )
     from twist_fl.federation.node import run_node
 

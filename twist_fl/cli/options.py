@@ -50,6 +50,12 @@ PrivateKey = Annotated[Path | None, typer.Option(help="This node's key, register
 TrustedEntities = Annotated[
     Path | None, typer.Option(help="YAML file of public keys: run only apps that one of them has signed.")
 ]
+OwnText = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH", help="This node's own text (data.private=nodes): a file, a folder or a glob. It stays here."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(

@@ -99,7 +99,7 @@ def resume(console: Console, path: Path, overrides: Sequence[str] = (), local: b
         where, local = f"all {job.num_rounds} rounds are trained; making its results", True
     with _simulation(folder, job.config, local) as simulation:
         waits_for(console, "loading torch, checking the run's text")
-        job.text.open()
+        job.open_texts()
         (check_training if local else check_simulation)(job.config)
         if continued.note:
             console.print(continued.note, style="yellow", soft_wrap=True)

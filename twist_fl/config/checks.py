@@ -49,6 +49,8 @@ _MOST = {
     "blueprint.ffn_blocks",
 }
 """Far above what anyone has use for, and below what takes minutes to fail: layers, workers, seconds (of a timeout)."""
+NODES = "nodes"
+"""data.private where each node brings its own text."""
 _NAME = re.compile(r"[\w.+-]*\w[\w.+-]*")
 _LONGEST_NAME = 200
 _SMALLEST_VOCABULARY = 257
@@ -100,8 +102,10 @@ def check_values(config: Any) -> None:
         raise ConfigError(
             "data.source=hub needs data.path: the name of a data set, for example data.path=roneneldan/TinyStories"
         )
-    if config.data.source == "builtin" and config.data.path:
-        raise ConfigError(f"data.path={config.data.path!r} is not read with data.source=builtin: add data.source=files")
+    if config.data.source in ("builtin", "empty") and config.data.path:
+        given = f"data.path={config.data.path!r} is not read with data.source={config.data.source}"
+        raise ConfigError(f"{given}: add data.source=files")
+    _check_private(config)
     if config.data.tokenizer is None and model.pretrained is None and config.data.vocab_size < _SMALLEST_VOCABULARY:
         raise ConfigError(
             f"data.vocab_size={config.data.vocab_size} must be at least {_SMALLEST_VOCABULARY}: 256 bytes and an end"
@@ -114,6 +118,26 @@ def check_values(config: Any) -> None:
     _check_sizes(blueprint, workers)
     _check_policies(config)
     _check_variant(config)
+
+
+def _check_private(config: Any) -> None:
+    data, train = config.data, config.train
+    if data.private == NODES and not train.rounds:
+        raise ConfigError("data.private=nodes needs train.rounds: how long an epoch is, only the nodes know")
+    if data.source != "empty":
+        return
+    if data.private is None:
+        raise ConfigError(
+            "data.source=empty is for workers with text of their own: set data.private, or another source"
+        )
+    if not (data.tokenizer or config.model.pretrained):
+        raise ConfigError(
+            "data.source=empty has no text to train a tokenizer on: give data.tokenizer, model.pretrained, or the "
+            "server text of its own"
+        )
+    for key, value in (("train.variant", train.variant), ("blueprint.policy", config.blueprint.policy)):
+        if value in ("hybrid", "importance"):
+            raise ConfigError(f"{key}={value} needs text where the server is, and data.source=empty gives it none")
 
 
 def _check_device_name(device: str) -> None:

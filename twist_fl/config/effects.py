@@ -60,7 +60,9 @@ _IDLE: tuple[tuple[str, Reason], ...] = (
     ),
     (
         "data.name data.column data.train_glob data.test_glob",
-        _if(lambda c: c.data.source == "builtin", "it is for other text than data.source=builtin"),
+        _if(
+            lambda c: c.data.source == "builtin" and not c.data.private, "it is for other text than data.source=builtin"
+        ),
     ),
     ("train.decay", _if(lambda c: c.train.schedule != "wsd", "it is for train.schedule=wsd")),
     (

@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from twist_fl.config.checks import check_values
+from twist_fl.config.checks import NODES, check_values
 from twist_fl.config.effects import check_effects
 from twist_fl.config.finding import checkpoints_of
 from twist_fl.config.hub import check_folder, expanded, is_path, local_path
@@ -95,9 +95,12 @@ def _without_shares(schema: Any, layer: dict[str, Any]) -> tuple[dict[str, Any],
 def _make_absolute(config: Any) -> None:
     """Folders that exist become absolute: Flower runs the app in another working folder. A run stands for its newest
     checkpoint."""
-    for section, key in ((config.data, "path"), (config.data, "tokenizer"), (config.model, "pretrained")):
+    places = ((config.data, "path"), (config.data, "private"), (config.data, "tokenizer"), (config.model, "pretrained"))
+    for section, key in places:
         value = getattr(section, key)
         path = expanded(value or "")
+        if key == "private" and value == NODES:
+            continue
         if value and glob.has_magic(value) and section is config.data and not path.exists():
             setattr(section, key, str(path.absolute()))
         elif value and path.exists():

@@ -1,8 +1,6 @@
-"""Every knob of a run, with its unit and default, and how a run's configuration is put together.
+"""Every knob of a run, with its unit and default: the paper's (section 5) where the paper has one.
 
-A configuration is the defaults below, then a preset of `conf/` (which holds only what differs), then
-`key=value` overrides. Defaults are the paper's (section 5) where the paper has one.
-"""
+A configuration is these, then a preset of `conf/` (which holds only what differs), then `key=value` overrides."""
 
 from __future__ import annotations
 
@@ -48,7 +46,7 @@ class DataConfig:
 
     source: str = "builtin"
     """builtin: the Python documentation this interpreter carries; files: `path`; wikitext: WikiText, whose rows are
-    lines of running text; hub: a data set of the Hugging Face hub. Every node reads the text itself."""
+    lines of running text; hub: a data set of the Hugging Face hub; empty: for `private`. Every node reads it itself."""
     path: str | None = None
     """files, wikitext: a file, a folder or a glob of txt, md, jsonl, json, csv, parquet or arrow, also .gz, or what
     save_to_disk wrote (wikitext: default is the hub's); hub: the name of the data set."""
@@ -62,6 +60,9 @@ class DataConfig:
     test_glob: str = "*test*"
     test_fraction: float = 0.1
     """Share of documents kept for evaluation where the source has no test split of its own."""
+    private: str | None = None
+    """Each worker trains on text of its own. nodes: what `twist-fl node --data` names, which stays there; a folder: its
+    s-th folder or file by name. `source` is then the server's: to test on, and for a tokenizer if there is none."""
     tokenizer: str | None = None
     """Folder, or name on the hub; null: model.pretrained's own, and for a model from scratch a byte-level BPE of
     `vocab_size`, trained on the training text."""

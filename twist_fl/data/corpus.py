@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -59,10 +59,10 @@ def cache_dir() -> Path:
     return Path(os.environ.get("TWIST_FL_CACHE", "~/.cache/twist_fl")).expanduser()
 
 
-def load_corpus(config: DataConfig, num_workers: int = 1) -> Corpus:
+def load_corpus(config: DataConfig, num_workers: int = 1, num_test: int = 1) -> Corpus:
     """Tokenise what `config` names, or find it in the cache; one that is damaged there is made anew.
 
-    Raises ConfigError if there is no such text or tokenizer, or less than one window per worker.
+    Raises ConfigError if there is no such text or tokenizer, less than one window per worker, or fewer than `num_test`.
     """
     meter = Meter()
     check_vocab_size(config.vocab_size)
@@ -79,7 +79,7 @@ def load_corpus(config: DataConfig, num_workers: int = 1) -> Corpus:
             if not _is_whole(digest):
                 _make(digest, text, tokenizer, config, unfinished, meter)
         corpus = open_corpus(digest, config.window)
-    for split, windows, least in (("training", corpus.train, num_workers), ("test", corpus.test, 1)):
+    for split, windows, least in (("training", corpus.train, num_workers), ("test", corpus.test, num_test)):
         if len(windows) < least:
             raise ConfigError(
                 f"the {split} text gives {len(windows)} windows of data.window={config.window} tokens, "
@@ -88,18 +88,18 @@ def load_corpus(config: DataConfig, num_workers: int = 1) -> Corpus:
     return corpus
 
 
-def find_corpus(digest: str, config: DataConfig, num_workers: int) -> Corpus:
-    """The corpus of that hash from the cache; where it is not there or damaged, what `config` names now.
+def find_corpus(digest: str, window: int, read: Callable[[], Corpus]) -> Corpus:
+    """The corpus of that hash from the cache; where it is not there or damaged, what `read` finds now.
 
     Raises DamagedError if it is damaged and its text cannot be read.
     """
     try:
-        return open_corpus(digest, config.window)
+        return open_corpus(digest, window)
     except FileNotFoundError:
-        return load_corpus(config, num_workers)
+        return read()
     except DamagedError as damage:
         try:
-            return load_corpus(config, num_workers)
+            return read()
         except ConfigError as error:
             raise DamagedError(f"{damage}; it cannot be made anew here: {error}") from damage
 
@@ -199,7 +199,8 @@ def _sweep(mine: Path) -> None:
 class Shard:
     """One worker's part of one i.i.d. permutation of the training windows, fixed for the run.
 
-    All shards have the same size; the last `num_windows % num_workers` windows of the permutation are left out.
+    All shards of `num_workers` have the same size; the last `num_windows % num_workers` windows of the permutation are
+    left out. Where a worker has all windows for itself, whichever it is, `num_workers` is 1.
     """
 
     seed: int
@@ -225,7 +226,7 @@ class Shard:
         """Window ids of batch number `cursor`, counted from the run's start; reshuffled every epoch."""
         epoch, position = divmod(cursor, self.batches_per_epoch)
         mine = _permutation(self.num_windows, self.seed, 0)[: self.size * self.num_workers][
-            self.worker :: self.num_workers
+            self.worker % self.num_workers :: self.num_workers
         ]
         order = _permutation(self.size, self.seed, 1, self.worker, epoch)
         return mine[order[position * self.batch_size : (position + 1) * self.batch_size]]

@@ -32,6 +32,8 @@ _CARD = re.compile(r"---\n(?:(?!---).*\n)*?configs:")
 def find_source(config: DataConfig, meter: Meter) -> Source:
     """Reads all of it once. Raises ConfigError if it is not there, cannot be read, or is no text."""
     parts = _parts(config, meter)
+    if not parts:
+        return survey(lambda: iter(()), meter)
     train, test = _divide(parts, config, meter)
     if test:
         read = partial(_of_splits, train, test)
@@ -83,13 +85,18 @@ def _documents(parts: Sequence[Part], longest: int | None) -> Iterator[str]:
 
 def _parts(config: DataConfig, meter: Meter) -> list[Part]:
     parts = SOURCE.find(config.source)(config, meter)
-    if not isinstance(parts, list) or not parts or not all(isinstance(part, Part) for part in parts):
+    missing = not parts and config.source != "empty"
+    if missing or not isinstance(parts, list) or not all(isinstance(part, Part) for part in parts):
         raise ConfigError(f"data.source={config.source!r} gave {shown(parts)}, expected a list of twist_fl.Part")
     return parts
 
 
 def builtin(config: DataConfig, meter: Meter) -> list[Part]:
     return [Part("builtin", lambda: iter(builtin_text.documents()))]
+
+
+def empty(config: DataConfig, meter: Meter) -> list[Part]:
+    return []
 
 
 def files(config: DataConfig, meter: Meter) -> list[Part]:

@@ -17,7 +17,7 @@ END_OF_TEXT = "<|endoftext|>"
 _CLASS = "PreTrainedTokenizerFast"
 """All of tokenizer.json and nothing else, in every version of transformers: some classes of version 5 version 4 does
 not know, and others build some of it anew."""
-_FILES = (
+FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -26,6 +26,7 @@ _FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
+"""All that a saved tokenizer may consist of."""
 _ONE_OF = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")
 _SUFFIXES = (".json", ".txt", ".jinja", ".model")
 _OF_A_CALL = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id")
@@ -111,7 +112,7 @@ def copy_tokenizer(folder: Path, target: Path, context: int | None = None) -> No
     With `context`, the model's longest, it also pads (with its end of text, if it has no padding token of its own) and
     truncates to that.
     """
-    for name in _FILES:
+    for name in FILES:
         if (file := folder / name).is_file():
             shutil.copyfile(file, target / name)
     settings = target / "tokenizer_config.json"

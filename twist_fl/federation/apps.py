@@ -13,6 +13,7 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from twist_fl.config.schema import load_config
+from twist_fl.data.node_text import Place
 from twist_fl.federation.strategy import TwistStrategy
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.events import Event
@@ -109,7 +110,8 @@ def speaker(log: Path) -> Callable[[Event], None]:
 
 
 @lru_cache(maxsize=2)
-def worker_for(job_json: str) -> Worker:
-    """This process's worker for a job, kept warm between rounds: keyed by content, not by node."""
-    job = job_from_json(job_json)
+def worker_for(job_json: str, node: Place | None = None) -> Worker:
+    """This process's worker for a job, kept warm between rounds: keyed by content, not by node; if the node has its own
+    text, by that, too."""
+    job = job_from_json(job_json, node)
     return Worker(job, MomentShelf(moment_folder(job.run_id)))

@@ -14,7 +14,7 @@ from twist_fl.federation.actors import prepare_actors
 
 def warm() -> None:
     """Load what a message needs."""
-    from twist_fl.federation import apps, wire  # noqa: F401
+    from twist_fl.federation import own_text, wire  # noqa: F401
 
 
 def client_app() -> ClientApp:
@@ -33,19 +33,21 @@ def client_app() -> ClientApp:
 
 def connect(message: Message, context: Context) -> Message:
     """Build the worker, so that what is wrong with this node shows before training starts."""
-    from twist_fl.federation import apps, wire
+    from twist_fl.federation import own_text, wire
 
     wire.check_flower(message.content)
-    worker = apps.worker_for(wire.job_of(message.content))
     partition = context.node_config.get("partition-id", context.node_id)
-    return Message(wire.answer(message.content, worker.job.run_id, partition), reply_to=message)
+    worker = own_text.prepare(message.content, context.node_config, partition)
+    content = wire.answer(message.content, worker.job.run_id, partition)
+    own_text.tell(content, worker.job)
+    return Message(content, reply_to=message)
 
 
 def train(message: Message, context: Context) -> Message:
     """One interval on one subnet."""
-    from twist_fl.federation import apps, wire
+    from twist_fl.federation import own_text, wire
 
-    worker = apps.worker_for(wire.job_of(message.content))
+    worker = own_text.worker_of(message.content, context.node_config)
     parcel = wire.task_from_records(worker.job, message.content)
     reply = worker.train(parcel.task, parcel.params, parcel.moments, parcel.in_place)
     content = wire.reply_to_records(worker.job, parcel.task.blueprint, reply, parcel.segment, parcel.params)
@@ -54,14 +56,15 @@ def train(message: Message, context: Context) -> Message:
 
 def evaluate(message: Message, context: Context) -> Message:
     """The loss of a subnet, or of the full model, on this worker's share of the test text."""
-    from twist_fl.federation import apps, evaluating, wire
+    from twist_fl.federation import evaluating, own_text
 
-    worker = apps.worker_for(wire.job_of(message.content))
+    worker = own_text.worker_of(message.content, context.node_config)
     return Message(evaluating.answer(worker, message.content), reply_to=message)
 
 
 def receive(message: Message, context: Context) -> Message:
     """Build the shipped ticket's small dense model, check its hash, measure it on local text."""
-    from twist_fl.federation import apps, deploy, wire
+    from twist_fl.federation import deploy, own_text
 
-    return Message(deploy.receive(apps.worker_for(wire.job_of(message.content)).job, message.content), reply_to=message)
+    worker = own_text.worker_of(message.content, context.node_config)
+    return Message(deploy.receive(worker.job, message.content), reply_to=message)

@@ -7,11 +7,14 @@ import time
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
+from twist_fl.config.checks import NODES
 from twist_fl.federation import transport, wire
 from twist_fl.federation.actors import RESTARTS
 from twist_fl.federation.exchange import exchange
+from twist_fl.federation.owners import Owners
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.untrusted import plain
 from twist_fl.training.job import Job
 
 
@@ -38,9 +41,25 @@ class Nodes:
         self.sure = False
         """Whether nothing has been lost since they were asked: else the next round looks again for who is there."""
         self._job, self._job_json, self._folder = job, job_json, folder
+        self._owners = Owners(job, folder) if job.config.data.private == NODES else None
+        self._asked: set[int] = set()
+
+    def serves(self, worker: int) -> bool:
+        """Whether a node of the worker is there; where each has its own text, no other takes its place."""
+        return self._owners is None or worker in self._owners.nodes
 
     def of(self, worker: int) -> int:
+        if self._owners is not None:
+            return self._owners.nodes[worker]
         return self.ready[self._job.clients.index(worker) % len(self.ready)]
+
+    def to_ask(self, grid: Grid) -> bool:
+        """Whether to look for who is there: something was lost, or whom nobody can stand in for may have come back."""
+        if self.sure and not all(map(self.serves, self._job.clients)):
+            here = set(grid.get_node_ids())
+            self._asked &= here
+            return bool(here - self._asked)
+        return not self.sure
 
     def connect(self, grid: Grid, round_: int) -> None:
         """Find the nodes and have each build its worker; a node's partition id, where it has one, decides its place.
@@ -51,14 +70,15 @@ class Nodes:
         found = self._wait(grid, round_, workers)
         if found:
             self._folder.log("asked", round=round_, nodes=len(found[:workers]), wanted=workers)
-        ready, failed = self._ask(grid, found[:workers])
-        self.ready = [node for _, node in sorted(ready)]
+        ready, failed = self._ask(grid, found if self._owners else found[:workers])
+        self.ready, self._asked = [node for _, node in sorted(ready)], set(found)
         self._folder.log(
             "nodes",
             round=round_,
             nodes=len(self.ready),
             shared_memory=len(self.neighbours),
             failed=list(failed.values()),
+            **(self._owners.report() if self._owners else {}),
         )
         if not self.ready:
             reasons = "; ".join(sorted(set(failed.values()))) or f"none connected within {flower.wait_for_nodes:g} s"
@@ -81,11 +101,13 @@ class Nodes:
     def _ask(self, grid: Grid, nodes: list[int]) -> tuple[list[tuple[int, int]], dict[int, str]]:
         """Which nodes are ready, with their partitions, and why the others are not. Notes who shares this machine."""
         flower, token = self._job.config.flower, self._make_token()
-        content = wire.question(self._job_json, token)
+        content = wire.question(self._job_json, token, self._owners.tokenizer() if self._owners else None)
         asked = [Message(content, dst_node_id=node, message_type=MessageType.QUERY) for node in nodes]
         ready: list[tuple[int, int]] = []
         failed: dict[int, str] = {}
         self.neighbours = set()
+        if self._owners:
+            self._owners.nodes.clear()
         for reply in exchange(grid, asked, flower, flower.connect_timeout):
             node = reply.metadata.src_node_id
             if wire.has_died(reply):
@@ -98,7 +120,14 @@ class Nodes:
             elif flower.transport == "shm":
                 failed[node] = "flower.transport=shm, but the node cannot read the server's memory: use auto or inline"
                 continue
-            ready.append((wire.partition_of(reply.content), node))
+            place = wire.partition_of(reply.content)
+            try:
+                if self._owners:
+                    self._owners.add(place, node, wire.told_text(reply.content))
+            except ValueError as error:
+                failed[node] = plain(str(error))
+                continue
+            ready.append((place, node))
         if token is not None:
             transport.close(token)
         return ready, failed

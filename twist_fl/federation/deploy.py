@@ -227,12 +227,14 @@ def receive(job: Job, content: RecordDict) -> RecordDict:
     place, of = fields["text"]
     if place >= of:
         raise ValueError(f"text={[place, of]} is a place beyond the number of devices")
+    windows = job.corpus.test[place::of][:_LOCAL_WINDOWS]
+    if not len(windows):
+        raise ConfigError(f"device {fields['device']} has no test text to measure a ticket on: give the run more of it")
     params = tensors.from_arrays(content.array_records["params"])
     folder = cache_dir() / "tickets" / job.run_id / fields["device"]
     edge_client.receive_ticket(
         fields["config"], fields["blueprint"], params, fields["digest"], folder, job.corpus.tokenizer_folder
     )
-    windows = job.corpus.test[place::of][:_LOCAL_WINDOWS]
     measured = asdict(edge_client.measure(folder, windows, job.config.deploy.new_tokens, limit_ms=fields["limit_ms"]))
     measured["bytes_received"] = sum(tensors.num_bytes(content).values())
     return RecordDict({"report": ConfigRecord({"json": json.dumps(measured)})})

@@ -1,7 +1,8 @@
 """Federated evaluation: each worker evaluates its share of the test text, and the server takes the mean over tokens.
 
 The shards that workers train on are no test. Each node has the whole text, so of n workers that are asked, the i-th
-takes the test windows i, i + n, ...: with the full model, the result is the server's own over the same windows.
+takes the test windows i, i + n, ...: with the full model, the result is the server's own over the same windows. Where
+each worker has its own text, it takes what is held out of that.
 """
 
 from __future__ import annotations
@@ -28,8 +29,13 @@ _PART = {"part": Field(int, 0), "parts": Field(int, 1)}
 _REPLY = "evaluation"
 
 
-def _windows(job: Job, part: int, parts: int) -> Windows:
-    return job.corpus.test[: job.config.eval.watch_windows][part::parts]
+def _windows(job: Job, worker: int, part: int, parts: int) -> Windows:
+    return job.text_of(worker).open().test[: job.config.eval.watch_windows][part::parts]
+
+
+def _num_windows(job: Job, worker: int, part: int, parts: int) -> int:
+    """The same's, without the text where its size is known."""
+    return len(range(min(job.text_of(worker).num_test, job.config.eval.watch_windows))[part::parts])
 
 
 # A worker's side
@@ -39,7 +45,8 @@ def answer(worker: Worker, content: RecordDict) -> RecordDict:
     """The summed loss of the message's model over the worker's share of the test text, and how many tokens that is."""
     job = worker.job
     parcel = wire.task_from_records(job, content, trains=False)
-    windows = _windows(job, **read_exactly(str(content.config_records["part"]["json"]), _PART))
+    part = read_exactly(str(content.config_records["part"]["json"]), _PART)
+    windows = _windows(job, parcel.task.worker, **part)
     torch.set_num_threads(job.config.train.threads or 1)
     model = worker.load(parcel.task, parcel.params, parcel.in_place)
     try:
@@ -58,9 +65,11 @@ class Evaluation:
     """What the workers that trained in a round say of its outcome: of their subnets, or each of the full model."""
 
     def __init__(self, job: Job, trained: Sequence[Task]) -> None:
-        """`trained`: the tasks of clients whose replies counted; no more are asked than there are windows."""
+        """`trained`: the tasks of clients whose replies counted; nobody is asked for whom there is no window."""
         self._job = job
-        asked = trained[: len(_windows(job, 0, 1))]
+        asked = [task for task in trained if _num_windows(job, task.worker, 0, 1)]
+        if job.own is None:
+            asked = asked[: _num_windows(job, 0, 0, 1)]
         full = full_blueprint(job.layout) if job.config.eval.federated == "full" else None
         self.tasks = [Task(task.round, task.worker, full or task.blueprint, 0, 0) for task in asked]
         self.answered: list[int] = []
@@ -68,7 +77,8 @@ class Evaluation:
         self._loss_sum, self._num_tokens = 0.0, 0
 
     def _part(self, task: Task) -> dict[str, int]:
-        return {"part": self.tasks.index(task), "parts": len(self.tasks)}
+        shared = self._job.own is None
+        return {"part": self.tasks.index(task), "parts": len(self.tasks)} if shared else {"part": 0, "parts": 1}
 
     def ask(self, task: Task, content: RecordDict) -> None:
         """Add to a task's message what it is to be evaluated on."""
@@ -96,8 +106,7 @@ class Evaluation:
         return [task for task in self.tasks if task.worker not in {*self.answered, *self.dropped}]
 
     def _tokens(self, task: Task) -> int:
-        windows = _windows(self._job, **self._part(task))
-        return int(len(windows) * (windows.shape[1] - 1))
+        return _num_windows(self._job, task.worker, **self._part(task)) * (self._job.config.data.window - 1)
 
     def _read(self, task: Task, content: RecordDict) -> float:
         found = content.metric_records.get(_REPLY, MetricRecord())

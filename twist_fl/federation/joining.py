@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import tomllib
 from pathlib import Path
@@ -22,6 +23,7 @@ def node_arguments(
     auth_supernode_private_key: Path | None,
     node_config: str,
     trusted_entities: Path | None,
+    data: str | None = None,
 ) -> list[str]:
     """The options of `flower-supernode`. Raises ConfigError for an address, a file or a pair that cannot be."""
     check_address(superlink)
@@ -39,6 +41,8 @@ def node_arguments(
     if insecure and root_certificates:
         raise ConfigError("--insecure and --root-certificates exclude each other: with a certificate, leave --insecure")
     _check_pairs(node_config)
+    if data is not None:
+        node_config = _with_data(node_config, data)
     given = {
         "--superlink": superlink,
         "--root-certificates": root_certificates,
@@ -47,6 +51,20 @@ def node_arguments(
         "--trusted-entities": trusted_entities,
     }
     return ["--insecure"] * insecure + [word for pair in given.items() if pair[1] for word in map(str, pair)]
+
+
+def _with_data(node_config: str, data: str) -> str:
+    """The node's configuration with its own text, which the app finds there, in any working folder."""
+    if node_config.endswith(".toml"):
+        raise ConfigError(f"--data {data!r} and --node-config {node_config}: write data = {data!r} into that file")
+    if any(key == "data" for key, _ in _PAIR.findall(node_config)):
+        raise ConfigError(f"--data {data!r} and data in --node-config {shown(node_config)} are the same: give one")
+    path = expanded(data).absolute()
+    if not path.exists() and not (glob.has_magic(data) and glob.glob(str(path), recursive=True)):  # noqa: PTH207
+        raise ConfigError(f"--data {data!r} does not exist{beside(path)}")
+    if "'" in str(path):
+        raise ConfigError(f"--data {data!r}: Flower's node config cannot hold the quote in it, rename it")
+    return f"{node_config} data='{path}'".strip()
 
 
 def check_address(superlink: str) -> None:

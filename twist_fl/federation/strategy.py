@@ -62,14 +62,18 @@ class TwistStrategy(RoundLoop):
 
         `config` goes along, where it says something: a subclass's client app finds it in the record "config".
         """
-        if not self.nodes.sure:
+        if self.nodes.to_ask(grid):
             self.nodes.connect(grid, self.state.round)
         self._planned = plan(self.job, self.state, keep_from=self._keeper.keep_from)
         self._mean = RoundMean(self.job, self.state, self._planned, in_place=True)
         if Packing.of(self.job, self._planned[0].blueprint).differences:
             self._kept = {name: tensor.clone() for name, tensor in self.state.params.items()}
         moments = self.state.moments if self.job.moment_layouts else None
-        return self._messages(MessageType.TRAIN, self._clients(), moments, config)
+        here = [task for task in self._clients() if self.nodes.serves(task.worker)]
+        for task in self._clients():
+            if task not in here:
+                self._mean.drop(task.worker, "the node that has its text is not here")
+        return self._messages(MessageType.TRAIN, here, moments, config)
 
     def _clients(self) -> list[Task]:
         return [task for task in self._planned if task.worker in self.job.clients]

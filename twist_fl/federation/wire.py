@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from twist_fl.blueprint.blocks import Layout
 from twist_fl.blueprint.blueprint import Blueprint
+from twist_fl.config.checks import check_name
 from twist_fl.federation import transport
 from twist_fl.federation.packing import Packing
 from twist_fl.federation.tensors import KnownArrays, get_tensors, handle_of, put_tensors, take_whole
@@ -46,6 +47,7 @@ _TASK = {
     "keep_from": Field(int, 0),
     "moment_step": Field(int, 0, or_null=True),
 }
+_OWN_TEXT = {"digest": Field(str), "windows": Field(int, 0), "test": Field(int, 0)}
 DIED = "its process died while it trained"
 """Why a worker's reply does not count whose task, given to another process, is half trained where it lies."""
 _PARTITION = re.compile("[0-9]{1,18}")
@@ -73,14 +75,22 @@ def job_of(content: RecordDict) -> str:
 # A node's place
 
 
-def question(job_json: str, token: Segment | None) -> RecordDict:
-    """Asks a node to build its worker, and with a token whether it shares this machine."""
+def question(job_json: str, token: Segment | None, tokenizer: Mapping[str, str] | None = None) -> RecordDict:
+    """Asks a node to build its worker, and with a token whether it shares this machine. `tokenizer` are the files of
+    one, for a node's own text."""
     content = RecordDict(
         {"job": ConfigRecord({"json": job_json}), "flower": ConfigRecord({"version": version("flwr")})}
     )
     if token is not None:
         content["segment"] = ConfigRecord(asdict(token.handle()))
+    if tokenizer is not None:
+        content["tokenizer"] = ConfigRecord(dict(tokenizer))
     return content
+
+
+def tokenizer_of(content: RecordDict) -> dict[str, str]:
+    """The files that came with the question."""
+    return {name: str(text) for name, text in content.config_records.get("tokenizer", ConfigRecord()).items()}
 
 
 def check_flower(content: RecordDict) -> None:
@@ -105,6 +115,20 @@ def answer(content: RecordDict, run_id: str, partition: object) -> RecordDict:
 def node_record(partition: object, token: str = "") -> RecordDict:
     """A node's answer to `connect`: its place among the nodes, and what it read in the server's memory."""
     return RecordDict({"node": ConfigRecord({"partition": str(partition), "token": token})})
+
+
+def tell_text(content: RecordDict, digest: str, num_windows: int, num_test: int) -> None:
+    """All that a node says of its own text, in its answer to `connect`."""
+    content["text"] = _to_record({"digest": digest, "windows": num_windows, "test": num_test})
+
+
+def told_text(content: RecordDict) -> tuple[str, int, int]:
+    """What `tell_text` wrote. Raises ValueError if it is not there."""
+    if "text" not in content.config_records:
+        raise ValueError("it says nothing of its own text")
+    fields = read_exactly(_text(content, "text"), _OWN_TEXT)
+    check_name("text", fields["digest"])
+    return fields["digest"], fields["windows"], fields["test"]
 
 
 def partition_of(content: RecordDict) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from shlex import quote
 from typing import Any
 
@@ -50,7 +51,7 @@ class FinishedRun:
 
     @property
     def full(self) -> float:
-        return float(self.results["full"])
+        return float(self.results.get("full", nan))  # of a run whose server has no text
 
     @property
     def tickets(self) -> Sequence[Mapping[str, Any]]:

@@ -89,7 +89,9 @@ class Keeper:
         return self.job.ends_short and state.round == self.job.num_rounds - 1
 
     def _evaluate(self, state: RunState, blueprints: Sequence[Blueprint]) -> None:
-        """Perplexity of the full model and of the round's subnets."""
+        """Perplexity of the full model and of the round's subnets, on the server's test text if it has any."""
+        if not len(self._corpus.test):
+            return
         self.folder.log("evaluating", round=state.round)
         job, size = self.job, self.job.config.eval.batch_size
         windows = self._corpus.test[: job.config.eval.watch_windows]

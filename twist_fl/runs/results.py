@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from twist_fl.blueprint.drawing import full_blueprint
 from twist_fl.config.schema import Config
 from twist_fl.config.sizes import blocks_per_layer, ticket_sizes
-from twist_fl.data.corpus import load_corpus
+from twist_fl.data.own_text import digests, read_texts
 from twist_fl.rounds import RunState
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.cores import usable_cores
@@ -24,7 +24,8 @@ from twist_fl.training.job import Job
 
 
 def final_results(job: Job, state: RunState, folder: RunFolder, threads: int | None = None) -> dict[str, Any]:
-    """Evaluate the final model and random tickets of every size in eval.sizes; write results.json.
+    """Write results.json: perplexity of the final model and of random tickets of every size in eval.sizes, if there is
+    test text.
 
     `threads` (CPU) is all cores by default.
     """
@@ -32,7 +33,6 @@ def final_results(job: Job, state: RunState, folder: RunFolder, threads: int | N
     config, division = job.config, job.scored(state.scores).division
     windows = job.corpus.test[: config.eval.max_windows]
     models = job.models()
-    full = models.load_sliced(full_blueprint(job.layout), state.params)
     results: dict[str, Any] = provenance() | {
         "config": portable_config(config),
         "corpus": job.text.digest,
@@ -40,10 +40,12 @@ def final_results(job: Job, state: RunState, folder: RunFolder, threads: int | N
         "lost_replies": sum(len(event["dropped"]) for event in folder.events("round")),
         "num_params": job.layout.num_params(),
         "test_tokens": int(windows.size),
-        "full": evaluate.perplexity(full, windows, config.eval.batch_size),
         "tickets": [],
     }
-    for size in config.eval.sizes:
+    if len(windows):
+        full = models.load_sliced(full_blueprint(job.layout), state.params)
+        results["full"] = evaluate.perplexity(full, windows, config.eval.batch_size)
+    for size in config.eval.sizes if len(windows) else ():
         on_ticket = partial(folder.log, "ticket", round=state.round, size=size)
         tickets = evaluate.ticket_distribution(
             models,
@@ -71,7 +73,7 @@ def portable_config(config: Config) -> dict[str, Any]:
     """The configuration without this machine's folders (of a local path, its last part) and trackers."""
     fields: Any = OmegaConf.to_container(OmegaConf.structured(config))
     del fields["dir"], fields["log"]
-    for section, key in (("data", "path"), ("data", "tokenizer"), ("model", "pretrained")):
+    for section, key in (("data", "path"), ("data", "private"), ("data", "tokenizer"), ("model", "pretrained")):
         value = fields[section][key]
         if value and Path(value).is_absolute():
             fields[section][key] = Path(value).name
@@ -93,10 +95,8 @@ def refuse_other_settings(folder: RunFolder, wanted: Config) -> None:
                     f"{folder.path} holds a run with {name}={mine.get(key)}, asked was {wish}: "
                     "remove it, or choose another --dir"
                 )
-    if (
-        wanted.data != job.config.data and load_corpus(wanted.data).digest != job.text.digest
-    ):  # a path alone says little
-        raise ConfigError(
+    if wanted.data != job.config.data and digests(*read_texts(wanted)) != digests(job.text, job.own):
+        raise ConfigError(  # a path alone says little
             f"{folder.path} holds a run on other text than data.path={wanted.data.path} has now: "
             "remove it, or choose another --dir"
         )

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from twist_fl.blueprint.blocks import make_layout
+from twist_fl.config.checks import NODES
 from twist_fl.config.schema import Config, load_config
-from twist_fl.data.run_text import RunText
+from twist_fl.data.own_text import read_texts
 from twist_fl.model.hf_config import model_config
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.trackers import check_trackers
@@ -18,7 +19,7 @@ from twist_fl.system.plugins import check_plugins
 from twist_fl.training.job import Job, with_config
 from twist_fl.training.schedule import learning_rate
 
-PLACES = ("data.path", "data.tokenizer", "model.pretrained")
+PLACES = ("data.path", "data.private", "data.tokenizer", "model.pretrained")
 """Where things lie: what is found there must be what the run began with."""
 BUDGET = ("train.rounds", "train.epochs")
 FREE = ("name", "checkpoint_every", "train.threads", "train.device", "eval.", "deploy.", "flower.", "log.")
@@ -107,12 +108,17 @@ def _changed(job: Job, overrides: Sequence[str], may_change: Sequence[str]) -> J
         base = replace(base, data=replace(base.data, tokenizer=None))  # the tokenizer moves with its model
     config = load_config(overrides=overrides, base=base)
     _refuse_others(job.config, config, may_change)
-    text = job.text
+    was, is_now = job.config.data.private, config.data.private
+    if was != is_now and {None, NODES} & {was, is_now}:
+        raise ConfigError(f"data.private={is_now} would make it another run: this one has {was}")
+    text, own = job.text, job.own
     if given & set(PLACES):
         _check_model(job, config)
-        text = RunText.read(config.data, config.train.workers)
+        text, own = read_texts(config)
         job.text.check(text.digest)
-    return with_config(job, config, text)
+        for worker in job.own or {}:
+            job.text_of(worker).check((own or {})[worker].digest)
+    return with_config(job, config, text, own)
 
 
 def _refuse_others(old: Config, new: Config, may_change: Sequence[str]) -> None:

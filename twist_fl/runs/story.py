@@ -194,7 +194,12 @@ def asked_text(event: Event) -> str:
 
 def nodes_text(event: Event) -> str:
     shared = event.get("shared_memory", 0)
-    return f"{count(event['nodes'], 'node')} ready" + (f", {shared} of them on the server's machine" if shared else "")
+    own = event.get("windows", {}).values()
+    parts = [
+        f"{shared} of them on the server's machine" if shared else "",
+        f"each with its own text: {min(own):,} to {max(own):,} windows" if own else "",
+    ]
+    return ", ".join(filter(None, [f"{count(event['nodes'], 'node')} ready", *parts]))
 
 
 def traffic_text(story: Story) -> str:
@@ -232,7 +237,7 @@ def results_text(results: Mapping[str, Any]) -> str:
     tickets = [f"{size_label(ticket)} {perplexity_text(ticket['mean'])}" for ticket in results["tickets"]]
     lost = results.get("lost_replies", 0)
     parts = [
-        f"perplexity: full model {perplexity_text(results['full'])}",
+        f"perplexity: full model {perplexity_text(results['full'])}" if "full" in results else "no test text here",
         f"as the workers find it {perplexity_text(results['federated'])}" if "federated" in results else "",
         f"random tickets, mean: {', '.join(tickets)}" if tickets else "",
         f"{count(lost, 'reply')} {'was' if lost == 1 else 'were'} lost" if lost else "",
@@ -272,6 +277,7 @@ def warnings(event: Event) -> Iterator[str]:
     """What an event says that somebody may have to look after."""
     if event["event"] == "nodes":
         yield from (f"a node is not ready: {reason}" for reason in event["failed"])
+        yield from (f"worker {worker}: {note}" for worker, note in event.get("notes", {}).items())
     if event["event"] == "tracker":
         yield f"log.tracker={event['name']!r} failed, the run goes on without: {event['error']}"
     if event["event"] == "federated":

@@ -47,6 +47,7 @@ def scalars(event: Event) -> Iterator[tuple[str, float]]:
         case "federated" if "perplexity" in event:
             yield "perplexity/federated", event["perplexity"]
         case "results":
-            yield "results/full model", event["full"]
+            if "full" in event:
+                yield "results/full model", event["full"]
             for ticket in event["tickets"]:
                 yield f"results/tickets of {size_label(ticket)}", ticket["mean"]

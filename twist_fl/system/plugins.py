@@ -130,7 +130,7 @@ RULE = Plugin(
 SOURCE = Plugin(
     "data.source",
     "twist_fl.sources",
-    _ours("data.sources", builtin="builtin", files="files", wikitext="wikitext", hub="hub"),
+    _ours("data.sources", builtin="builtin", files="files", wikitext="wikitext", hub="hub", empty="empty"),
     "(config, meter) -> parts",
     "on every node",
 )

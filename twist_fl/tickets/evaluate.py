@@ -15,6 +15,7 @@ from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import draw_ticket
 from twist_fl.data.corpus import Windows
 from twist_fl.model.subnet import ModelCache
+from twist_fl.system.errors import ConfigError
 from twist_fl.training.interval import next_token_loss
 
 LARGEST_NLL = 700.0
@@ -34,7 +35,9 @@ def sum_nll(model: nn.Module, windows: Windows, batch_size: int) -> float:
 
 
 def mean_nll(model: nn.Module, windows: Windows, batch_size: int) -> float:
-    """The same per predicted token, an exact token mean."""
+    """The same per predicted token, an exact token mean. Raises ConfigError if there is no window."""
+    if not len(windows):
+        raise ConfigError("there is no test text here: the run was made without (data.source=empty)")
     return sum_nll(model, windows, batch_size) / float(len(windows) * (windows.shape[1] - 1))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import psutil
 
+from twist_fl.config.checks import NODES
 from twist_fl.config.schema import Config
 from twist_fl.config.sizes import workers_per_round
 from twist_fl.system.cores import usable_cores
@@ -44,6 +45,11 @@ def check_training(config: Config) -> None:
     """Raises ConfigError if this machine has not the device or the arithmetic that training asks for."""
     from twist_fl.training.precision import check_precision
 
+    if config.data.private == NODES:
+        raise ConfigError(
+            "data.private=nodes trains on nodes of other machines (docs/nodes.md): here, give the folder that holds a "
+            "folder or a file a worker"
+        )
     check_device(config.train.device)
     check_precision(config.train.precision, device(config))
 

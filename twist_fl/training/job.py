@@ -18,10 +18,12 @@ from twist_fl.blueprint.blueprint import Blueprint, Scale
 from twist_fl.blueprint.division import Debt, Division, Purpose, Scores, generator
 from twist_fl.blueprint.drawing import draw_round, draw_ticket, full_blueprint
 from twist_fl.blueprint.moments import moment_layouts
-from twist_fl.config.checks import check_name
+from twist_fl.config.checks import NODES, check_name
 from twist_fl.config.schema import Config, from_yaml, to_yaml
-from twist_fl.config.sizes import make_division, of_workers, smallest_share, ticket_sizes, workers_per_round
-from twist_fl.data.corpus import Corpus, Shard
+from twist_fl.config.sizes import make_division, of_workers, ticket_sizes, workers_per_round
+from twist_fl.data.corpus import Corpus, Shard, Windows
+from twist_fl.data.node_text import NodeText, Place, tokenizer_digest, tokenizer_files
+from twist_fl.data.own_text import Own, facts, known_facts, own_texts, read_texts
 from twist_fl.data.run_text import RunText
 from twist_fl.model.hf_config import config_from_dict, model_config
 from twist_fl.system.cores import usable_cores
@@ -29,6 +31,7 @@ from twist_fl.system.errors import ConfigError
 from twist_fl.system.plugins import ARCHITECTURE, check_plugins
 from twist_fl.system.untrusted import Field, read_fields
 from twist_fl.training import device
+from twist_fl.training.fitting import check_fraction, fit_batches, fit_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -48,6 +51,8 @@ class Job:
     text: RunText
     run_id: str
     """Random name of the run: clients keep its optimiser state under it."""
+    own: Own | None = None
+    """With data.private, each worker's text; `text` is then the server's."""
 
     @property
     def model_config(self) -> PreTrainedConfig:
@@ -58,11 +63,27 @@ class Job:
         """The tokenised text, opened when it is first asked for. Raises ConfigError: see `RunText.open`."""
         return self.text.open()
 
+    def text_of(self, worker: int) -> RunText:
+        """The text of which the worker trains on its shard."""
+        return self.text if self.own is None else self.own[worker]
+
+    def windows(self, worker: int) -> Windows:
+        """What the ids of the worker's shard are of."""
+        return self.text_of(worker).open().train
+
+    def open_texts(self) -> None:
+        """What is wrong with any text shows now. Raises ConfigError."""
+        for text in (self.text, *(self.own or {}).values()):
+            if text.here:
+                text.open()
+
     @property
     def total_batches(self) -> int:
-        """Batches each worker trains on in the whole run, if it misses no round."""
+        """Batches each worker trains on in the whole run, if it misses no round: the epochs of the longest shard."""
         train = self.config.train
-        return train.rounds * train.interval if train.rounds else train.epochs * self.shard(0).batches_per_epoch
+        if train.rounds:
+            return train.rounds * train.interval
+        return train.epochs * max(self.shard(worker).batches_per_epoch for worker in self.own or [0])
 
     @property
     def batches_per_round(self) -> int:
@@ -118,8 +139,8 @@ class Job:
         return replace(self, division=replace(self.division, scores=scores))
 
     def shard(self, worker: int) -> Shard:
-        train = self.config.train
-        return Shard(self.config.seed, worker, train.workers, self.text.num_windows, train.batch_size)
+        train, windows = self.config.train, self.text_of(worker).num_windows
+        return Shard(self.config.seed, worker, train.workers if self.own is None else 1, windows, train.batch_size)
 
     def sampled(self, round_: int) -> list[int]:
         """The workers that train in round `round_`, counted from 1: all, or a share of train.fraction."""
@@ -172,6 +193,10 @@ class Job:
             "corpus": self.text.digest,
             "windows": self.text.num_windows,
         }
+        if self.config.data.private == NODES:
+            fields["tokenizer"] = tokenizer_digest(tokenizer_files(self.corpus.tokenizer_folder))
+        elif self.own is not None:
+            fields["own"] = [facts(text) for text in self.own.values()]
         fields["run_id"] = self.run_id
         return json.dumps(fields, sort_keys=True)
 
@@ -194,11 +219,12 @@ def make_job(config: Config) -> Job:
         from twist_fl.model.pretrained import check_pretrained
 
         check_pretrained(config.model.pretrained, layout)
-    text = RunText.read(config.data, config.train.workers)
-    _fit_vocabulary(config, model, text.open())
-    _fit_batches(config, text.num_windows)
+    text, own = read_texts(config)
+    fit_vocabulary(config, model, text.open())
+    if own is None:
+        fit_batches(config, text.num_windows)
     _set_threads(config)
-    job = _job(config, model.to_dict(), text, uuid.uuid4().hex)
+    job = _job(config, model.to_dict(), text, uuid.uuid4().hex, own)
     if not job.division.num_common:  # else it draws by scores
         job.blueprints(1)  # what is wrong with a policy shows before anything starts
     if model.model_type not in ARCHITECTURE.own:
@@ -208,8 +234,9 @@ def make_job(config: Config) -> Job:
     return job
 
 
-def job_from_json(text: str) -> Job:
-    """The job of a run's folder or of a message. Its text is not looked for before it is needed.
+def job_from_json(text: str, node: Place | None = None) -> Job:
+    """The job of a run's folder or of a message. Its text is not looked for before it is needed: it is that of the
+    server, or with `node` the node's own.
 
     Raises ValueError for what is no job. Names that become folders here are such. That the sizes cover all blocks
     was seen when the job was made: a policy of the user's need only be where the server is.
@@ -219,22 +246,38 @@ def job_from_json(text: str) -> Job:
         check_name(key, fields[key])
     config = from_yaml(fields["config"])
     # Jobs of before windows were counted in them open their text for it.
-    known = RunText(config.data, config.train.workers, fields["corpus"], fields.get("windows"))
-    return _job(config, fields["model"], known, fields["run_id"], coverage=False)
+    run = RunText(config.data, config.train.workers, fields["corpus"], fields.get("windows"))
+    own = own_texts(config, run, known_facts(fields.get("own"), config.train.workers))
+    if node is not None:
+        run = NodeText(config.data, tokenizer_named(text), node)
+        own = dict.fromkeys(clients(config), run)
+    return _job(config, fields["model"], run, fields["run_id"], own, coverage=False)
 
 
-def with_config(job: Job, config: Config, text: RunText) -> Job:
+def tokenizer_named(text: str) -> str:
+    """In the job of a message: the hash of the tokenizer for a node's own text, or "" if the run's text is another.
+
+    Raises ValueError."""
+    digest = read_fields(text, {}).get("tokenizer", "")
+    if digest:
+        check_name("tokenizer", str(digest))
+    return str(digest)
+
+
+def with_config(job: Job, config: Config, text: RunText, own: Own | None) -> Job:
     """The same run with other settings, of those that leave it the same run. Raises ConfigError if they cannot be."""
     _set_threads(config)
-    return _job(config, job.model_fields, text, job.run_id)
+    return _job(config, job.model_fields, text, job.run_id, own)
 
 
 def _set_threads(config: Config) -> None:
     config.train.threads = config.train.threads or max(1, usable_cores() // workers_per_round(config))
 
 
-def _job(config: Config, model: Mapping[str, Any], text: RunText, run_id: str, coverage: bool = True) -> Job:
-    return Job(config, model, *_divide(config, model, coverage), text, run_id)
+def _job(
+    config: Config, model: Mapping[str, Any], text: RunText, run_id: str, own: Own | None, coverage: bool = True
+) -> Job:
+    return Job(config, model, *_divide(config, model, coverage), text, run_id, own)
 
 
 def _divide(config: Config, model: Mapping[str, Any], coverage: bool = True) -> tuple[Layout, Division]:
@@ -245,41 +288,9 @@ def _divide(config: Config, model: Mapping[str, Any], coverage: bool = True) -> 
         coverage = coverage and config.algorithm == "twist"
         division.check(layout, coverage)
         if coverage:
-            _check_fraction(config, layout, division)
+            check_fraction(config, layout, division)
         for size in config.eval.sizes:
             ticket_sizes(layout, division, size)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return layout, division
-
-
-def _check_fraction(config: Config, layout: Layout, division: Division) -> None:
-    """Raises ConfigError if the workers that train.fraction may leave a round cannot cover all blocks."""
-    try:
-        smallest_share(config, division).check(layout)
-    except ValueError as error:
-        raise ConfigError(
-            f"train.fraction={config.train.fraction:g} of {config.train.workers} workers: {error}"
-        ) from error
-
-
-def _fit_batches(config: Config, num_windows: int) -> None:
-    train = config.train
-    windows = num_windows // train.workers
-    if train.batch_size > windows:
-        raise ConfigError(
-            f"train.batch_size={train.batch_size} is more than the {windows} windows of data.window="
-            f"{config.data.window} tokens that each of {train.workers} workers has: use at most {windows}"
-        )
-
-
-def _fit_vocabulary(config: Config, model: PreTrainedConfig, corpus: Corpus) -> None:
-    """A model from scratch takes the tokenizer's vocabulary; a pretrained one must have room for it."""
-    if not config.model.pretrained:
-        model.vocab_size = corpus.vocab_size
-        model.bos_token_id = model.eos_token_id = corpus.end_token
-    elif model.vocab_size < corpus.vocab_size:
-        raise ConfigError(
-            f"the tokenizer has {corpus.vocab_size} tokens and model.pretrained={config.model.pretrained!r} only "
-            f"{model.vocab_size}: leave data.tokenizer out, or give the model's own"
-        )

@@ -12,7 +12,6 @@ import torch
 from transformers import PreTrainedModel
 
 from twist_fl.blueprint.blueprint import Blueprint
-from twist_fl.data.corpus import Windows
 from twist_fl.model.masked import MaskedModel
 from twist_fl.model.subnet import State, take_back
 from twist_fl.system.errors import DamagedError
@@ -66,7 +65,7 @@ class Worker:
     def __init__(self, job: Job, shelf: MomentShelf) -> None:
         self.job, self.shelf = job, shelf
         self.device = job.device()
-        self._windows: Windows = job.corpus.train  # what is wrong with the text shows before the first round
+        job.open_texts()  # what is wrong with them shows before the first round
         check_precision(job.config.train.precision, self.device)
         self.models = job.models(compile=job.config.train.compile)
         self.masked = MaskedModel(job.models(compile=job.config.train.compile))
@@ -79,9 +78,9 @@ class Worker:
 
     def batches(self, task: Task) -> Iterator[torch.Tensor]:
         """The task's batches, each read when it is asked for: a GPU is still busy with the one before."""
-        shard = self.job.shard(task.worker)
+        shard, windows = self.job.shard(task.worker), self.job.windows(task.worker)
         for cursor in range(task.cursor, task.cursor + task.num_batches):
-            batch = torch.tensor(self._windows[shard.batch(cursor)], dtype=torch.int64)  # (B, T)
+            batch = torch.tensor(windows[shard.batch(cursor)], dtype=torch.int64)  # (B, T)
             if self.device.startswith("cuda"):
                 batch = batch.pin_memory()
             yield batch.to(self.device, non_blocking=True)

@@ -1,0 +1,48 @@
+"""What must fit together before a run starts: text and batches, vocabulary and model, few workers and all blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from twist_fl.blueprint.blocks import Layout
+from twist_fl.blueprint.division import Division
+from twist_fl.config.schema import Config
+from twist_fl.config.sizes import smallest_share
+from twist_fl.data.corpus import Corpus
+from twist_fl.system.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def fit_batches(config: Config, num_windows: int) -> None:
+    """Raises ConfigError if a worker's part of one text is less than a batch."""
+    train = config.train
+    windows = num_windows // train.workers
+    if train.batch_size > windows:
+        raise ConfigError(
+            f"train.batch_size={train.batch_size} is more than the {windows} windows of data.window="
+            f"{config.data.window} tokens that each of {train.workers} workers has: use at most {windows}"
+        )
+
+
+def fit_vocabulary(config: Config, model: PreTrainedConfig, corpus: Corpus) -> None:
+    """A model from scratch takes the tokenizer's vocabulary; a pretrained one must have room for it."""
+    if not config.model.pretrained:
+        model.vocab_size = corpus.vocab_size
+        model.bos_token_id = model.eos_token_id = corpus.end_token
+    elif model.vocab_size < corpus.vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {corpus.vocab_size} tokens and model.pretrained={config.model.pretrained!r} only "
+            f"{model.vocab_size}: leave data.tokenizer out, or give the model's own"
+        )
+
+
+def check_fraction(config: Config, layout: Layout, division: Division) -> None:
+    """Raises ConfigError if the workers that train.fraction may leave a round cannot cover all blocks."""
+    try:
+        smallest_share(config, division).check(layout)
+    except ValueError as error:
+        raise ConfigError(
+            f"train.fraction={config.train.fraction:g} of {config.train.workers} workers: {error}"
+        ) from error
