@@ -107,7 +107,7 @@ def unchanged(job: Job, task: Task, memory: transport.Segment) -> Reply:
     """What was sent, read where it lies: takes no memory of its own."""
     params = Packing.of(job, task.blueprint).views_of_all(memory.memory)["params"]
     tokens = task.num_batches * job.shard(task.worker).batch_length(0) * (job.config.data.window - 1)
-    return Reply(task.blueprint.digest, params, 1.0, tokens, task.num_batches)
+    return Reply(task.digest, params, 1.0, tokens, task.num_batches)
 
 
 def server_of(workers: int, args: argparse.Namespace, scratch: Path) -> dict[str, Any]:

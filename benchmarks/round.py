@@ -93,7 +93,7 @@ class Round:
             with clock("load"):
                 model = self.models.load(parcel.task.blueprint, parcel.params, parcel.in_place)
             tokens = task.num_batches * job.shard(task.worker).batch_length(0) * (job.config.data.window - 1)
-            reply = Reply(blueprint.digest, get_state(model), 1.0, tokens, task.num_batches)
+            reply = Reply(task.digest, get_state(model), 1.0, tokens, task.num_batches)
             with clock("return"):
                 answer = wire.reply_to_records(job, blueprint, reply, parcel.segment)
             assert handle_of(answer), "the tensors did not go by shared memory"

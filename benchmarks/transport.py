@@ -101,7 +101,7 @@ def client_app() -> ClientApp:
         seconds = time.perf_counter() - started
         shard = worker.job.shard(task.worker)
         tokens = shard.batch_length(task.cursor) * (worker.job.config.data.window - 1)
-        reply = Reply(task.blueprint.digest, get_state(model), 1.0, tokens, task.num_batches, seconds)
+        reply = Reply(task.digest, get_state(model), 1.0, tokens, task.num_batches, seconds)
         take_back(model)
         return Message(wire.reply_to_records(worker.job, task.blueprint, reply, parcel.segment), reply_to=message)
 

@@ -94,8 +94,8 @@ REFUSED = {
     "train.optimizer=sgd": "train.optimizer='sgd' must be one of adam, adamw",
     "train.fraction=0": "train.fraction=0.0 must be in (0, 1]",
     "fraction_fit=0.5": "unknown key 'fraction_fit', did you mean 'train.fraction'?",
-    "data.source=file": "'file' must be one of builtin, files, wikitext, hub, or module:name of your own, did you mean "
-    "'files'?",
+    "data.source=file": "'file' must be one of builtin, files, wikitext, hub, empty, or module:name of your own, "
+    "did you mean 'files'?",
     "data.source=huggingface": "or module:name of your own, did you mean 'hub'?",
     "blueprint.setting=mlp": "blueprint.setting='mlp' must be one of attn, ffn, both, did you mean 'ffn'?",
     "train.precision=bf16": "train.precision='bf16' must be one of float32, tf32, bfloat16, did you mean 'bfloat16'?",

@@ -317,7 +317,7 @@ def listens(port: int) -> bool:
 
 @pytest.mark.skipif(not (shutil.which("openssl") and shutil.which("ssh-keygen")), reason="needs openssl, ssh-keygen")
 def test_tls_and_keys_as_documented(tmp_path: Path) -> None:
-    certificates, key, link, register, joining, _ = re.findall(r"```sh\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    certificates, key, link, register, joining, *_ = re.findall(r"```sh\n(.*?)```", DOCS.read_text(), re.DOTALL)
     (connection,) = re.findall(r"```toml\n(.*?)```", DOCS.read_text(), re.DOTALL)
     home, port = tmp_path / "home", free_port()
     home.mkdir()

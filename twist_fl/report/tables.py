@@ -13,7 +13,7 @@ from twist_fl.system.units import duration_text, human_bytes, perplexity_text, s
 PERPLEXITY = f"Test perplexity ({LOWER}), and of random tickets mean ± standard deviation"
 SENT = "What was sent: both directions, all rounds and workers"
 MEMORY = "Memory of a worker while it trains, and time"
-AGAINST_PRUNING = f"Smaller models: test perplexity ({LOWER}), and what they cost"
+AGAINST_PRUNING = f"Test perplexity ({LOWER}) of smaller models, and what they cost"
 DEVICES = f"Models on devices: test perplexity ({LOWER}) and speed, as each device measured them"
 DEVICE_BYTES = "Models on devices: what each received and holds"
 
