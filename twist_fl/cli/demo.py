@@ -19,7 +19,7 @@ from twist_fl.system.files import write_json
 
 MODEL = files("twist_fl.model") / "demo_model"
 """The trained model that the demo starts from; benchmarks/demo_model.py makes it."""
-BUDGET = ("train.rounds=80", "eval.tickets=10")
+BUDGET = ("train.rounds=70", "eval.tickets=10")
 RUNS = {
     "twist": ("blueprint.num_sub=[12,6,4,3]", "blueprint.assign=shuffled", "blueprint.common=[0,1]"),
     "fedavg": ("algorithm=fedavg",),
