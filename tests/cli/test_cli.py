@@ -396,7 +396,7 @@ def test_cost_of_unequal_workers_with_moments_apart(run: Run) -> None:
     ("overrides", "label"),
     [
         (["blueprint.num_sub=[6,6,3,3]"], "2 x 3/12"),
-        (["blueprint.num_sub=6", "blueprint.num_sub_ffn=4"], "4 x 6/12; FFN 4/12"),
+        (["blueprint.num_sub=6+4"], "4 x 6/12; FFN 4/12"),
         (["blueprint.num_sub=6", "blueprint.setting=ffn"], "4 x 6/12"),
         (["blueprint.num_sub=[12,3]", "blueprint.assign=drawn"], "4 x 3-12/12, mean 7.4"),
         (["algorithm=fedavg"], "4 x 12/12"),
@@ -427,7 +427,7 @@ def test_factored_moments_cost_what_a_run_would_send(run: Run) -> None:
     config = load_config("demo")
     layout = make_layout(scratch_fields(config.model, config.data.vocab_size))
     (part,) = moment_layouts("factored", layout).values()
-    blueprint = draw_ticket(layout, make_division(config), (4, 4), 0, 0)
+    blueprint = draw_ticket(layout, make_division(config, layout), (4, 4), 0, 0)
     found = {row[0]: row[1:] for row in rows(output)}
     assert found["4/12"][-1] == human_bytes(100 * 2 * state_bytes(part, blueprint))
 
@@ -505,7 +505,7 @@ def test_a_run_without_ticket_sizes_needs_some(tiny_job: MakeJob) -> None:
     job = tiny_job("eval.sizes=[]")
     with pytest.raises(ConfigError, match=r"the run has eval\.sizes=\[\]: give sizes, for example --sizes 8,6,4"):
         chosen_sizes(job, None)
-    assert chosen_sizes(job, [2, 1]) == [2, 1]
+    assert [size.num_sub for size in chosen_sizes(job, [2, "50%", "1+3"])] == [(2, 2), (1, 3)]
 
 
 def test_generate_from_a_run(run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:

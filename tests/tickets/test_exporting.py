@@ -11,7 +11,6 @@ from conftest import Run
 from small_tickets import ticket
 
 from twist_fl import TrainedRun
-from twist_fl.cli.tickets import blocks_of
 from twist_fl.runs import local
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import LaunchError
@@ -99,11 +98,6 @@ def test_what_cannot_be_is_refused(
     assert status == 2
     assert re.search(reason, " ".join(error.split()))
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("size", "blocks"), [("4", 4), ("1/3", 4), ("25%", 3), ("0.5", 6), ("12", 12), ("1/1", 12)])
-def test_a_share_counts_blocks(size: str, blocks: int) -> None:
-    assert blocks_of(size, 12) == blocks
 
 
 def test_an_export_that_is_not_the_ticket_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
