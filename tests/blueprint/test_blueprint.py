@@ -259,7 +259,8 @@ def test_check_ignores_the_kind_that_is_not_divided() -> None:
 
 def test_each_kind_has_its_own_common_blocks() -> None:
     division = Division("both", ((2, 6),) * 4, 1, 2, common=(1, 3))
-    division.check(layout_of(3, 12))
+    layout = layout_of(3, 12)
+    division.check(layout)
     for blueprint in [
         *draw_round(layout_of(3, 12), division, 0, 1),
         draw_ticket(layout_of(3, 12), division, (1, 4), 0, 0),

@@ -298,7 +298,7 @@ def test_a_users_policy_says_which_blocks(user_module: Callable[[str], str], tin
     job = tiny_job(f"blueprint.policy={module}:last", "blueprint.num_sub=[1,2,3]")
     for kind in KINDS:
         held = [blueprint.held(kind, 1) for blueprint in job.blueprints(5)]
-        assert held == [(1,), (1, 3), (1, 2, 3)]
+        assert held == [(3,), (2, 3), (1, 2, 3)]
     turning, frozen = (
         tiny_job(f"blueprint.policy={module}:{name}", "blueprint.num_sub=1") for name in ("turning", "frozen")
     )
@@ -477,7 +477,7 @@ def test_an_impossible_division_is_refused(refused: Division, message: str) -> N
 REFUSED = {
     "blueprint.policy=importance": "blueprint.policy=importance needs blueprint.common: at least 1",
     "blueprint.common=0,1": "blueprint.common=0,1 must be a number of blocks (6), a share of a layer (1/2, 50%), or both",
-    "blueprint.num_common=2": "unknown key 'blueprint.num_common', did you mean blueprint.common?",
+    "blueprint.num_common=2": "unknown key 'blueprint.num_common', did you mean 'blueprint.common'?",
     "blueprint.policy=importance blueprint.common=1 algorithm=ddp": "divides nothing with algorithm=ddp: use twist",
     "eval.ticket_policy=importance": "needs the scores of blueprint.policy=importance",
     "blueprint.assign=drawn blueprint.num_sub=[]": "blueprint.num_sub=[] has 0 entries",

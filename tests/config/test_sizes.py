@@ -73,7 +73,7 @@ def test_every_size_of_a_model_is_written_so_that_it_is_read_again(
     assert [sum(size.num_sub) for size in found] == sorted(sum(size.num_sub) for size in found)
     for size in found:
         assert ticket_size(layout, divided, size.row["size"]) == size
-        assert 0 < kappa(size_label(size.row)) <= size.share <= 1
+        assert 0 < kappa(size_label(size.row)) <= float(size.share) <= 1
 
 
 def test_labels_are_one_share_or_both() -> None:
