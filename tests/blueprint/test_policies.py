@@ -476,7 +476,7 @@ def test_an_impossible_division_is_refused(refused: Division, message: str) -> N
 
 REFUSED = {
     "blueprint.policy=importance": "blueprint.policy=importance needs blueprint.common: at least 1",
-    "blueprint.common=0,1": "blueprint.common=0,1 must be a number of blocks (6), a share of a layer (1/2, 50%), or both",
+    "blueprint.common=0,1": "blueprint.common=0,1 must be a number of blocks (6), a share",
     "blueprint.num_common=2": "unknown key 'blueprint.num_common', did you mean 'blueprint.common'?",
     "blueprint.policy=importance blueprint.common=1 algorithm=ddp": "divides nothing with algorithm=ddp: use twist",
     "eval.ticket_policy=importance": "needs the scores of blueprint.policy=importance",

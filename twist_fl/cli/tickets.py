@@ -12,6 +12,7 @@ from rich.table import Table
 from twist_fl.cli.progress import loading, waits_for
 from twist_fl.config.finding import no_run, runs_in
 from twist_fl.config.shares import Size
+from twist_fl.config.sizes import ticket_size
 from twist_fl.config.suggest import choice
 from twist_fl.report.cells import titled
 from twist_fl.runs.checkpoint import RunFolder
@@ -66,8 +67,6 @@ def export(
     loading(console, path, None)
     EXPORT_FORMAT.find(format)
     run = TrainedRun(path, places)
-    from twist_fl.config.sizes import ticket_size
-
     row = ticket_size(run.job.layout, run.job.division, size or "1/1", "--size").row
     blueprint = run.blueprint(size, draw, seed)
     name = f"{row['size']}-of-{row['of']}-{format.rpartition(':')[2]}-{dtype}"
@@ -97,7 +96,8 @@ def generate(
     if temperature and not _COLDEST <= temperature <= _HOTTEST:
         raise ConfigError(f"--temperature {temperature:g} must be 0 (the likeliest token), or {_COLDEST} to {_HOTTEST}")
     if size is not None and (path / "job.json").is_file():
-        chosen_sizes(RunFolder(path).job(), [size])
+        job = RunFolder(path).job()
+        ticket_size(job.layout, job.division, size, "--size")
     waits_for(console, "loading torch and the model")
     model, tokenizer = _model_and_tokenizer(path, size, seed, trust_remote_code)
     import torch

@@ -15,6 +15,7 @@ from twist_fl.config.schema import Config
 from twist_fl.config.shares import Size, normal_size
 from twist_fl.config.suggest import closest, nearest, settings_like, settings_named
 from twist_fl.config.values import split_list
+from twist_fl.system.errors import ConfigError
 
 _PRESETS = ("config", "conf", "cfg", "yaml")
 
@@ -98,7 +99,11 @@ def _value(name: str, words: Sequence[str]) -> str:
 
 def listed_sizes(sizes: str | None) -> list[Size] | None:
     """Of --sizes 8,1/2,3+6. Raises ConfigError."""
-    return None if sizes is None else [normal_size("--sizes", word) for word in split_list("--sizes", sizes)]
+    if sizes is None:
+        return None
+    if not (words := split_list("--sizes", sizes)):
+        raise ConfigError("--sizes is empty: give sizes, for example 8,6,4 or 1/2,1/4")
+    return [normal_size("--sizes", word) for word in words]
 
 
 def versions() -> str:

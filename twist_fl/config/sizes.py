@@ -129,7 +129,7 @@ class TicketSize:
         return {"size": "+".join(map(str, self.num_sub)), "of": "+".join(map(str, self.num_blocks))}
 
 
-def ticket_size(layout: Layout, division: Division, size: Any, key: str = "--sizes") -> TicketSize:
+def ticket_size(layout: Layout, division: Division, size: Any, key: str = "size") -> TicketSize:
     """Raises ConfigError for a size that cannot be."""
     return TicketSize(held_of(layout, division.setting, key, size), layout.num_blocks, division.setting)
 

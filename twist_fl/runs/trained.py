@@ -144,4 +144,4 @@ def chosen_sizes(job: Job, given: Sequence[Size] | None) -> list[TicketSize]:
 
     if not (sizes := given or job.config.eval.sizes):
         raise ConfigError("the run has eval.sizes=[]: give sizes, for example --sizes 8,6,4")
-    return list(dict.fromkeys(ticket_size(job.layout, job.division, size) for size in sizes))
+    return list(dict.fromkeys(ticket_size(job.layout, job.division, size, "--sizes") for size in sizes))

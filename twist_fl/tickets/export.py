@@ -52,13 +52,15 @@ def plan_tickets(
     sizes = ticket_sizes(layout, division)
     memory_mb = inf if device.memory_mb is None else device.memory_mb
     kappa = 1.0 if device.kappa is None else device.kappa
-    if sizes[0].share > kappa:
+    if float(sizes[0].share) > kappa:
         raise ConfigError(
             f"deploy.devices {device.name!r}: kappa={kappa:g} is too little; the smallest possible ticket holds "
             f"{size_label(sizes[0].row)} of a layer: use at least kappa={_rounded_up(float(sizes[0].share))}"
         )
     tickets = {
-        size: draw_ticket(layout, division, size.num_sub, seed, draw) for size in reversed(sizes) if size.share <= kappa
+        size: draw_ticket(layout, division, size.num_sub, seed, draw)
+        for size in reversed(sizes)
+        if float(size.share) <= kappa
     }
     needed = {size: ticket_memory_bytes(layout, ticket) for size, ticket in tickets.items()}
     fitting = {size: ticket for size, ticket in tickets.items() if needed[size] <= memory_mb * 1e6}
