@@ -713,7 +713,7 @@ def test_a_device_gets_weights_of_its_own_precision_and_room_for_its_own_context
     job = folder.job()
     whole = ticket_memory_bytes(job.layout, full_blueprint(job.layout), 8, "bfloat16")
     assert whole * 2 == ticket_memory_bytes(job.layout, full_blueprint(job.layout), 8)
-    devices = f"phone={whole / 1e6}MB,8tok,bfloat16 watch={whole / 1e6}MB,8tok"
+    devices = f"phone={whole / 1e6}MB,8tok,bfloat16 watch={1.9 * whole / 1e6}MB,8tok"
     deploy.deploy_run(LocalGrid(1), folder, job, devices)
     phone, watch = json.loads((folder.path / "deployed.json").read_text())
     assert (phone["size"], phone["limited_by"], phone["context_tokens"]) == (4, None, 8)
