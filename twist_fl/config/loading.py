@@ -82,8 +82,8 @@ def _defaults(schema: Any) -> Any:
 def _make_absolute(config: Any) -> None:
     """Folders that exist become absolute: Flower runs the app in another working folder. A run stands for its newest
     checkpoint."""
-    places = ((config.data, "path"), (config.data, "private"), (config.data, "tokenizer"))
-    places += ((config.model, "pretrained"), (config.train, "teacher"))
+    places = [(config.data, key) for key in ("path", "private", "tokenizer")]
+    places += [(config.model, "pretrained"), (config.train, "teacher")]
     for section, key in places:
         value = getattr(section, key)
         path = expanded(value or "")

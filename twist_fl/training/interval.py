@@ -110,8 +110,8 @@ def train_interval(
 
     `moments` may cover any subset of the parameters; the others start anew. Where they are second moments only, the
     first are zeros as old as they, so that the first steps are short. Those that lie on the model's device change in
-    place. `soft` has a teacher's targets for each batch. `seed` fixes the dropout. The host never waits for the device between the first batch and the last: it reads
-    the next one meanwhile.
+    place. `soft` has a teacher's targets for each batch. `seed` fixes the dropout. The host never waits for the device
+    between the first batch and the last: it reads the next one meanwhile.
     """
     torch.manual_seed(seed)
     model.train()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from twist_fl.config.hub import local_path
@@ -21,7 +21,7 @@ from twist_fl.training.loss import SoftTargets
 
 TOP = 64
 """Tokens that are kept of the teacher's expectation at a place, its likeliest; they are taken for all of it."""
-_PROBABILITY = np.float16
+_PROBABILITY = np.dtype(np.float16)
 
 
 class Teacher:
@@ -30,10 +30,11 @@ class Teacher:
     def __init__(self, job: Job, windows: Windows, device: str) -> None:
         self._folder, self._weight = Path(job.config.train.teacher or ""), job.config.train.distill
         self._windows, self._device = windows, device
-        self._top = min(TOP, job.layout.sizes["vocab"])
+        vocabulary = job.layout.sizes["vocab"]
+        self._top = min(TOP, vocabulary)
         self._seen = np.zeros(len(windows), bool)
         shape = (*windows[:, 1:].shape, self._top)
-        self._tokens = _scratch(shape, np.uint16 if job.layout.sizes["vocab"] <= 1 << 16 else np.uint32)
+        self._tokens = _scratch(shape, _id_dtype(vocabulary))
         self._shares = _scratch(shape, _PROBABILITY)
 
     @cached_property
@@ -42,7 +43,7 @@ class Teacher:
             raise ConfigError(f"train.teacher={str(self._folder)!r} is not on this machine: copy it to the same place")
         return open_model(self._folder).float().to(self._device).eval()
 
-    def targets(self, index: Sequence[int]) -> SoftTargets:
+    def targets(self, index: npt.NDArray[np.int64]) -> SoftTargets:
         """Of the windows with these ids: `train.distill` of it as the teacher expects, the rest what stands there."""
         for window in index:
             if not self._seen[window]:
@@ -62,6 +63,15 @@ class Teacher:
         shares, likeliest = logits.softmax(1).topk(self._top)
         self._tokens[window], self._shares[window] = likeliest.cpu().numpy(), shares.cpu().numpy()
         self._seen[window] = True
+
+
+def bytes_per_token(vocabulary: int) -> int:
+    """Of disk, for what is kept of the teacher's expectation."""
+    return min(TOP, vocabulary) * (_id_dtype(vocabulary).itemsize + _PROBABILITY.itemsize)
+
+
+def _id_dtype(vocabulary: int) -> np.dtype[Any]:
+    return np.dtype(np.uint16 if vocabulary <= 1 << 16 else np.uint32)
 
 
 def _scratch(shape: tuple[int, ...], dtype: Any) -> Any:
