@@ -40,6 +40,10 @@ def folder(tiny_job: MakeJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return kept.path
 
 
+def teacher_of(job: Job) -> Teacher:
+    return Teacher(job.config.train, job.layout.sizes["vocab"], job.windows(0), "cpu")
+
+
 @given(st.integers(1, 30), st.integers(1, 40), st.floats(0, 1))
 def test_the_gradient_is_that_of_a_mixed_target_and_the_value_that_of_the_text(
     num: int, chunk: int, share: float
@@ -64,7 +68,7 @@ def test_the_gradient_is_that_of_a_mixed_target_and_the_value_that_of_the_text(
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_models_loss_does_not_depend_on_the_chunk(reduction: str, folder: Path, tiny_job: MakeJob) -> None:
     job = tiny_job(f"train.teacher={folder}")
-    soft = Teacher(job, job.windows(0), "cpu").targets(np.array([3, 0, 7]))
+    soft = teacher_of(job).targets(np.array([3, 0, 7]))
     windows = torch.tensor(job.windows(0)[[3, 0, 7]], dtype=torch.int64)
     model = job.models().load_sliced(job.blueprints(1)[0], job.initial_state())
     found = []
@@ -83,7 +87,7 @@ def test_all_tokens_of_a_teacher_give_the_divergence_from_it(
 ) -> None:
     monkeypatch.setattr(module, "TOP", 300)
     job = tiny_job(f"train.teacher={folder}", "train.distill=1")
-    soft = Teacher(job, job.windows(0), "cpu").targets(np.array([2, 5]))
+    soft = teacher_of(job).targets(np.array([2, 5]))
     windows = torch.tensor(job.windows(0)[[2, 5]], dtype=torch.int64)
     with torch.inference_mode():
         expected = open_model(RunFolder(folder).checkpoints()[-1])(windows).logits[:, :-1].flatten(0, 1).softmax(1)
@@ -104,7 +108,7 @@ def test_a_teacher_is_asked_once_a_window_and_by_itself(
         ask(self, window)
 
     monkeypatch.setattr(Teacher, "_ask", counted)
-    teacher = Teacher(job, job.windows(0), "cpu")
+    teacher = teacher_of(job)
     first = teacher.targets(np.array([4, 1]))
     again = teacher.targets(np.array([1, 9, 4]))
     assert asked == [4, 1, 9]
@@ -171,7 +175,7 @@ def test_a_teacher_of_other_tokens_or_of_short_texts_is_refused(
     with pytest.raises(ConfigError, match=r"has a context of 32 tokens: use data\.window=32"):
         tiny_job(f"train.teacher={folder}", "data.window=40", "model.n_positions=64")
     job = tiny_job(f"train.teacher={folder}")
-    check_teacher(job)
+    check_teacher(job.config, job.layout)
     gone = replace(job, config=load_config(base=job.config, overrides=[f"train.teacher={tmp_path / 'gone'}"]))
     with pytest.raises(ConfigError, match=r"gone' is not on this machine: copy it to the same place"):
-        Teacher(gone, job.windows(0), "cpu").targets(np.array([0]))
+        teacher_of(gone).targets(np.array([0]))

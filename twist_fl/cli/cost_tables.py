@@ -104,7 +104,7 @@ def _of_moments(layout: Layout) -> str:
 
 
 def _of_teacher(config: Config, layout: Layout) -> str:
-    """What distillation adds on a worker: each window is read once, forward, and what is expected is kept on its disk."""
+    """What distillation adds on a worker: each window is read once, forward, and the answer is kept on its disk."""
     from twist_fl.training.teacher import bytes_per_token
 
     name = config.train.teacher or ""

@@ -11,12 +11,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from twist_fl.blueprint.blocks import Layout
 from twist_fl.config.hub import local_path
+from twist_fl.config.schema import Config, TrainConfig
 from twist_fl.data.corpus import Windows, cache_dir
 from twist_fl.model.hf_config import folder_config
 from twist_fl.model.saved import open_model
 from twist_fl.system.errors import ConfigError
-from twist_fl.training.job import Job
 from twist_fl.training.loss import SoftTargets
 
 TOP = 64
@@ -27,10 +28,9 @@ _PROBABILITY = np.dtype(np.float16)
 class Teacher:
     """The model in `train.teacher`, on the worker's device, and what it has said about windows of one text."""
 
-    def __init__(self, job: Job, windows: Windows, device: str) -> None:
-        self._folder, self._weight = Path(job.config.train.teacher or ""), job.config.train.distill
+    def __init__(self, config: TrainConfig, vocabulary: int, windows: Windows, device: str) -> None:
+        self._folder, self._weight = Path(config.teacher or ""), config.distill
         self._windows, self._device = windows, device
-        vocabulary = job.layout.sizes["vocab"]
         self._top = min(TOP, vocabulary)
         self._seen = np.zeros(len(windows), bool)
         shape = (*windows[:, 1:].shape, self._top)
@@ -81,13 +81,13 @@ def _scratch(shape: tuple[int, ...], dtype: Any) -> Any:
         return np.memmap(file, dtype, "w+", shape=shape)
 
 
-def check_teacher(job: Job) -> None:
+def check_teacher(config: Config, layout: Layout) -> None:
     """Raises ConfigError for a teacher of other tokens, or of a context shorter than a window."""
-    if not (name := job.config.train.teacher):
+    if not (name := config.train.teacher):
         return
     local_path("train.teacher", name)
     fields = folder_config(f"train.teacher={name!r}", Path(name)).to_dict()
-    vocabulary, window = job.layout.sizes["vocab"], job.config.data.window
+    vocabulary, window = layout.sizes["vocab"], config.data.window
     if fields.get("vocab_size") != vocabulary:
         raise ConfigError(
             f"train.teacher={name!r} has a vocabulary of {fields.get('vocab_size')} tokens, and the model one of "

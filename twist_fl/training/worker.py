@@ -83,12 +83,15 @@ class Worker:
 
     def soft_targets(self, task: Task) -> Iterator[SoftTargets | None]:
         """For each of the task's batches what the run's teacher makes of it, if it has one."""
-        if not self.job.config.train.teacher:
+        train = self.job.config.train
+        if not train.teacher:
             yield from repeat(None, task.num_batches)
             return
         text, shard = self.job.text_of(task.worker), self.job.shard(task.worker)
         if text not in self.teachers:
-            self.teachers[text] = Teacher(self.job, self.job.windows(task.worker), self.device)
+            self.teachers[text] = Teacher(
+                train, self.job.layout.sizes["vocab"], self.job.windows(task.worker), self.device
+            )
         for cursor in range(task.cursor, task.cursor + task.num_batches):
             yield self.teachers[text].targets(shard.batch(cursor))
 
