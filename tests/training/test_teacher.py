@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import write_text
 from hypothesis import given
 from hypothesis import strategies as st
 from local_grid import LocalGrid, assert_same_run
@@ -26,7 +30,7 @@ from twist_fl.training import teacher as module
 from twist_fl.training.interval import next_token_loss
 from twist_fl.training.job import Job
 from twist_fl.training.loss import SoftTargets, linear_cross_entropy
-from twist_fl.training.teacher import Teacher, check_teacher
+from twist_fl.training.teacher import Teacher, check_teacher, open_teacher
 
 MakeJob = Callable[..., Job]
 
@@ -41,7 +45,8 @@ def folder(tiny_job: MakeJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def teacher_of(job: Job) -> Teacher:
-    return Teacher(job.config.train, job.layout.sizes["vocab"], job.windows(0), "cpu")
+    model = open_teacher(job.config.train, "cpu")
+    return Teacher(model, job.config.train.distill, job.layout.sizes["vocab"], job.windows(0))
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.floats(0, 1))
@@ -78,7 +83,7 @@ def test_the_models_loss_does_not_depend_on_the_chunk(reduction: str, folder: Pa
         loss.backward()  # type: ignore[no-untyped-call]
         found.append([loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
         hard = next_token_loss(model, windows, reduction, chunk).detach()
-        torch.testing.assert_close(loss.detach(), hard, rtol=1e-5, atol=0)
+        assert torch.equal(loss.detach(), hard)
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-6)
 
 
@@ -175,7 +180,44 @@ def test_a_teacher_of_other_tokens_or_of_short_texts_is_refused(
     with pytest.raises(ConfigError, match=r"has a context of 32 tokens: use data\.window=32"):
         tiny_job(f"train.teacher={folder}", "data.window=40", "model.n_positions=64")
     job = tiny_job(f"train.teacher={folder}")
-    check_teacher(job.config, job.layout)
+    check_teacher(job.config, job.layout, job.corpus.tokenizer_folder)
     gone = replace(job, config=load_config(base=job.config, overrides=[f"train.teacher={tmp_path / 'gone'}"]))
     with pytest.raises(ConfigError, match=r"gone' is not on this machine: copy it to the same place"):
-        teacher_of(gone).targets(np.array([0]))
+        teacher_of(gone)
+
+
+def test_a_teacher_of_another_tokenizer_is_refused(folder: Path, tiny_job: MakeJob, tmp_path: Path) -> None:
+    """Of as many tokens: two are exchanged."""
+    shutil.copytree(RunFolder(folder).checkpoints()[-1], other := tmp_path / "other")
+    file = other / "tokenizer.json"
+    fields = json.loads(file.read_text())
+    vocabulary = fields["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(fields))
+    with pytest.raises(ConfigError, match=r"has another tokenizer than the text \(token 'a': \d+, here \d+\): give a"):
+        tiny_job(f"train.teacher={other}")
+
+
+@pytest.mark.parametrize("name", ["org-name", ""])
+def test_a_teacher_without_a_model_is_refused(name: str, tiny_job: MakeJob, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is no folder of a model: give one with its config\.json and weights"):
+        tiny_job(f"train.teacher={name or tmp_path}")
+
+
+def test_workers_with_texts_of_their_own_share_the_teacher(
+    folder: Path, tiny_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = RunFolder(folder).checkpoints()[-1]
+    for place in range(3):
+        (tmp_path / f"{place}").mkdir()
+        write_text(tmp_path / f"{place}" / "a.txt", 400, seed=20 + place)
+    opened: list[Path] = []
+
+    def counted(path: Path) -> Any:
+        opened.append(path)
+        return open_model(path)
+
+    monkeypatch.setattr(module, "open_model", counted)
+    job = tiny_job(f"data.private={tmp_path}", f"data.tokenizer={tokenizer}", f"train.teacher={folder}", "eval.every=0")
+    run(job, start(job), tmp_path.parent / "moments")
+    assert opened == [tokenizer]

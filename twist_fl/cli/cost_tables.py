@@ -17,7 +17,7 @@ from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.moments import moment_layouts
 from twist_fl.config.schema import Config, ModelConfig, load_config
 from twist_fl.config.sizes import make_division, ticket_sizes, workers_per_round
-from twist_fl.model.hf_config import folder_config, model_config, scratch_fields
+from twist_fl.model.hf_config import model_config, scratch_fields
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.units import count, human_bytes, size_label
@@ -105,10 +105,9 @@ def _of_moments(layout: Layout) -> str:
 
 def _of_teacher(config: Config, layout: Layout) -> str:
     """What distillation adds on a worker: each window is read once, forward, and the answer is kept on its disk."""
-    from twist_fl.training.teacher import bytes_per_token
+    from twist_fl.training.teacher import bytes_per_token, teacher_fields
 
-    name = config.train.teacher or ""
-    teacher = make_layout(folder_config(f"train.teacher={name!r}", Path(name)).to_dict())
+    teacher = make_layout(teacher_fields(config.train.teacher or ""))
     window = config.data.window
     share = step_flops(teacher, None, 1, window) / 3 / step_flops(layout, None, 1, window)  # forward: a third of a step
     return (

@@ -67,7 +67,7 @@ def next_token_loss(
         if soft is None:
             return loss
         mixed = soft.loss(logits.log_softmax(1, dtype=wide)) / (1 if reduction == "sum" else targets.numel())
-        return loss.detach() + mixed - mixed.detach()
+        return loss.detach() + (mixed - mixed.detach())
     hidden = causal_lm.base_model(windows, use_cache=False).last_hidden_state  # (B, T, d)
     head = causal_lm.get_output_embeddings()
     assert head.bias is None, "the chunked loss knows heads without a bias only"

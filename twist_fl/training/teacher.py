@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ import numpy.typing as npt
 import torch
 
 from twist_fl.blueprint.blocks import Layout
-from twist_fl.config.hub import local_path
 from twist_fl.config.schema import Config, TrainConfig
 from twist_fl.data.corpus import Windows, cache_dir
+from twist_fl.data.tokenizer import load_tokenizer
 from twist_fl.model.hf_config import folder_config
 from twist_fl.model.saved import open_model
 from twist_fl.system.errors import ConfigError
@@ -26,22 +25,15 @@ _PROBABILITY = np.dtype(np.float16)
 
 
 class Teacher:
-    """The model in `train.teacher`, on the worker's device, and what it has said about windows of one text."""
+    """An open teacher, and what it has said about windows of one text."""
 
-    def __init__(self, config: TrainConfig, vocabulary: int, windows: Windows, device: str) -> None:
-        self._folder, self._weight = Path(config.teacher or ""), config.distill
-        self._windows, self._device = windows, device
+    def __init__(self, model: Any, weight: float, vocabulary: int, windows: Windows) -> None:
+        self._model, self._weight, self._windows, self._device = model, weight, windows, model.device
         self._top = min(TOP, vocabulary)
         self._seen = np.zeros(len(windows), bool)
         shape = (*windows[:, 1:].shape, self._top)
         self._tokens = _scratch(shape, _id_dtype(vocabulary))
         self._shares = _scratch(shape, _PROBABILITY)
-
-    @cached_property
-    def _model(self) -> Any:
-        if not self._folder.is_dir():
-            raise ConfigError(f"train.teacher={str(self._folder)!r} is not on this machine: copy it to the same place")
-        return open_model(self._folder).float().to(self._device).eval()
 
     def targets(self, index: npt.NDArray[np.int64]) -> SoftTargets:
         """Of the windows with these ids: `train.distill` of it as the teacher expects, the rest what stands there."""
@@ -65,6 +57,14 @@ class Teacher:
         self._seen[window] = True
 
 
+def open_teacher(config: TrainConfig, device: str) -> Any:
+    """The model in `train.teacher`. Raises ConfigError where it is not."""
+    folder = Path(config.teacher or "")
+    if not folder.is_dir():
+        raise ConfigError(f"train.teacher={str(folder)!r} is not on this machine: copy it to the same place")
+    return open_model(folder).float().to(device).eval()
+
+
 def bytes_per_token(vocabulary: int) -> int:
     """Of disk, for what is kept of the teacher's expectation."""
     return min(TOP, vocabulary) * (_id_dtype(vocabulary).itemsize + _PROBABILITY.itemsize)
@@ -81,18 +81,37 @@ def _scratch(shape: tuple[int, ...], dtype: Any) -> Any:
         return np.memmap(file, dtype, "w+", shape=shape)
 
 
-def check_teacher(config: Config, layout: Layout) -> None:
-    """Raises ConfigError for a teacher of other tokens, or of a context shorter than a window."""
+def teacher_fields(name: str) -> dict[str, Any]:
+    """The config of the model in train.teacher=`name`. Raises ConfigError where there is none."""
+    if not (Path(name) / "config.json").is_file():
+        raise ConfigError(
+            f"train.teacher={name!r} is no folder of a model: give one with its config.json and weights, or a run; one "
+            "on the hub has to be downloaded first"
+        )
+    fields: dict[str, Any] = folder_config(f"train.teacher={name!r}", Path(name)).to_dict()
+    return fields
+
+
+def check_teacher(config: Config, layout: Layout, tokenizer: Path) -> None:
+    """Raises ConfigError for a teacher of other tokens than those of the folder `tokenizer`, or of a context shorter
+    than a window. A teacher without a tokenizer is taken to have this one."""
     if not (name := config.train.teacher):
         return
-    local_path("train.teacher", name)
-    fields = folder_config(f"train.teacher={name!r}", Path(name)).to_dict()
+    fields = teacher_fields(name)
     vocabulary, window = layout.sizes["vocab"], config.data.window
     if fields.get("vocab_size") != vocabulary:
         raise ConfigError(
             f"train.teacher={name!r} has a vocabulary of {fields.get('vocab_size')} tokens, and the model one of "
             f"{vocabulary}: give a teacher with the same tokenizer"
         )
+    if (Path(name) / "tokenizer.json").is_file():
+        theirs, ours = (load_tokenizer(str(folder)).get_vocab() for folder in (name, tokenizer))
+        if theirs != ours:
+            token = min(theirs.items() ^ ours.items())[0]
+            raise ConfigError(
+                f"train.teacher={name!r} has another tokenizer than the text (token {token!r}: {theirs.get(token)}, "
+                f"here {ours.get(token)}): give a teacher with the same one"
+            )
     context = fields.get("max_position_embeddings") or fields.get("n_positions") or window
     if context < window:
         raise ConfigError(f"train.teacher={name!r} has a context of {context} tokens: use data.window={context}")

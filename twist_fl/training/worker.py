@@ -6,7 +6,9 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ from twist_fl.training.job import Job
 from twist_fl.training.loss import SoftTargets
 from twist_fl.training.precision import check_precision
 from twist_fl.training.schedule import learning_rates
-from twist_fl.training.teacher import Teacher
+from twist_fl.training.teacher import Teacher, open_teacher
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,11 @@ class Worker:
         models = self.masked if self.job.masks(task.worker) else self.models
         return models.load(task.blueprint, params, in_place)
 
+    @cached_property
+    def teacher(self) -> Any:
+        """One model for all texts here."""
+        return open_teacher(self.job.config.train, self.device)
+
     def soft_targets(self, task: Task) -> Iterator[SoftTargets | None]:
         """For each of the task's batches what the run's teacher makes of it, if it has one."""
         train = self.job.config.train
@@ -89,9 +96,8 @@ class Worker:
             return
         text, shard = self.job.text_of(task.worker), self.job.shard(task.worker)
         if text not in self.teachers:
-            self.teachers[text] = Teacher(
-                train, self.job.layout.sizes["vocab"], self.job.windows(task.worker), self.device
-            )
+            windows, vocabulary = self.job.windows(task.worker), self.job.layout.sizes["vocab"]
+            self.teachers[text] = Teacher(self.teacher, train.distill, vocabulary, windows)
         for cursor in range(task.cursor, task.cursor + task.num_batches):
             yield self.teachers[text].targets(shard.batch(cursor))
 
