@@ -25,7 +25,8 @@ class ModelConfig:
     """A pretrained checkpoint, or sizes for a model from scratch."""
 
     pretrained: str | None = None
-    """Name on the Hugging Face hub, a folder, or a run's folder (its newest checkpoint); all below is read from it."""
+    """Name on the Hugging Face hub, a folder, a GGUF file (.gguf), or a run's folder (its newest checkpoint); all below
+    is read from it."""
     architecture: str = "gpt2"
     """Of a model from scratch; for a pretrained one of a model_type that is not known, its block table."""
     n_layer: int = 12

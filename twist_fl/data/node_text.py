@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from twist_fl.config.schema import DataConfig
-from twist_fl.data.corpus import Corpus, cache_dir
+from twist_fl.data.corpus import Corpus
 from twist_fl.data.own_text import load_own
 from twist_fl.data.run_text import RunText
 from twist_fl.data.tokenizer import FILES
 from twist_fl.system.errors import ConfigError, DamagedError
-from twist_fl.system.files import check_seal, new_folder, read_json, write_json, write_text
+from twist_fl.system.files import cache_dir, check_seal, new_folder, read_json, write_json, write_text
 
 _MOST_CHARACTERS = 2**27
 """Of a tokenizer's files; the largest known have an eighth of it."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from twist_fl.config.hub import local_path, reachable
+from twist_fl.data.gguf_folder import as_folder
 from twist_fl.system.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -34,7 +35,7 @@ _OF_A_CALL = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of
 
 
 def load_tokenizer(name: str) -> Any:
-    """A fast tokenizer from a folder (`tokenizer.json` alone is enough) or from the hub by name.
+    """A fast tokenizer from a folder (`tokenizer.json` alone is enough), a GGUF file, or from the hub by name.
 
     Truncation, padding and BPE-dropout that its files ask for are left out, here and in what it saves: text is encoded
     whole, and always the same.
@@ -43,6 +44,7 @@ def load_tokenizer(name: str) -> Any:
     if folder is None:
         with reachable(f"data.tokenizer={name!r}"):
             folder = _downloaded(name)
+    folder = as_folder(folder)
     if not any((folder / file).is_file() for file in _ONE_OF):
         raise ConfigError(
             f"data.tokenizer={name!r} has no tokenizer.json: give a folder that has one, or a name on the hub"

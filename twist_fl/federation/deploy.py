@@ -17,14 +17,13 @@ from twist_fl.blueprint.drawing import draw_ticket
 from twist_fl.config.checks import check_name
 from twist_fl.config.schema import DeviceConfig
 from twist_fl.config.sizes import blocks_per_layer, legal_sizes, ticket_sizes
-from twist_fl.data.corpus import cache_dir
 from twist_fl.federation import tensors, wire
 from twist_fl.federation.connecting import NoWorkersError
 from twist_fl.federation.exchange import exchange
 from twist_fl.model.subnet import State
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
-from twist_fl.system.files import write_json
+from twist_fl.system.files import cache_dir, write_json
 from twist_fl.system.untrusted import Field, plain, read_exactly, shown
 from twist_fl.tickets import edge_client
 from twist_fl.tickets.device_limits import parse_devices

@@ -16,6 +16,7 @@ from twist_fl.blueprint.architectures import (
 from twist_fl.config.finding import listed, runs_in
 from twist_fl.config.hub import local_path, reachable
 from twist_fl.config.schema import Config, ModelConfig
+from twist_fl.data.gguf_folder import SUFFIX, as_folder
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.untrusted import Field, plain, read_fields, shown
 
@@ -60,10 +61,17 @@ def _pretrained(name: str) -> PreTrainedConfig:
     folder = local_path("model.pretrained", name)
     if folder and (runs := runs_in(folder)):
         raise ConfigError(f"model.pretrained={name!r} holds runs: give {listed(runs)}")
+    folder = folder and as_folder(folder)
     if folder and not (folder / "config.json").is_file():
+        inside = sorted(folder.glob(f"*{SUFFIX}"))
         raise ConfigError(
-            f"model.pretrained={name!r} holds no model (no config.json): give a run that has a checkpoint, one of its "
-            "checkpoints, or another folder of a Hugging Face model"
+            f"model.pretrained={name!r} holds no model (no config.json): give "
+            + (
+                listed(inside)
+                if inside
+                else "a run that has a checkpoint, one of its checkpoints, a GGUF file, or "
+                "another folder of a Hugging Face model"
+            )
         )
     from transformers import AutoConfig, PreTrainedConfig
 
