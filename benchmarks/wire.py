@@ -24,7 +24,7 @@ from common import save, show
 
 from twist_fl.blueprint.drawing import full_blueprint
 from twist_fl.config.schema import load_config
-from twist_fl.config.sizes import ticket_sizes
+from twist_fl.config.sizes import ticket_size
 from twist_fl.federation import wire
 from twist_fl.rounds import RoundMean, RunState, plan, start
 from twist_fl.runs.checkpoint import RunFolder
@@ -59,7 +59,7 @@ def perplexities(job: Job, state: RunState) -> dict[str, float]:
     windows, size = job.corpus.test[: job.config.eval.watch_windows], job.config.eval.batch_size
     models = job.models()
     full = evaluate.perplexity(models.load_sliced(full_blueprint(job.layout), state.params), windows, size)
-    num_sub = ticket_sizes(job.layout, job.division, TICKET)
+    num_sub = ticket_size(job.layout, job.division, TICKET).num_sub
     tickets = evaluate.ticket_distribution(
         models, state.params, job.division, num_sub, windows, tickets=TICKETS, seed=job.config.seed, batch_size=size
     ).summary()

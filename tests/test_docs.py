@@ -101,7 +101,8 @@ def divides(config: Config) -> None:
     reader's policy, which is not here, the reader."""
     if config.model.pretrained is None:
         coverage = config.algorithm == "twist" and ":" not in config.blueprint.policy
-        make_division(config).check(make_layout(model_config(config).to_dict()), coverage)
+        layout = make_layout(model_config(config).to_dict(), config.blueprint.ffn_blocks)
+        make_division(config, layout).check(layout, coverage)
 
 
 def test_make_and_flwr_are_given_what_they_know() -> None:

@@ -150,7 +150,7 @@ def naive_mean(job: Job, old: State, drawn: list[Blueprint], trained: list[State
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("blueprint.setting=both", "blueprint.ffn_blocks=8", "blueprint.num_sub_ffn=3"),
+        ("blueprint.setting=both", "blueprint.ffn_blocks=8", "blueprint.num_sub=2+3"),
         ("blueprint.setting=attn",),
         ("blueprint.setting=ffn", "blueprint.num_sub=[1,2,3]"),
         ("algorithm=fedavg",),
@@ -302,8 +302,8 @@ def test_a_client_keeps_moments_of_what_it_always_holds(tiny_job: MakeJob, tmp_p
 def test_a_client_keeps_no_moments_of_blocks_that_change(assign: str, tiny_job: MakeJob, tmp_path: Path) -> None:
     """Also when it holds all of them in one round: the next one's, of fewer, would be other blocks' moments."""
     job = tiny_job(
-        *("train.optimizer_state=client", f"blueprint.assign={assign}", "blueprint.num_sub=[4,2,2]"),
-        *("blueprint.num_sub_ffn=[4,4,4]", "train.rounds=4"),
+        *("train.optimizer_state=client", f"blueprint.assign={assign}", "blueprint.num_sub=4+4,2+4,2+4"),
+        "train.rounds=4",
     )
     whole_run(job, tmp_path)
     attention = {param.name for param in job.layout.params if param.kind == "attn" and param.layer in (1, 2)}

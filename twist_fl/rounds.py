@@ -73,7 +73,7 @@ class RoundReport:
 def start(job: Job) -> RunState:
     params = job.initial_state()
     kept = dict.fromkeys(MOMENTS, job.layout) if job.config.algorithm == "ddp" else job.moment_layouts
-    scores = score_blocks(job, params, 0) if job.division.num_common else None
+    scores = score_blocks(job, params, 0) if job.division.by_importance else None
     moments = zero_moments(kept) if kept else None
     outer = new_outer(job.config.aggregate, job.layout, params)
     return RunState(params, [0] * job.config.train.workers, moments=moments, outer=outer, scores=scores)

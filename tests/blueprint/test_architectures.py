@@ -377,7 +377,7 @@ IMPOSSIBLE = {
     "model.n_kv_head=3": r"3 key/value heads \(model.n_kv_head\) do not divide 4 heads: use one of \[1, 2, 4\]",
     "model.n_embd=12": "a 'llama' model with heads of 3 entries",
     "model.architecture=opt": r"model.n_kv_head=2: every head of model.architecture=opt .* use one of llama, mistral,",
-    "blueprint.num_sub=3": "more than the 2 blocks of a layer",
+    "blueprint.num_sub=3": "blueprint.num_sub=3 of a layer's 2 blocks is impossible: choose 1 to 2",
 }
 
 

@@ -31,8 +31,8 @@ def layout_of(heads: int = 12, ffn_blocks: int = 12, num_layers: int = NUM_LAYER
     return make_layout({"model_type": "gpt2", "vocab_size": 2, "n_positions": 2, **sizes}, ffn_blocks)
 
 
-def equal(num_sub: int, num_workers: int, setting: Setting = "both", common: tuple[int, ...] = ()) -> Division:
-    return Division(setting, ((num_sub, num_sub),) * num_workers, 1, 2, common)
+def equal(num_sub: int, num_workers: int, setting: Setting = "both", common: int = 0) -> Division:
+    return Division(setting, ((num_sub, num_sub),) * num_workers, 1, 2, (common, common))
 
 
 @st.composite
@@ -214,12 +214,12 @@ def test_workers_may_hold_different_amounts() -> None:
 def test_check_refuses_exactly_what_cannot_cover_and_names_the_smallest_that_can(
     num_full: int, num_workers: int, data: st.DataObject
 ) -> None:
-    common = tuple(range(data.draw(st.integers(0, num_full))))
-    num_sub = data.draw(st.integers(max(len(common), 1), num_full))
+    common = data.draw(st.integers(0, num_full))
+    num_sub = data.draw(st.integers(max(common, 1), num_full))
     layout = layout_of(num_full, num_full)
 
     def covers(n: int) -> bool:
-        return num_full - len(common) <= num_workers * (n - len(common))
+        return num_full - common <= num_workers * (n - common)
 
     division = equal(num_sub, num_workers, common=common)
     if covers(num_sub):
@@ -239,10 +239,8 @@ def test_check_refuses_exactly_what_cannot_cover_and_names_the_smallest_that_can
     [
         (equal(13, 4), "num_sub=13 (attn) is more than the 12 blocks"),
         (equal(0, 4), "num_sub=0 (attn) is below 1"),
-        (equal(2, 4, common=(0, 1, 2)), "num_sub=2 (attn) is below 3"),
-        (equal(6, 4, common=(0, 12)), "common=[0, 12] must be distinct block ids from 0 to 11"),
-        (equal(6, 4, common=(1, 1)), "common=[1, 1] must be distinct"),
-        (equal(6, 4, common=(-1,)), "common=[-1] must be distinct block ids from 0"),
+        (equal(2, 4, common=3), "num_sub=2 (attn) is below 3"),
+        (replace(equal(2, 6), common=(0, 2)), "num_sub=2 (ffn): 6 workers with 2 common blocks cannot cover"),
         (Division("both", ((6, 6), (6, 2))), "num_sub=[6, 2] (ffn): 2 workers with 0 common blocks cannot cover"),
         (Division("both", ((6, 6),) * 4, 4, 2), "undivided_first=4 and undivided_last=2 leave none of the 6 layers"),
     ],
@@ -256,14 +254,26 @@ def test_check_ignores_the_kind_that_is_not_divided() -> None:
     Division("attn", ((6, 1),) * 2, 1, 2).check(layout_of())
     with pytest.raises(ValueError, match="cannot cover"):
         Division("both", ((6, 1),) * 2, 1, 2).check(layout_of())
-    # Common blocks are ids of the divided kind: six FFN blocks do not forbid head 7 to be common.
-    Division("attn", ((8, 6),) * 2, 1, 2, common=(7,)).check(layout_of(12, 6))
+    Division("attn", ((8, 6),) * 2, 1, 2, common=(3, 7)).check(layout_of(12, 6))
+
+
+def test_each_kind_has_its_own_common_blocks() -> None:
+    division = Division("both", ((2, 6),) * 4, 1, 2, common=(1, 3))
+    layout = layout_of(3, 12)
+    division.check(layout)
+    for blueprint in [
+        *draw_round(layout_of(3, 12), division, 0, 1),
+        draw_ticket(layout_of(3, 12), division, (1, 4), 0, 0),
+    ]:
+        for layer in (1, 2, 3):
+            assert set(blueprint.attn[layer]) >= {0}
+            assert set(blueprint.ffn[layer]) >= {0, 1, 2}
 
 
 @given(deals(), st.integers(0, 5))
 def test_json_round_trip(deal: Deal, round_: int) -> None:
     num_full, num_sub, common, _, seed = deal
-    division = Division("both", tuple((n, n) for n in num_sub), 1, 2, tuple(common))
+    division = Division("both", tuple((n, n) for n in num_sub), 1, 2, (len(common), len(common)))
     for blueprint in draw_round(layout_of(num_full, num_full), division, seed, round_):
         again = Blueprint.from_json(blueprint.to_json())
         assert again == blueprint

@@ -18,9 +18,9 @@ from local_grid import LocalGrid, assert_same_run, same
 from twist_fl.blueprint.architectures import KINDS
 from twist_fl.blueprint.blocks import Layout, make_layout
 from twist_fl.blueprint.blueprint import Blueprint
-from twist_fl.blueprint.division import Division, Scores
+from twist_fl.blueprint.division import Division, Purpose, Scores, generator
 from twist_fl.blueprint.drawing import draw_round, draw_ticket
-from twist_fl.blueprint.policies import Deal, policy_of
+from twist_fl.blueprint.policies import Deal, algorithm_1, policy_of
 from twist_fl.federation.strategy import TwistStrategy
 from twist_fl.model.subnet import State
 from twist_fl.rounds import plan, run, start
@@ -49,8 +49,8 @@ def layout_of(blocks: int = 12) -> Layout:
     return make_layout({"model_type": "gpt2", "vocab_size": 2, "n_positions": 2, **sizes}, blocks)
 
 
-def division(*num_sub: int, policy: str = "random", common: tuple[int, ...] = ()) -> Division:
-    return Division("both", tuple((n, n) for n in num_sub), 1, 2, common, policy)
+def division(*num_sub: int, policy: str = "random", common: int = 0) -> Division:
+    return Division("both", tuple((n, n) for n in num_sub), 1, 2, (common, common), policy)
 
 
 def deal(num_full: int, num_sub: list[int], common: list[int], round_: int, seed: int = 0) -> Deal:
@@ -162,7 +162,7 @@ def scores_of(layout: Layout) -> Scores:
 
 def test_importance_is_algorithm_1_with_the_highest_scores_common() -> None:
     layout, random = layout_of(), division(5, 5, 5, 5)
-    scored = replace(random, policy="importance", num_common=2, scores=scores_of(layout))
+    scored = replace(random, policy="importance", common=(2, 2), scores=scores_of(layout))
     scored.check(layout)
     drawn = draw_round(layout, scored, 0, 1)
     for kind in KINDS:
@@ -170,13 +170,13 @@ def test_importance_is_algorithm_1_with_the_highest_scores_common() -> None:
             scores = scored.scores[kind, layer]  # type: ignore[index]
             best = tuple(sorted(range(12), key=lambda block: -scores[block])[:2])
             assert set.intersection(*(set(b.held(kind, layer)) for b in drawn)) >= set(best)
-            alike = draw_round(layout, replace(random, common=best), 0, 1)
-            assert [b.held(kind, layer) for b in drawn] == [b.held(kind, layer) for b in alike]
+            rng = generator(0, Purpose.BLOCKS, 1, layer, KINDS.index(kind))
+            assert [b.held(kind, layer) for b in drawn] == algorithm_1(12, [5] * 4, best, rng)
 
 
 def test_equal_scores_go_by_id_and_missing_ones_are_an_error() -> None:
     equal = {(kind, layer): (1.0, 2.0, 1.0, 2.0) for kind in KINDS for layer in LAYERS}
-    scored = replace(division(3, 3, policy="importance"), num_common=1, scores=equal)
+    scored = replace(division(3, 3, policy="importance", common=1), scores=equal)
     assert scored.by_score("ffn", 1) == (1, 3, 0, 2)
     with pytest.raises(ValueError, match="blocks are to be chosen by importance, but none was scored yet"):
         draw_round(layout_of(4), replace(scored, scores=None), 0, 1)
@@ -212,7 +212,7 @@ def test_scores_against_a_gradient_per_window_in_float64(score: str, tiny_job: M
         np.testing.assert_allclose(ours[place], values, rtol=2e-3, atol=1e-7)
 
 
-IMPORTANCE = ("blueprint.policy=importance", "blueprint.num_common=1", "blueprint.score_windows=4", "eval.every=0")
+IMPORTANCE = ("blueprint.policy=importance", "blueprint.common=1", "blueprint.score_windows=4", "eval.every=0")
 
 
 def strategy_of(job: Job, folder: Path) -> TwistStrategy:
@@ -228,7 +228,7 @@ def strategy_of(job: Job, folder: Path) -> TwistStrategy:
         ("blueprint.policy=ordered", "blueprint.num_sub=[4,2,1]", "blueprint.scale=linear"),
         ("blueprint.policy=static",),
         ("blueprint.assign=shuffled", "blueprint.num_sub=[1,2,3]"),
-        ("blueprint.assign=drawn", "blueprint.num_sub=[1,2]", "blueprint.num_sub_ffn=[3,2]"),
+        ("blueprint.assign=drawn", "blueprint.num_sub=[1+3,2+2]"),
     ],
 )
 def test_the_app_is_rounds_run(overrides: tuple[str, ...], tiny_job: MakeJob, tmp_path: Path) -> None:
@@ -295,10 +295,10 @@ def stranger(deal): return [(1, 3)] * 3
 
 def test_a_users_policy_says_which_blocks(user_module: Callable[[str], str], tiny_job: MakeJob) -> None:
     module = user_module(OURS)
-    job = tiny_job(f"blueprint.policy={module}:last", "blueprint.num_sub=[1,2,3]", "blueprint.common=[1]")
+    job = tiny_job(f"blueprint.policy={module}:last", "blueprint.num_sub=[1,2,3]")
     for kind in KINDS:
         held = [blueprint.held(kind, 1) for blueprint in job.blueprints(5)]
-        assert held == [(1,), (1, 3), (1, 2, 3)]
+        assert held == [(3,), (2, 3), (1, 2, 3)]
     turning, frozen = (
         tiny_job(f"blueprint.policy={module}:{name}", "blueprint.num_sub=1") for name in ("turning", "frozen")
     )
@@ -333,7 +333,7 @@ def test_a_users_policy_that_gives_other_rows_is_refused_before_a_run_starts(
     name: str, reason: str, user_module: Callable[[str], str], tiny_job: MakeJob
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        tiny_job(f"blueprint.policy={user_module(OURS)}:{name}", "blueprint.num_sub=2", "blueprint.common=[0]")
+        tiny_job(f"blueprint.policy={user_module(OURS)}:{name}", "blueprint.num_sub=2", "blueprint.common=1")
     assert str(caught.value) == f"the policy {name} {reason}"
 
 
@@ -405,7 +405,7 @@ def test_ordered_tickets_are_the_first_blocks_and_important_ones_the_highest_sco
     layout = layout_of()
     ordered = replace(division(6, 6), ticket_policy="ordered")
     assert draw_ticket(layout, ordered, (3, 5), 0, 7).held("ffn", 2) == (0, 1, 2, 3, 4)
-    scored = replace(division(6, 6, policy="importance"), num_common=2, scores=scores_of(layout))
+    scored = replace(division(6, 6, policy="importance", common=2), scores=scores_of(layout))
     for kind, layer in scored.scores or ():
         best = scored.by_score(kind, layer)
         ticket = draw_ticket(layout, replace(scored, ticket_policy="importance"), (4, 4), 0, 1)
@@ -458,15 +458,15 @@ def test_results_of_a_scored_run(tiny_job: MakeJob, tmp_path: Path) -> None:
         (division(2, 3, policy="static"), "2 workers with 0 common blocks cannot cover all 12 blocks"),
         (division(13, policy="ordered"), "num_sub=13 (attn) is more than the 12 blocks"),
         (
-            division(2, 2, policy="rolling", common=(0, 1)),
+            division(2, 2, policy="rolling", common=2),
             "num_sub=2 (attn): the 2 common blocks fill it and leave no window to roll",
         ),
         (
             replace(division(3, 4), assign="drawn", drawn_workers=2),
             "of the sizes [(3, 3), (4, 4)] (heads, FFN blocks) none, if all 2 workers draw it, covers all (12, 12)",
         ),
-        (replace(division(3, 3, 3, 3, policy="importance"), num_common=4), "num_sub=3 (attn) is below 4"),
-        (replace(division(4, 4, 4, policy="importance"), num_common=3), "3 workers with 3 common blocks cannot cover"),
+        (division(3, 3, 3, 3, policy="importance", common=4), "num_sub=3 (attn) is below 4"),
+        (division(4, 4, 4, policy="importance", common=3), "3 workers with 3 common blocks cannot cover"),
     ],
 )
 def test_an_impossible_division_is_refused(refused: Division, message: str) -> None:
@@ -475,13 +475,13 @@ def test_an_impossible_division_is_refused(refused: Division, message: str) -> N
 
 
 REFUSED = {
-    "blueprint.policy=importance": "blueprint.policy=importance needs blueprint.num_common: at least 1",
-    "blueprint.policy=importance blueprint.common=[1]": "blueprint.common=[1] and policy=importance both choose",
-    "blueprint.num_common=2": "blueprint.num_common=2 is for policy=importance: here, list ids in blueprint.common",
-    "blueprint.policy=importance blueprint.num_common=1 algorithm=ddp": "divides nothing with algorithm=ddp: use twist",
+    "blueprint.policy=importance": "blueprint.policy=importance needs blueprint.common: at least 1",
+    "blueprint.common=0,1": "blueprint.common=0,1 must be a number of blocks (6), a share",
+    "blueprint.num_common=2": "unknown key 'blueprint.num_common', did you mean 'blueprint.common'?",
+    "blueprint.policy=importance blueprint.common=1 algorithm=ddp": "divides nothing with algorithm=ddp: use twist",
     "eval.ticket_policy=importance": "needs the scores of blueprint.policy=importance",
     "blueprint.assign=drawn blueprint.num_sub=[]": "blueprint.num_sub=[] has 0 entries",
-    "blueprint.assign=drawn blueprint.num_sub=[3,2] blueprint.num_sub_ffn=[1,2,3]": "are drawn in pairs: give both",
+    "blueprint.setting=ffn blueprint.num_sub=1+2": "blueprint.num_sub=1+2 is a size for attention+FFN, and blueprint",
     "blueprint.score_windows=0": "blueprint.score_windows=0 must be more than 0",
     "blueprint.policy=rolled": "blueprint.policy='rolled' must be one of random, rolling, ordered",
 }

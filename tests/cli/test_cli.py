@@ -126,7 +126,10 @@ IMPOSSIBLE: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "range": (("demo", "train.workers=0"), r"train\.workers=0 must be more than 0"),
     "num_sub too small": ((*TEXT, "blueprint.num_sub=2"), r"the smallest legal N_sub for all is 3"),
-    "num_sub too large": ((*TEXT, "blueprint.num_sub=13"), r"more than the 12 blocks of a layer: use at most 12"),
+    "num_sub too large": (
+        (*TEXT, "blueprint.num_sub=13"),
+        r"num_sub=13 of a layer's 12 blocks is impossible: choose 1 to 12",
+    ),
     "layers": (
         (*TEXT, "model.n_layer=4", "blueprint.undivided_first=2", "blueprint.undivided_last=2"),
         r"leave none of the 4 layers to divide",
@@ -220,7 +223,7 @@ def test_a_run_without_a_checkpoint(command: str, run: Run, untrained: Path) -> 
         (["phone=5/4"], "deploy.devices 'phone': kappa=1.25 must be in (0, 1]"),
         (
             ["phone=1/5"],
-            "kappa=0.2 is too little; the smallest possible ticket holds 1 of 4 blocks: use at least kappa",
+            "kappa=0.2 is too little; the smallest possible ticket holds 1/4 of a layer: use at least kappa",
         ),
         (["phone=3.5", "phone=4"], "device 'phone' is given twice"),
         (["laptop=99", "watch=0.01MB"], "deploy.devices 'watch': memory_mb=0.01 is too little"),
@@ -256,7 +259,7 @@ def test_a_latency_that_cannot_be_measured_is_refused_before_anything_starts(
         (("seed=1", "train.rounds=9"), "seed=1 would make it another run: this one has 0. What may change: data.path,"),
         (("flower.wire_dtype=float16",), "flower.wire_dtype=float16 would make it another run"),
         (("train.rouds=9",), "unknown key 'train.rouds', did you mean 'train.rounds'?"),
-        (("eval.sizes=9",), "a ticket size of 9 (eval.sizes, --sizes) is impossible"),
+        (("eval.sizes=9",), "eval.sizes=9 of a layer's 4 blocks is impossible"),
     ],
 )
 def test_a_run_that_goes_on_is_the_same_run(given: tuple[str, ...], reason: str, run: Run, untrained: Path) -> None:
@@ -396,7 +399,7 @@ def test_cost_of_unequal_workers_with_moments_apart(run: Run) -> None:
     ("overrides", "label"),
     [
         (["blueprint.num_sub=[6,6,3,3]"], "2 x 3/12"),
-        (["blueprint.num_sub=6", "blueprint.num_sub_ffn=4"], "4 x 6/12; FFN 4/12"),
+        (["blueprint.num_sub=6+4"], "4 x 6/12; FFN 4/12"),
         (["blueprint.num_sub=6", "blueprint.setting=ffn"], "4 x 6/12"),
         (["blueprint.num_sub=[12,3]", "blueprint.assign=drawn"], "4 x 3-12/12, mean 7.4"),
         (["algorithm=fedavg"], "4 x 12/12"),
@@ -427,7 +430,7 @@ def test_factored_moments_cost_what_a_run_would_send(run: Run) -> None:
     config = load_config("demo")
     layout = make_layout(scratch_fields(config.model, config.data.vocab_size))
     (part,) = moment_layouts("factored", layout).values()
-    blueprint = draw_ticket(layout, make_division(config), (4, 4), 0, 0)
+    blueprint = draw_ticket(layout, make_division(config, layout), (4, 4), 0, 0)
     found = {row[0]: row[1:] for row in rows(output)}
     assert found["4/12"][-1] == human_bytes(100 * 2 * state_bytes(part, blueprint))
 
@@ -488,9 +491,9 @@ def test_tickets_of_the_sizes_of_the_run(run: Run, trained: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        (("--sizes", "9"), "a ticket size of 9 (eval.sizes, --sizes) is impossible: choose 1 to 4"),
-        (("--sizes", "two"), "--sizes 'two' is not a list of block counts, for example 8,6,4"),
-        (("--sizes", ""), "--sizes '' is not a list of block counts"),
+        (("--sizes", "9"), "--sizes 9 of a layer's 4 blocks is impossible: choose 1 to 4"),
+        (("--sizes", "two"), "--sizes two must be a number of blocks (6), a share of a layer (1/2, 50%), or both"),
+        (("--sizes", ""), "--sizes is empty: give sizes, for example 8,6,4 or 1/2,1/4"),
         (("--draws", "0"), "--draws"),
         (("--windows", "0"), "--windows"),
     ],
@@ -505,7 +508,7 @@ def test_a_run_without_ticket_sizes_needs_some(tiny_job: MakeJob) -> None:
     job = tiny_job("eval.sizes=[]")
     with pytest.raises(ConfigError, match=r"the run has eval\.sizes=\[\]: give sizes, for example --sizes 8,6,4"):
         chosen_sizes(job, None)
-    assert chosen_sizes(job, [2, 1]) == [2, 1]
+    assert [size.num_sub for size in chosen_sizes(job, [2, "50%", "1+3"])] == [(2, 2), (1, 3)]
 
 
 def test_generate_from_a_run(run: Run, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -552,7 +555,7 @@ def test_generate_from_a_deployed_ticket(
 @pytest.mark.parametrize(
     ("given", "reason"),
     [
-        (("--size", "5"), "ticket size of 5 (eval.sizes, --sizes) is impossible: choose 1 to 4"),
+        (("--size", "5"), "--size 5 of a layer's 4 blocks is impossible: choose 1 to 4"),
         (("--prompt", "of the " * 40), "the prompt fills the model's context of 32 tokens: shorten it"),
         (("--prompt", ""), "the prompt is empty"),
         (("--new-tokens", "0"), "--new-tokens"),
@@ -686,7 +689,7 @@ def test_a_device_that_is_too_slow_with_every_ticket_is_told_how_slow(
     fake_device(monkeypatch, ms_per_block=1)
     shutil.copytree(trained, tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
-    reason = r"'watch': latency_ms=1\.5 is too little; .* size 1, a token took 2 ms: use a higher limit"
+    reason = r"'watch': latency_ms=1\.5 is too little; .* 1/4, a token took 2 ms: use a higher limit"
     with pytest.raises(ConfigError, match=reason):
         deploy.deploy_run(LocalGrid(1), folder, folder.job(), "watch=1.5ms")
     assert not (folder.path / "deployed.json").exists()

@@ -13,32 +13,6 @@ from twist_fl.config.schema import Config, load_config
 from twist_fl.config.suggest import CHOICE_SYNONYMS, KEY_SYNONYMS, setting_paths, settings_like
 from twist_fl.system.errors import ConfigError
 
-SHARES = {
-    "blueprint.num_sub=0.5": "0.5 of 12 blocks is 6, use blueprint.num_sub=6",
-    "blueprint.num_sub=50%": "50% of 12 blocks is 6, use blueprint.num_sub=6",
-    "blueprint.num_sub=1/2,4": "1/2 of 12 blocks is 6, use blueprint.num_sub=6,4",
-    "blueprint.num_sub=0.3": "0.3 of 12 blocks is 3.6, use blueprint.num_sub=4",
-    "blueprint.num_sub=0.01": "0.01 of 12 blocks is 0.12, use blueprint.num_sub=1",
-    "eval.sizes=0.25": "0.25 of 12 blocks is 3, use eval.sizes=3",
-    "model.n_head=8 blueprint.num_sub=.5": ".5 of 8 blocks is 4, use blueprint.num_sub=4",
-    "blueprint.num_sub=.5 model.n_head=8": ".5 of 8 blocks is 4, use blueprint.num_sub=4",
-    "blueprint.ffn_blocks=6 blueprint.num_sub_ffn=0.5": "1 to 6 (FFN blocks of a layer): 0.5 of 6 blocks is 3",
-    "model.architecture=llama model.n_kv_head=4 blueprint.num_sub=0.5": "1 to 4 (key/value heads of a layer)",
-}
-
-
-@pytest.mark.parametrize("words", SHARES)
-def test_a_share_is_answered_with_the_number_of_blocks_of_this_model(words: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(SHARES[words])):
-        load_config("demo", words.split())
-
-
-def test_a_share_in_a_file_is_of_the_model_in_it(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("blueprint: {num_sub: 0.5}\nmodel: {n_head: 4}\n")
-    with pytest.raises(ConfigError, match=r"0\.5 of 4 blocks is 2, use blueprint\.num_sub=2"):
-        load_config(str(tmp_path / "mine.yaml"))
-
-
 MEANT = {
     "learning_rate": "train.lr",
     "train.learning_rate": "train.lr",
@@ -103,13 +77,13 @@ REFUSED = {
     "model.architecture=gpt-2": "qwen3, opt, gpt_neox, or module:name of your own, did you mean 'gpt2'?",
     "algorithm=TwIST": "algorithm='TwIST' must be one of twist, fedavg, ddp, did you mean 'twist'?",
     "blueprint.policy=best": "blueprint.policy='best' must be one of random, rolling, ordered, static, importance",
-    "blueprint.num_sub=abc": "blueprint.num_sub='abc' must be a whole number, or several as 6,3",
+    "blueprint.num_sub=abc": "blueprint.num_sub=abc must be a number of blocks (6), a share of a layer",
     "blueprint.num_sub=[]": "blueprint.num_sub=[] has 0 entries for train.workers=4",
     "blueprint.num_sub=-1": "blueprint.num_sub=-1: a layer's share is 1 block or more, not -1",
-    "blueprint.num_sub=6.5": "blueprint.num_sub=6.5 must be a whole number: use 6 or 7",
+    "blueprint.num_sub=6.5": "blueprint.num_sub=6.5 must be a number of blocks (6), a share of a layer",
     "blueprint.num_sub=6,,3": "blueprint.num_sub=6,,3 has an empty place: write 6,3",
     "blueprint.num_sub=[6": "blueprint.num_sub=[6 has one bracket of two: write 6 or 6,3",
-    "blueprint.num_sub=null": "blueprint.num_sub=null must be a number, or several as 6,3",
+    "blueprint.num_sub=null": "blueprint.num_sub=null must be a size, or several as 6,3",
     "train.lr=": "train.lr= has no value: write a number, for example 0.0001, or leave it out",
     "data.path=": "data.path= has no value: write null for none, or leave it out",
     "train.lr=0,001": "train.lr='0,001' must be a number: use 0.001",
@@ -204,8 +178,7 @@ def test_whatever_is_written_is_read_or_refused(text: str) -> None:
 
 
 IDLE = {
-    "blueprint.setting=attn blueprint.num_sub_ffn=6": "blueprint.num_sub_ffn=6 changes nothing: blueprint.setting=attn",
-    "blueprint.setting=ffn blueprint.num_sub_ffn=6 blueprint.num_sub=3": "blueprint.num_sub=3 changes nothing",
+    "blueprint.setting=attn blueprint.ffn_blocks=6": "blueprint.ffn_blocks=6 changes nothing: blueprint.setting=attn",
     "blueprint.score=taylor": "only blueprint.policy=importance scores blocks",
     "blueprint.assign=shuffled": "blueprint.num_sub names one size for all: give several",
     "data.train_glob=*.md": "data.train_glob=*.md changes nothing: it is for other text than data.source=builtin",

@@ -40,7 +40,7 @@ def test_overrides_win_over_the_preset_and_later_ones_over_earlier(tmp_path: Pat
 
 
 def test_round_trip_through_yaml() -> None:
-    overrides = ["blueprint.num_sub=[1,2,3,4]", "blueprint.common=[0]", "train.lr=3e-4", "model.pretrained=./a b"]
+    overrides = ["blueprint.num_sub=[1,2,3,4]", "blueprint.common=1", "train.lr=3e-4", "model.pretrained=./a b"]
     config = load_config(overrides=[*overrides, "deploy.devices=[{name: phone, memory_mb: 300}]", "data.name='1'"])
     assert from_yaml(to_yaml(config)) == config
     assert config.deploy.devices == [DeviceConfig("phone", 300.0, None, None)]
@@ -65,7 +65,8 @@ def test_of_epochs_and_rounds_the_later_counts() -> None:
 
 def test_one_number_stands_for_all_workers() -> None:
     assert load_config(overrides=["blueprint.num_sub=3"]).blueprint.num_sub == [3]
-    assert load_config(overrides=["blueprint.num_sub_ffn=5"]).blueprint.num_sub_ffn == [5]
+    sizes = ["blueprint.num_sub=6,50%,0.25,3+6,1/3+.5,1/1", "train.workers=6"]
+    assert load_config(overrides=sizes).blueprint.num_sub == [6, "1/2", "1/4", "3+6", "1/3+1/2", "1/1"]
     assert load_config(overrides=["eval.sizes=6,3"]).eval.sizes == [6, 3]
 
 
@@ -91,7 +92,7 @@ REFUSED = {
     "train.epochs=null": "train.epochs=null must be a whole number, for example 3",
     "train.lr=[1,": "train.lr='[1,' must be a number, for example 0.0001",
     "deploy.devices=[{name: tv": "is not YAML: close its brackets, or quote it",
-    "eval.sizes=few": "eval.sizes='few' must be a whole number, or several as 6,3",
+    "eval.sizes=few": "eval.sizes=few must be a number of blocks (6), a share of a layer",
     "train.lr=${nope}": "train.lr: Interpolation key 'nope' not found",
     "algorithm=twits": "algorithm='twits' must be one of twist, fedavg, ddp, did you mean 'twist'?",
     "blueprint.scale=cubic": "blueprint.scale='cubic' must be one of sqrt, linear, none",
@@ -111,7 +112,7 @@ REFUSED = {
     "model.n_embd=100": "model.n_embd=100 must be a multiple of model.n_head=12: use 96",
     "blueprint.undivided_first=-1": "blueprint.undivided_first=-1 must be 0 or more",
     "blueprint.num_sub=[6,6]": "blueprint.num_sub=6,6 has 2 entries for train.workers=4",
-    "blueprint.num_sub_ffn=[]": "blueprint.num_sub_ffn=[] has 0 entries for train.workers=4",
+    "blueprint.num_sub=1+2+3": "blueprint.num_sub=1+2+3 must be a number of blocks (6), a share",
     "eval.every=-1": "eval.every=-1 must be 0 or more",
 }
 
@@ -140,11 +141,11 @@ def test_a_file_that_is_no_configuration(text: str, message: str, tmp_path: Path
 JOB_REFUSED = {
     "data.window=33": "data.window=33 is longer than the model's context: use at most 32",
     "blueprint.num_sub=1": "cannot cover all 4 blocks; the smallest legal N_sub for all is 2",
-    "blueprint.num_sub=5": "num_sub=5 (attn) is more than the 4 blocks",
+    "blueprint.num_sub=5": "blueprint.num_sub=5 of a layer's 4 blocks is impossible: choose 1 to 4",
     "blueprint.ffn_blocks=7": "blueprint.ffn_blocks=7 does not divide the 128 FFN neurons: use 8",
     "blueprint.undivided_first=3": "leave none of the 5 layers to divide",
-    "eval.sizes=5": "a ticket size of 5 (eval.sizes, --sizes) is impossible: choose 1 to 4",
-    "blueprint.common=[4]": "blueprint.common=[4] must be distinct block ids from 0 to 3",
+    "eval.sizes=5": "eval.sizes=5 of a layer's 4 blocks is impossible: choose 1 to 4",
+    "blueprint.common=5": "blueprint.common=5 of a layer's 4 blocks is impossible: choose 0 to 4",
     "model.pretrained=./no/such/folder": "model.pretrained='./no/such/folder' does not exist",
     "model.pretrained=/": "model.pretrained='/' holds no model (no config.json): give a run that has a",
 }

@@ -254,7 +254,7 @@ def made_up(task: Task, lab: Lab) -> dict[str, Any]:
     spread = {"std": 1.5, "min": base - 1, "max": base + 2}
     if task.kind == TRAIN:
         config = lab.config(task)
-        tickets = [{"size": size, "of": 12, "mean": base + 12 - size, **spread} for size in config.eval.sizes]
+        tickets = [{"size": size, "of": 12, "mean": base + 12 - int(size), **spread} for size in config.eval.sizes]
         return {"config": portable_config(config), "rounds": config.train.rounds, "full": base, "tickets": tickets}
     if task.kind == "failure":
         rows = [{"lost": m, "mean": base * 1.3**m, "min": base * 1.2**m, "max": base * 1.5**m, "perplexities": [base]}

@@ -74,7 +74,7 @@ def run_folder(tiny_job: MakeJob, random_state: Callable[..., State], tmp_path_f
         "train.optimizer_state=server",
         "aggregate.optimizer=adam",
         "blueprint.policy=importance",
-        "blueprint.num_common=1",
+        "blueprint.common=1",
     )
     folder = RunFolder(tmp_path_factory.mktemp("mutated") / "my run")
     folder.create(job)

@@ -108,7 +108,8 @@ def test_what_is_no_event_is_passed_over(log: EventLog, line: bytes) -> None:
 
 
 VALUES_OF = {int: 3, float: 2.5, str: "x", list[int]: [3], list[str]: ["x"], dict[str, str]: {"0": "x"},
-             dict[str, int]: {"x": 3}, list[dict[str, float]]: [{"mean": 2.5}]}  # fmt: skip
+             dict[str, int]: {"x": 3}, int | str: "2+6",
+             list[dict[str, int | float | str]]: [{"mean": 2.5}]}  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "field"), [(kind, field) for kind, fields in FIELDS.items() for field in fields])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from math import exp, inf, log
 from statistics import fmean, stdev
 
@@ -12,9 +11,7 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
-from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
-from twist_fl.config.sizes import ticket_sizes
 from twist_fl.data.corpus import Windows
 from twist_fl.model.subnet import State, load_state
 from twist_fl.tickets.evaluate import mean_nll, perplexity, subnet_perplexity, ticket_distribution
@@ -132,17 +129,3 @@ def test_a_distribution_says_what_was_drawn(job: Job, windows: Windows, random_s
     assert (summary["mean"], summary["std"]) == (fmean(expected), stdev(expected))
     assert (summary["min"], summary["max"]) == (min(expected), max(expected))
     assert summary["num_sub"] == (2, 1)
-
-
-def test_ticket_sizes_keep_the_share_of_both_kinds(tiny_job: Callable[..., Job]) -> None:
-    layout = tiny_job("blueprint.ffn_blocks=8", "blueprint.num_sub_ffn=4").layout  # 4 heads
-    both = Division("both", ((2, 4),) * 3, 1, 2)
-    attn, ffn = replace(both, setting="attn"), replace(both, setting="ffn")
-    assert ticket_sizes(layout, both, 3) == (3, 6)
-    assert ticket_sizes(layout, attn, 3) == (3, 8)
-    assert ticket_sizes(layout, ffn, 3) == (4, 3)
-    with pytest.raises(ValueError, match=r"ticket size of 5 .* is impossible: choose 1 to 4"):
-        ticket_sizes(layout, both, 5)
-    odd = tiny_job("blueprint.ffn_blocks=2", "blueprint.num_sub_ffn=1").layout
-    with pytest.raises(ValueError, match=r"size of 3 .* of 4 blocks is no whole number .* choose one of \[2, 4\]"):
-        ticket_sizes(odd, both, 3)

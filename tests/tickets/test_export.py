@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from math import floor
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
+from twist_fl.blueprint.architectures import KINDS
 from twist_fl.blueprint.blocks import Layout, make_layout
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
 from twist_fl.config.schema import DeviceConfig, load_config
-from twist_fl.config.sizes import legal_sizes
+from twist_fl.config.sizes import TicketSize, ticket_sizes
 from twist_fl.data.tokenizer import train_tokenizer
 from twist_fl.model.hf_config import model_config
 from twist_fl.model.subnet import ModelCache, State, get_state
@@ -126,14 +128,20 @@ def plan(
 
 
 def brute_force(layout: Layout, divided: Division, memory_bytes: float, kappa: float) -> int | None:
-    """Most blocks any equal-share ticket holds within the limits, over all pairs of sizes."""
-    heads, ffn = layout.num_blocks
+    """Most blocks any ticket holds within the limits whose kinds have the share k of the larger one, to the nearest."""
+    kinds = [i for i, kind in enumerate(KINDS) if divided.divides(kind)]
+    most = max(layout.num_blocks[i] for i in kinds)
     fitting = []
-    for num_sub in itertools.product(range(1, heads + 1), range(1, ffn + 1)):
-        whole = [n == of for n, of in zip(num_sub, (heads, ffn), strict=True)]
-        legal = {"attn": whole[1], "ffn": whole[0], "both": num_sub[0] * ffn == num_sub[1] * heads}[divided.setting]
+    for num_sub in itertools.product(range(1, layout.num_blocks[0] + 1), range(1, layout.num_blocks[1] + 1)):
+        legal = any(
+            all(
+                max(1, floor(k * of / most + 0.5)) == n if i in kinds else n == of
+                for i, (n, of) in enumerate(zip(num_sub, layout.num_blocks, strict=True))
+            )
+            for k in range(1, most + 1)
+        )
         blueprint = draw_ticket(layout, divided, num_sub, seed=9, draw=9)
-        kept = min(n / of for n, of in zip(num_sub, (heads, ffn), strict=True))
+        kept = max(num_sub[i] / layout.num_blocks[i] for i in kinds)
         if legal and ticket_memory_bytes(layout, blueprint) <= memory_bytes and kept <= kappa:
             fitting.append(sum(map(sum, blueprint.shape)))
     return max(fitting, default=None)
@@ -165,7 +173,7 @@ def test_more_memory_never_gives_a_smaller_ticket() -> None:
     planned = [plan(division(), memory) for memory in np.linspace(least, full, 40)]
     sizes = [LAYOUT.num_params(blueprint) for blueprint in planned]
     assert sizes == sorted(sizes)
-    assert len(set(sizes)) == 6
+    assert len(set(sizes)) == 11  # of 12: all but the smallest
     assert planned[-1] == full_blueprint(LAYOUT)
 
 
@@ -184,7 +192,8 @@ def test_a_device_too_small_is_refused_and_the_size_named_is_enough() -> None:
 
 
 def test_a_share_too_small_is_refused_and_the_one_named_is_enough() -> None:
-    with pytest.raises(ConfigError, match=r"'watch': kappa=0\.1 .* holds 1 of 6 blocks: use at least") as refusal:
+    reason = r"'watch': kappa=0\.1 .* holds 1/6\+1/12 of a layer: use at least"
+    with pytest.raises(ConfigError, match=reason) as refusal:
         plan(division(), 1e9, kappa=0.1)
     named = float(str(refusal.value).rpartition("=")[2])
     assert plan(division(), 1e9, kappa=named).shape[0] == (6, 1, 1, 1, 6)
@@ -192,21 +201,23 @@ def test_a_share_too_small_is_refused_and_the_one_named_is_enough() -> None:
 
 def test_without_a_limit_there_is_a_ticket_of_every_size() -> None:
     planned = plan_tickets(LAYOUT, division(), DeviceConfig("laptop", latency_ms=1), seed=0)
-    assert planned[6] == full_blueprint(LAYOUT)
-    assert list(planned) == legal_sizes(LAYOUT, division())[::-1]
-    assert [len(ticket.attn[1]) for ticket in planned.values()] == list(planned)
+    assert list(planned) == ticket_sizes(LAYOUT, division())[::-1]
+    assert next(iter(planned.values())) == full_blueprint(LAYOUT)
+    assert [(len(ticket.attn[1]), len(ticket.ffn[1])) for ticket in planned.values()] == [
+        size.num_sub for size in planned
+    ]
 
 
 @given(st.sets(st.integers(1, 40), min_size=1, max_size=12), st.integers(0, 40), st.integers(0, 9), st.integers(1, 400))
 def test_a_slow_device_ends_with_the_largest_size_that_is_fast_enough(
     legal: set[int], constant: int, slope: int, limit: int
 ) -> None:
-    sizes = sorted(legal, reverse=True)
-    expected = next((size for size in sizes if constant + slope * size <= limit), None)
+    sizes = [TicketSize((size, size), (40, 40), "both") for size in sorted(legal, reverse=True)]
+    expected = next((size for size in sorted(legal, reverse=True) if constant + slope * size <= limit), None)
     tried: list[int] = []
     while sizes and (not tried or constant + slope * tried[-1] > limit):
-        tried.append(sizes[0])
-        sizes = next_sizes(sizes, constant + slope * sizes[0], limit)
+        tried.append(sizes[0].num_sub[0])
+        sizes = next_sizes(sizes, constant + slope * tried[-1], limit)
     assert tried[-1] == (min(legal) if expected is None else expected)
     assert tried == sorted(set(tried), reverse=True)
 

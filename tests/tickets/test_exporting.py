@@ -11,7 +11,6 @@ from conftest import Run
 from small_tickets import ticket
 
 from twist_fl import TrainedRun
-from twist_fl.cli.tickets import blocks_of
 from twist_fl.runs import local
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import LaunchError
@@ -86,9 +85,8 @@ def test_a_format_of_the_users_comes_in_by_the_same_door(
         (("--format", "compcat"), r"format='compcat' must be one of compact, hf, gguf, .*did you mean 'compact'\?"),
         (("--format", "json:loads"), r"must be a function \(ticket, folder, tokenizer_folder, dtype\) -> words"),
         (("--dtype", "int3"), r"--dtype 'int3': the format compact has float32, bfloat16, float16"),
-        (("--size", "1/3"), r"--size 1/3 of 4 blocks is 1\.33: give a whole number of blocks, 1 to 4, or .* 1/4"),
-        (("--size", "half"), r"--size 'half' is no number of blocks and no share: for example 2 or 1/2"),
-        (("--size", "5"), r"a ticket size of 5 .* is impossible: choose 1 to 4"),
+        (("--size", "half"), r"--size half must be a number of blocks \(6\), a share of a layer \(1/2, 50%\), or both"),
+        (("--size", "5"), r"--size 5 of a layer's 4 blocks is impossible: choose 1 to 4"),
         (("--format", "gguf"), r"--format gguf: llama\.cpp has layers of different sizes for the Llama family"),
     ],
 )  # fmt: skip
@@ -99,11 +97,6 @@ def test_what_cannot_be_is_refused(
     assert status == 2
     assert re.search(reason, " ".join(error.split()))
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(("size", "blocks"), [("4", 4), ("1/3", 4), ("25%", 3), ("0.5", 6), ("12", 12), ("1/1", 12)])
-def test_a_share_counts_blocks(size: str, blocks: int) -> None:
-    assert blocks_of(size, 12) == blocks
 
 
 def test_an_export_that_is_not_the_ticket_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ def test_bytes_are_about_the_same(exported: tuple[Path, str], tmp_path: Path) ->
     assert 0 < float(found[2]) < 10
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
     kinds = {each.data_type for each in onnx.load(tmp_path / "model.onnx").graph.initializer if len(each.dims) == 2}
-    assert onnx.TensorProto.INT8 in kinds
+    assert onnx.TensorProto.UINT8 in kinds
 
 
 def test_a_dtype_and_a_missing_package_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

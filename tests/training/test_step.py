@@ -152,8 +152,8 @@ def test_a_run_compiles_once_per_shape(compilations: list[int], tiny_job: MakeJo
 
 def test_more_shapes_than_torch_expects_are_all_compiled(compilations: list[int], tiny_job: MakeJob) -> None:
     """Torch gives up after 8 compilations of one piece of code."""
-    job = tiny_job("train.compile=true", "train.workers=12", "blueprint.num_sub_ffn=[1,1,1,1,2,2,2,2,3,3,3,3]",
-                   "blueprint.num_sub=[1,2,3,4,1,2,3,4,1,2,3,4]")  # fmt: skip
+    job = tiny_job("train.compile=true", "train.workers=12", 
+                   "blueprint.num_sub=1+1,2+1,3+1,4+1,1+2,2+2,3+2,4+2,1+3,2+3,3+3,4+3")  # fmt: skip
     models, state = job.models(compile=True), job.initial_state()
     windows = torch.zeros((1, 16), dtype=torch.int64)
     for blueprint in job.blueprints(1):

@@ -110,7 +110,7 @@ VARIANTS = ("true", "masked", "hybrid")
     [
         ("train.optimizer_state=reset",),
         ("train.optimizer_state=client",),
-        ("train.optimizer_state=server", "blueprint.ffn_blocks=8", "blueprint.num_sub_ffn=3"),
+        ("train.optimizer_state=server", "blueprint.ffn_blocks=8", "blueprint.num_sub=2+3"),
         ("train.optimizer_state=factored",),
         ("blueprint.num_sub=[1,4,2]", "blueprint.setting=ffn", "blueprint.assign=shuffled"),
     ],

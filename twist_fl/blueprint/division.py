@@ -30,21 +30,20 @@ class Division:
 
     `num_sub` holds sizes, (heads, FFN blocks) per divided layer: one per worker, or with `assign="drawn"` those that
     may be drawn. A kind that `setting` leaves out is held whole, and so are the first `undivided_first` and the last
-    `undivided_last` layers. Every worker holds the common blocks (C): the ids in `common`, or
-    the `num_common` blocks that lead the layer's `scores`.
+    `undivided_last` layers. Every worker holds `common` blocks (C) of each kind: the first, or by the policy
+    "importance" those that lead the layer's `scores`.
     """
 
     setting: Setting
     num_sub: Sizes
     undivided_first: int = 2
     undivided_last: int = 2
-    common: tuple[int, ...] = ()
+    common: tuple[int, int] = (0, 0)
     policy: str = "random"
     """Which chooses the blocks: `policies.policy_of`."""
     assign: Assign = "fixed"
     drawn_workers: int = 0
     """Workers that sizes are drawn for."""
-    num_common: int = 0
     scores: Scores | None = None
     ticket_policy: TicketPolicy = "random"
 
@@ -60,12 +59,14 @@ class Division:
         return [p for p in layout.params if p.kind is not None and self.divides(p.kind) and p.layer in layers]
 
     @property
-    def common_size(self) -> int:
-        return self.num_common or len(self.common)
+    def by_importance(self) -> bool:
+        """Whether the common blocks are chosen by scores."""
+        return self.policy == "importance"
 
     def common_blocks(self, kind: Kind, layer: int) -> tuple[int, ...]:
         """C of one layer."""
-        return self.by_score(kind, layer)[: self.num_common] if self.num_common else self.common
+        number = self.common[KINDS.index(kind)]
+        return self.by_score(kind, layer)[:number] if self.by_importance else tuple(range(number))
 
     def by_score(self, kind: Kind, layer: int) -> tuple[int, ...]:
         """The layer's blocks, most important first; equal ones by id. Raises ValueError without scores."""
@@ -99,43 +100,35 @@ class Division:
 
     def _covers(self, layout: Layout, sizes: Sequence[tuple[int, int]]) -> bool:
         """Whether `sizes` have the places that the policy needs: N_full - |C| <= sum of (N_sub - |C|)."""
-        common = self.common_size
+        common = self.common
         return not policy_of(self.policy).covers or all(
-            layout.num_blocks[i] - common <= sum(size[i] - common for size in sizes)
+            layout.num_blocks[i] - common[i] <= sum(size[i] - common[i] for size in sizes)
             for i, kind in enumerate(KINDS)
             if self.divides(kind)
         )
 
     def check(self, layout: Layout, coverage: bool = True) -> None:
-        """Raises ValueError for layers or common blocks that do not exist, and as `_check_sizes` if asked to."""
+        """Raises ValueError for layers that do not exist, and as `_check_sizes` if asked to."""
         if not self.layers(layout.num_layers):
             raise ValueError(
                 f"blueprint.undivided_first={self.undivided_first} and undivided_last={self.undivided_last} leave "
                 f"none of the {layout.num_layers} layers to divide: make their sum at most {layout.num_layers - 1}"
             )
         for i, kind in enumerate(KINDS):
-            num_full = layout.num_blocks[i]
-            if not self.divides(kind):
-                continue
-            if len(set(self.common)) != len(self.common) or any(not 0 <= block < num_full for block in self.common):
-                raise ValueError(
-                    f"blueprint.common={list(self.common)} must be distinct block ids from 0 to {num_full - 1}"
-                )
-            if coverage:
-                self._check_sizes(kind, num_full, [size[i] for size in self.num_sub])
+            if coverage and self.divides(kind):
+                self._check_sizes(kind, layout.num_blocks[i], [size[i] for size in self.num_sub], self.common[i])
         if coverage and self.assign == "drawn" and not self._enough(layout):
             raise ValueError(
                 f"blueprint.num_sub: of the sizes {list(self.num_sub)} (heads, FFN blocks) none, if all "
-                f"{self.drawn_workers} workers draw it, covers all {layout.num_blocks} blocks with {self.common_size} "
+                f"{self.drawn_workers} workers draw it, covers all {layout.num_blocks} blocks with {self.common} "
                 "common ones: add a larger size"
             )
 
-    def _check_sizes(self, kind: Kind, num_full: int, num_sub: list[int]) -> None:
+    def _check_sizes(self, kind: Kind, num_full: int, num_sub: list[int], common: int) -> None:
         """Raises ValueError, naming the smallest legal N_sub, if some block could go untrained (section 3.1)."""
-        num_workers, common = len(num_sub), self.common_size
+        num_workers = len(num_sub)
         smallest = max(common, 1, -(-(num_full + (num_workers - 1) * common) // num_workers))
-        key = "num_sub" if kind == "attn" else "num_sub_ffn or num_sub"
-        what = f"blueprint.{key}={num_sub if len(set(num_sub)) > 1 else num_sub[0]} ({kind})"
+        what = f"blueprint.num_sub={num_sub if len(set(num_sub)) > 1 else num_sub[0]} ({kind})"
         if max(num_sub) > num_full:
             raise ValueError(f"{what} is more than the {num_full} blocks of a layer: use at most {num_full}")
         if min(num_sub) < max(common, 1):

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from twist_fl.cli import options
-from twist_fl.cli.usage import block_counts, explain, versions
+from twist_fl.cli.usage import explain, listed_sizes, versions
 from twist_fl.config.schema import load_config, presets
 from twist_fl.federation.joining import node_arguments
 from twist_fl.system.errors import ConfigError, LaunchError
@@ -96,7 +96,7 @@ def tickets(
     places: options.Places = None,
 ) -> None:
     """Draw random subnets from a trained run and show the distribution of their perplexity."""
-    counts = block_counts(sizes)
+    counts = listed_sizes(sizes)
     from twist_fl.cli import tickets as of_run
 
     of_run.tickets(console, run, counts, draws, windows, places or [])
@@ -138,7 +138,7 @@ def prune(
     places: options.Places = None,
 ) -> None:
     """Prune a trained run after training, by the methods that TwIST is compared with, and show what each costs."""
-    counts = block_counts(sizes)
+    counts = listed_sizes(sizes)
     from twist_fl.cli.progress import loading
     from twist_fl.pruning.names import chosen_methods
 
@@ -166,7 +166,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The module",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 60,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
-    size: Annotated[int | None, typer.Option(help="For a run: blocks per divided layer of a random ticket.")] = None,
+    size: options.TicketSize = None,
     seed: options.Seed = 0,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the Python code in the model's folder: it can do anything.")

@@ -16,11 +16,11 @@ from twist_fl.blueprint.cost import PAPER_EXCHANGES, Group, RunCost, groups, run
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.moments import moment_layouts
 from twist_fl.config.schema import Config, ModelConfig, load_config
-from twist_fl.config.sizes import blocks_per_layer, legal_sizes, make_division, ticket_sizes, workers_per_round
+from twist_fl.config.sizes import make_division, ticket_sizes, workers_per_round
 from twist_fl.model.hf_config import model_config, scratch_fields
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
-from twist_fl.system.units import count, human_bytes
+from twist_fl.system.units import count, human_bytes, size_label
 
 GPT2_VOCABULARY = 50_257
 
@@ -63,7 +63,8 @@ def _show(console: Console, title: str, config: Config, model: Mapping[str, Any]
             f"round: use --steps {most} at most"
         )
     try:
-        layout, division = make_layout(model, config.blueprint.ffn_blocks), make_division(config)
+        layout = make_layout(model, config.blueprint.ffn_blocks)
+        division = make_division(config, layout)
         division.check(layout, coverage=config.algorithm == "twist")
         travel = {} if ddp else moment_layouts(config.train.optimizer_state, layout)
         moments = travel.values()
@@ -134,11 +135,11 @@ def _of_sizes(
     """A worker's cost for every size that all workers could hold, the largest first."""
     plain = Division(division.setting, (), division.undivided_first, division.undivided_last)
     rows = []
-    for size in reversed(legal_sizes(layout, division)):
+    for size in reversed(ticket_sizes(layout, division)):
         # As many workers as blocks: every size is legal for enough of them.
-        num_sub = (ticket_sizes(layout, division, size),) * max(layout.num_blocks)
+        num_sub = (size.num_sub,) * max(layout.num_blocks)
         row = run_cost(layout, replace(plain, num_sub=num_sub), rounds, steps, moments)
-        rows.append((f"{size}/{blocks_per_layer(layout, division)}", row))
+        rows.append((size_label(size.row), row))
     return rows
 
 

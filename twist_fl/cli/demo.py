@@ -21,12 +21,12 @@ MODEL = files("twist_fl.model") / "demo_model"
 """The trained model that the demo starts from; benchmarks/demo_model.py makes it."""
 BUDGET = ("train.rounds=70", "eval.tickets=10")
 RUNS = {
-    "twist": ("blueprint.num_sub=[12,6,4,3]", "blueprint.assign=shuffled", "blueprint.common=[0,1]"),
+    "twist": ("blueprint.num_sub=[12,6,4,3]", "blueprint.assign=shuffled", "blueprint.common=2"),
     "fedavg": ("algorithm=fedavg",),
 }
 """At the preset's learning rate: of those tried the best for FedAvg; for TwIST, 2 x it is better for tickets alone."""
 PRUNERS = {"magnitude": "FedAvg, then magnitude", "sparsegpt": "FedAvg, then SparseGPT"}
-SHARES = (1 / 2, 1 / 4)
+SHARES = ("1/2", "1/4")
 _CALIBRATION, _DRAWS, _NEW_TOKENS, _TURNS = 128, 10, 16, 15
 _PROMPT = "The module"
 
@@ -67,23 +67,22 @@ def _words(directory: Path, name: str, overrides: list[str]) -> list[str]:
 def _against_pruning(console: Console, twist: RunFolder, fedavg: RunFolder) -> list[dict[str, Any]]:
     """The full models, and smaller ones of two sizes: tickets, and FedAvg's model pruned to as many weights."""
     waits_for(console, "pruning FedAvg's model, and measuring all of them")
-    from twist_fl.config.sizes import blocks_per_layer, legal_sizes
+    from twist_fl.config.sizes import TicketSize, ticket_size
     from twist_fl.experiments.weighing import rows_of, whole
     from twist_fl.pruning.methods import Pruned, prune
     from twist_fl.runs.trained import TrainedRun
 
     ours, rival = TrainedRun(twist.path), TrainedRun(fedavg.path)
     layout, division, seed = ours.job.layout, ours.job.division, ours.job.config.seed
-    of, legal = blocks_per_layer(layout, division), legal_sizes(layout, division)
-    sizes = [max(size for size in legal if size <= max(share * of, legal[0])) for share in SHARES]
+    full, *sizes = (ticket_size(layout, division, share) for share in ("1/1", *SHARES))
     windows = min(_CALIBRATION, len(rival.job.corpus.train))
 
-    def pruned(run: TrainedRun, method: str, size: int) -> Pruned:
+    def pruned(run: TrainedRun, method: str, size: TicketSize) -> Pruned:
         return prune(run.job, run.state.params, method, size, seed=seed, calibration_windows=windows)
 
-    models = [("FedAvg", rival, whole(rival.state.params, of))]
+    models = [("FedAvg", rival, whole(rival.state.params, full))]
     models += [(label, rival, pruned(rival, method, size)) for method, label in PRUNERS.items() for size in sizes]
-    models += [("TwIST", ours, whole(ours.state.params, of))]
+    models += [("TwIST", ours, whole(ours.state.params, full))]
     models += [("TwIST's tickets", ours, pruned(ours, "se", size)) for size in sizes]
     measured = rows_of(
         [(run.job, model) for _, run, model in models], ours.test, draws=_DRAWS, new_tokens=_NEW_TOKENS, turns=_TURNS

@@ -12,7 +12,7 @@ Runs = Annotated[
     list[Path] | None, typer.Argument(help="Folders of runs, or a folder with runs in it.", show_default="runs")
 ]
 Sizes = Annotated[
-    str | None, typer.Option(help="Ticket sizes in blocks per divided layer, as 8,6,4; default: as the run.")
+    str | None, typer.Option(help="Ticket sizes, written as --size, as 8,6,4 or 1/2,1/4; default: as the run.")
 ]
 Draws = Annotated[int, typer.Option(min=1, max=100_000, help="Random tickets per size; prune: for se and se-unscaled.")]
 Windows = Annotated[int | None, typer.Option(min=1, help="Test windows to use; default: as the run.")]
@@ -80,7 +80,9 @@ Save = Annotated[
 ]
 TicketSize = Annotated[
     str | None,
-    typer.Option(help="Blocks per divided layer, or a share of them: 4, 1/3 or 25%; default: the whole model."),
+    typer.Option(
+        help="Blocks of a divided layer, or a share: 4, 1/3, 25%; of attention+FFN: 2+6; default: the whole model."
+    ),
 ]
 Format = Annotated[
     str, typer.Option(help="compact, hf, gguf, onnx (docs/exports.md), or module:name of your own (docs/extending.md).")

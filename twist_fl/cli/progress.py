@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from twist_fl.config.shares import ShareError
+from twist_fl.config.shares import Size
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.events import Event
 from twist_fl.runs.story import Follower, lines, round_text, warnings
@@ -42,7 +42,7 @@ def waits_for(console: Console, what: str) -> None:
         console.print(f"{what} ...", style="dim", soft_wrap=True)
 
 
-def loading(console: Console, run: Path, sizes: Sequence[int] | ShareError | None) -> None:
+def loading(console: Console, run: Path, sizes: Sequence[Size] | None) -> None:
     """What to say before torch is loaded for a run's sake. Raises ConfigError as `chosen_sizes`."""
     chosen_sizes(RunFolder(run).job(), sizes)
     waits_for(console, "loading torch and the run")

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from twist_fl.config.shares import ShareError
-from twist_fl.config.sizes import blocks_per_layer
+from twist_fl.config.shares import Size
+from twist_fl.config.sizes import TicketSize
 from twist_fl.data.corpus import Windows
 from twist_fl.pruning.methods import prune, pruned_perplexities, save_pruned, sparsity
 from twist_fl.report.cells import titled
@@ -21,6 +21,7 @@ from twist_fl.runs.trained import TrainedRun, chosen_sizes
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import write_json
 from twist_fl.system.provenance import provenance
+from twist_fl.system.units import size_label
 from twist_fl.training.job import Job
 
 Row = dict[str, Any]
@@ -31,7 +32,7 @@ def prune_run(
     console: Console,
     path: Path,
     methods: list[str],
-    sizes: Sequence[int] | ShareError | None,
+    sizes: Sequence[Size] | None,
     *,
     windows: int | None,
     calibration: int,
@@ -43,17 +44,17 @@ def prune_run(
     """Prune the newest checkpoint of the run in `path` by every method to every size; a table, and pruned.json."""
     run = TrainedRun(path, places)
     folder, job, state, config = run.folder, run.job, run.state, run.job.config
-    of = blocks_per_layer(job.layout, job.division)
     chosen = chosen_sizes(job, sizes)
-    if min(chosen) == of:
-        raise ConfigError(f"--sizes {of} is the whole layer, which leaves nothing to prune: give sizes below {of}")
+    if all(size.is_whole for size in chosen):
+        whole = chosen[0].row["size"]
+        raise ConfigError(f"--sizes {whole} is the whole layer, which leaves nothing to prune: give sizes below it")
     test = job.corpus.test[: windows or config.eval.max_windows]
     with console.status("the full model"):
         full = run.perplexity(windows=test)
     rows: list[Row] = []
     for method in methods:
         for size in chosen:
-            with console.status(f"{method}, {size}/{of}"):
+            with console.status(f"{method}, {size_label(size.row)}"):
                 rows.append(_row(console, job, state.params, method, size, test, calibration, draws, save))
     results = provenance() | {
         "config": portable_config(config),
@@ -81,7 +82,7 @@ def _row(
     job: Job,
     params: Any,
     method: str,
-    size: int,
+    size: TicketSize,
     test: Windows,
     calibration: int,
     draws: int,
@@ -92,11 +93,10 @@ def _row(
     pruned = prune(job, params, method, size, seed=config.seed, calibration_windows=calibration, say=console.print)
     perplexities = pruned_perplexities(job, pruned, test, config.eval.batch_size, draws=draws, seed=config.seed)
     if save is not None:
-        save_pruned(job, pruned, save / f"{method}-{size}")
+        save_pruned(job, pruned, save / f"{method}-{size.row['size']}")
     return {
         "method": method,
-        "size": size,
-        "of": pruned.of,
+        **size.row,
         "scale": pruned.scale,
         "perplexity": fmean(perplexities),
         "std": stdev(perplexities) if len(perplexities) > 1 else None,
@@ -118,7 +118,7 @@ def _table(rows: list[Row]) -> Table:
         spread = "" if row["std"] is None else f" ± {row['std']:.2f}"
         table.add_row(
             row["method"],
-            f"{row['size']}/{row['of']}",
+            size_label(row),
             f"{row['perplexity']:.2f}{spread}",
             f"{row['sparsity']:.4f}",
             f"{row['seconds']:.2f}",

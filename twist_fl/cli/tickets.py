@@ -11,14 +11,15 @@ from rich.table import Table
 
 from twist_fl.cli.progress import loading, waits_for
 from twist_fl.config.finding import no_run, runs_in
-from twist_fl.config.shares import ShareError, is_share, share_of
+from twist_fl.config.shares import Size
+from twist_fl.config.sizes import ticket_size
 from twist_fl.config.suggest import choice
 from twist_fl.report.cells import titled
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.trained import TrainedRun, chosen_sizes
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.plugins import EXPORT_FORMAT
-from twist_fl.system.units import human_bytes
+from twist_fl.system.units import human_bytes, size_label
 
 _COLDEST, _HOTTEST = 0.01, 100
 
@@ -26,7 +27,7 @@ _COLDEST, _HOTTEST = 0.01, 100
 def tickets(
     console: Console,
     path: Path,
-    sizes: Sequence[int] | ShareError | None,
+    sizes: Sequence[Size] | None,
     draws: int,
     windows: int | None,
     places: Sequence[str] = (),
@@ -34,18 +35,16 @@ def tickets(
     """Perplexity of random tickets of several sizes."""
     loading(console, path, sizes)
     run = TrainedRun(path, places)
-    from twist_fl.config.sizes import blocks_per_layer
-
     job = run.job
     test = job.corpus.test[: windows or job.config.eval.max_windows]
     table = Table()
     for column in ("blocks", "parameters", "mean", "std", "min", "max"):
         table.add_column(column, justify="right")
     for size in chosen_sizes(job, sizes):
-        with console.status(f"tickets of {size} blocks"):
-            row = run.tickets(size, draws, test).summary()
+        with console.status(f"tickets of {size_label(size.row)}"):
+            row = run.tickets(size.row["size"], draws, test).summary()
         values = [f"{row[key]:.2f}" for key in ("mean", "std", "min", "max")]
-        table.add_row(f"{size}/{blocks_per_layer(job.layout, job.division)}", f"{row['num_params']:,}", *values)
+        table.add_row(size_label(size.row), f"{row['num_params']:,}", *values)
     title = f"{path}, round {run.state.round}: perplexity (lower is better) of {draws} random tickets a size, "
     console.print(titled(f"{title}on {test.size:,} test tokens", table))
 
@@ -68,31 +67,14 @@ def export(
     loading(console, path, None)
     EXPORT_FORMAT.find(format)
     run = TrainedRun(path, places)
-    from twist_fl.config.sizes import blocks_per_layer
-
-    of = blocks_per_layer(run.job.layout, run.job.division)
-    blocks = None if size is None else blocks_of(size, of)
-    blueprint = run.blueprint(blocks, draw, seed)
-    name = f"{of if blocks is None else blocks}-of-{of}-{format.rpartition(':')[2]}-{dtype}"
+    row = ticket_size(run.job.layout, run.job.division, size or "1/1", "--size").row
+    blueprint = run.blueprint(size, draw, seed)
+    name = f"{row['size']}-of-{row['of']}-{format.rpartition(':')[2]}-{dtype}"
     text = run.job.corpus.test[:windows] if windows else None
     with console.status(f"{format}: writing and checking"):
         found = run.export(blueprint, out or run.folder.path / "exports" / name, format, dtype, text)
     checked = f"checked in {found.checked}" if found.checked else "the format checks nothing"
     console.print(f"{found.folder}: {human_bytes(found.num_bytes)}; {checked}", soft_wrap=True, highlight=False)
-
-
-def blocks_of(size: str, of: int) -> int:
-    """Of --size 4, 1/3 or 25%: blocks of a divided layer of `of`. Raises ConfigError unless it is a whole number."""
-    number = share_of(size)
-    if number is None:
-        raise ConfigError(f"--size {size!r} is no number of blocks and no share: for example {max(1, of // 2)} or 1/2")
-    blocks = number * of if is_share(number, size) else number
-    if blocks.denominator != 1:
-        raise ConfigError(
-            f"--size {size} of {of} blocks is {float(blocks):.3g}: give a whole number of blocks, 1 to {of}, or a "
-            f"share that is one, for example {max(1, round(blocks))}/{of}"
-        )
-    return int(blocks)
 
 
 def generate(
@@ -101,7 +83,7 @@ def generate(
     prompt: str,
     new_tokens: int,
     temperature: float,
-    size: int | None,
+    size: Size | None,
     seed: int,
     trust_remote_code: bool = False,
 ) -> None:
@@ -114,7 +96,8 @@ def generate(
     if temperature and not _COLDEST <= temperature <= _HOTTEST:
         raise ConfigError(f"--temperature {temperature:g} must be 0 (the likeliest token), or {_COLDEST} to {_HOTTEST}")
     if size is not None and (path / "job.json").is_file():
-        chosen_sizes(RunFolder(path).job(), [size])
+        job = RunFolder(path).job()
+        ticket_size(job.layout, job.division, size, "--size")
     waits_for(console, "loading torch and the model")
     model, tokenizer = _model_and_tokenizer(path, size, seed, trust_remote_code)
     import torch
@@ -137,7 +120,7 @@ def generate(
     console.print(tokenizer.decode(output[0]), markup=False, highlight=False)
 
 
-def _model_and_tokenizer(path: Path, size: int | None, seed: int, trust_remote_code: bool) -> tuple[Any, Any]:
+def _model_and_tokenizer(path: Path, size: Size | None, seed: int, trust_remote_code: bool) -> tuple[Any, Any]:
     if (path / "job.json").is_file():
         run = TrainedRun(path)
         return run.model(run.blueprint(size, seed=seed)), run.tokenizer()

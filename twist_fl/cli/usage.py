@@ -12,7 +12,7 @@ import click
 
 from twist_fl import __version__
 from twist_fl.config.schema import Config
-from twist_fl.config.shares import ShareError, is_share, share_of
+from twist_fl.config.shares import Size, normal_size
 from twist_fl.config.suggest import closest, nearest, settings_like, settings_named
 from twist_fl.config.values import split_list
 from twist_fl.system.errors import ConfigError
@@ -97,18 +97,13 @@ def _value(name: str, words: Sequence[str]) -> str:
     return "..."
 
 
-def block_counts(sizes: str | None) -> list[int] | ShareError | None:
-    """Of --sizes 8,6,4; of a share the error, which only a run can complete. Raises ConfigError."""
+def listed_sizes(sizes: str | None) -> list[Size] | None:
+    """Of --sizes 8,1/2,3+6. Raises ConfigError."""
     if sizes is None:
         return None
-    words = split_list("--sizes", sizes)
-    found = [number for word in words if (number := share_of(word)) is not None and number > 0]
-    if found and len(found) == len(words):
-        if any(map(is_share, found, words)):
-            return ShareError("--sizes", words, found)
-        if all(number.denominator == 1 for number in found):
-            return [int(number) for number in found]
-    raise ConfigError(f"--sizes {sizes!r} is not a list of block counts, for example 8,6,4")
+    if not (words := split_list("--sizes", sizes)):
+        raise ConfigError("--sizes is empty: give sizes, for example 8,6,4 or 1/2,1/4")
+    return [normal_size("--sizes", word) for word in words]
 
 
 def versions() -> str:

@@ -9,6 +9,7 @@ from math import inf
 from typing import Any
 
 from twist_fl.blueprint.architectures import use_architecture
+from twist_fl.config.shares import Size, read_size
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.plugins import ARCHITECTURE
 
@@ -24,7 +25,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "0 or more": (
         lambda value: value >= 0,
-        "seed blueprint.undivided_first blueprint.undivided_last blueprint.num_common blueprint.score_every "
+        "seed blueprint.undivided_first blueprint.undivided_last blueprint.score_every "
         "train.eps train.weight_decay eval.every flower.gpus_per_worker",
     ),
     "at least 2": (lambda value: value >= 2, "data.window"),
@@ -45,7 +46,7 @@ _MOST = {
     "flower.poll_interval flower.connect_timeout flower.wait_for_nodes",
     2**63 - 1: "seed train.interval train.batch_size train.epochs train.rounds train.loss_chunk eval.every "
     "eval.batch_size eval.watch_windows eval.max_windows checkpoint_every blueprint.score_every "
-    "blueprint.score_windows blueprint.undivided_first blueprint.undivided_last blueprint.num_common "
+    "blueprint.score_windows blueprint.undivided_first blueprint.undivided_last "
     "blueprint.ffn_blocks",
 }
 """Far above what anyone has use for, and below what takes minutes to fail: layers, workers, seconds (of a timeout)."""
@@ -71,8 +72,8 @@ def _check_bounds(config: Any) -> None:
     ):
         if value == inf:
             raise ConfigError(f"{key}={value} must be a number, not infinite")
-    for key, sizes in _values(config, "blueprint.num_sub blueprint.num_sub_ffn eval.sizes"):
-        if low := [size for size in sizes if size < 1]:
+    for key, sizes in _values(config, "blueprint.num_sub eval.sizes"):
+        if low := [size for size in sizes if min(amount.number for amount in read_size(key, size)) <= 0]:
             raise ConfigError(f"{key}={_listed(sizes)}: a layer's share is 1 block or more, not {low[0]}")
 
 
@@ -157,41 +158,24 @@ def _values(config: Any, keys: str) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _listed(sizes: Sequence[int]) -> str:
+def _listed(sizes: Sequence[Size]) -> str:
     """As it is written on the command line: 6,3."""
     return ",".join(map(str, sizes)) if sizes else "[]"
 
 
 def _check_sizes(blueprint: Any, workers: int) -> None:
-    given = {"num_sub": blueprint.num_sub, "num_sub_ffn": blueprint.num_sub_ffn}
-    drawn = blueprint.assign == "drawn"
-    for key, sizes in given.items():
-        if sizes is not None and (not sizes if drawn else len(sizes) not in (1, workers)):
-            raise ConfigError(
-                f"blueprint.{key}={_listed(sizes)} has {len(sizes)} entries for train.workers={workers}: give one, or "
-                "one each"
-            )
-    heads, ffn = blueprint.num_sub, blueprint.num_sub_ffn or blueprint.num_sub
-    if drawn and 1 not in (len(heads), len(ffn)) and len(heads) != len(ffn):
+    sizes = blueprint.num_sub
+    if not sizes if blueprint.assign == "drawn" else len(sizes) not in (1, workers):
         raise ConfigError(
-            f"blueprint.num_sub={heads} and num_sub_ffn={ffn} are drawn in pairs: give both the same length, or one "
-            "number for one of them"
+            f"blueprint.num_sub={_listed(sizes)} has {len(sizes)} entries for train.workers={workers}: give one, or "
+            "one each"
         )
 
 
 def _check_policies(config: Any) -> None:
     blueprint, by_score = config.blueprint, config.blueprint.policy == "importance"
-    if by_score and blueprint.common:
-        raise ConfigError(
-            f"blueprint.common={blueprint.common} and policy=importance both choose the common blocks: give "
-            "blueprint.num_common instead"
-        )
-    if by_score and not blueprint.num_common:
-        raise ConfigError("blueprint.policy=importance needs blueprint.num_common: at least 1")
-    if not by_score and blueprint.num_common:
-        raise ConfigError(
-            f"blueprint.num_common={blueprint.num_common} is for policy=importance: here, list ids in blueprint.common"
-        )
+    if by_score and not blueprint.common:
+        raise ConfigError("blueprint.policy=importance needs blueprint.common: at least 1")
     if by_score and config.algorithm != "twist":
         raise ConfigError(f"blueprint.policy=importance divides nothing with algorithm={config.algorithm}: use twist")
     if config.eval.ticket_policy == "importance" and not by_score:

@@ -22,15 +22,8 @@ def _if(holds: Callable[[Any], Any], reason: str) -> Reason:
 
 _IDLE: tuple[tuple[str, Reason], ...] = (
     (
-        "blueprint.num_sub_ffn blueprint.ffn_blocks",
+        "blueprint.ffn_blocks",
         _if(lambda c: c.blueprint.setting == "attn", "blueprint.setting=attn leaves the FFN whole"),
-    ),
-    (
-        "blueprint.num_sub",
-        _if(
-            lambda c: c.blueprint.setting == "ffn" and c.blueprint.num_sub_ffn,
-            "blueprint.setting=ffn divides the FFN alone, and blueprint.num_sub_ffn says how",
-        ),
     ),
     (
         "blueprint.score blueprint.score_every blueprint.score_windows",
@@ -39,7 +32,7 @@ _IDLE: tuple[tuple[str, Reason], ...] = (
     (
         "blueprint.assign",
         _if(
-            lambda c: len(set(c.blueprint.num_sub)) == 1 and len(set(c.blueprint.num_sub_ffn or [0])) == 1,
+            lambda c: len(set(c.blueprint.num_sub)) == 1,
             "blueprint.num_sub names one size for all: give several, as 6,4,3,3",
         ),
     ),

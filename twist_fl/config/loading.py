@@ -15,7 +15,6 @@ from twist_fl.config.effects import check_effects
 from twist_fl.config.finding import checkpoints_of
 from twist_fl.config.hub import check_folder, expanded, is_path, local_path
 from twist_fl.config.layers import Layer, as_mapping, keys_of, lay_over, parse_yaml, read_overrides, read_preset, typed
-from twist_fl.config.shares import ShareError, refuse_share
 from twist_fl.config.suggest import choice
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.plugins import names_in
@@ -35,7 +34,7 @@ def load(schema: Any, preset: str | None, overrides: Sequence[str], strict: bool
         plugin.check(name, choice)
     if strict:
         _check_places(config)
-        check_effects(config, _merge(schema, layers)[0], {key for layer in given for key in keys_of(layer)})
+        check_effects(config, _merge(schema, layers), {key for layer in given for key in keys_of(layer)})
     return config
 
 
@@ -50,28 +49,25 @@ def _check_places(config: Any) -> None:
 
 def from_layers(schema: Any, layers: Sequence[Any]) -> Any:
     """Merge plain mappings over the defaults and check the result."""
-    config, share = _merge(schema, layers)
-    if share:
-        refuse_share(config, share)
+    config = _merge(schema, layers)
     check_values(config)
     _make_absolute(config)
     config.data.tokenizer = config.data.tokenizer or config.model.pretrained
     return config
 
 
-def _merge(schema: Any, layers: Sequence[Any]) -> tuple[Any, ShareError | None]:
-    """Not checked yet, and a share that is to be refused when the model is known."""
-    given, share = Layer(), None
+def _merge(schema: Any, layers: Sequence[Any]) -> Any:
+    """Not checked yet."""
+    given = Layer()
     for layer in layers:
-        plain, in_layer = _without_shares(schema, as_mapping(layer))
-        share = share or in_layer
+        plain = typed(as_mapping(layer), schema, schema)
         train = plain.get("train", {})
         if "epochs" in train:
             train.setdefault("rounds", None)  # of the two budgets, the one given last counts
         lay_over(given, plain)
     try:
         # Once for all layers: each merge copies the whole schema.
-        return OmegaConf.to_object(OmegaConf.merge(_defaults(schema), OmegaConf.create(given))), share
+        return OmegaConf.to_object(OmegaConf.merge(_defaults(schema), OmegaConf.create(given)))
     except OmegaConfBaseException as error:  # of ${other.key}: all else is of its type already
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
 
@@ -80,16 +76,6 @@ def _merge(schema: Any, layers: Sequence[Any]) -> tuple[Any, ShareError | None]:
 def _defaults(schema: Any) -> Any:
     """Merging leaves it as it is."""
     return OmegaConf.structured(schema)
-
-
-def _without_shares(schema: Any, layer: dict[str, Any]) -> tuple[dict[str, Any], ShareError | None]:
-    """The layer typed, and a share that stands where blocks are counted: how many, the model says, of a later layer."""
-    try:
-        return typed(layer, schema, schema), None
-    except ShareError as error:
-        section, _, name = error.key.partition(".")
-        rest = {key: value for key, value in layer[section].items() if key != name}
-        return _without_shares(schema, {**layer, section: rest})[0], error
 
 
 def _make_absolute(config: Any) -> None:

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from twist_fl.config import loading
 from twist_fl.config.layers import conf_dir as conf_dir  # noqa: PLC0414
 from twist_fl.config.layers import presets as presets  # noqa: PLC0414
+from twist_fl.config.shares import Size
 from twist_fl.system.errors import ConfigError as ConfigError  # noqa: PLC0414 (the name users import)
 
 Algorithm = Literal["twist", "fedavg", "ddp"]
@@ -80,10 +81,10 @@ class BlueprintConfig:
     policy: str = "random"
     """Which blocks. random: Algorithm 1; rolling: a window that moves (FedRolex); ordered: the first ones (HeteroFL);
     static: drawn once; importance: Algorithm 1 with the common blocks that score highest."""
-    num_sub: list[int] = field(default_factory=lambda: [6])
-    """Blocks held per divided layer: one number for all workers, or one per worker. fedavg and ddp: all hold all."""
-    num_sub_ffn: list[int] | None = None
-    """The same for FFN blocks, where it differs from `num_sub`."""
+    num_sub: list[Size] = field(default_factory=lambda: ["1/2"])
+    """What a worker holds of each divided layer: one size for all workers, or one per worker. 6: blocks of attention,
+    and as large a part of the FFN; 1/2: a share, to the nearest block; 3+6: attention's blocks and the FFN's. fedavg
+    and ddp: all hold all."""
     assign: Literal["fixed", "shuffled", "drawn"] = "fixed"
     """fixed: worker s holds num_sub[s]; shuffled: the list is dealt out anew every round; drawn: every worker draws
     its size from the list, of any length, every round."""
@@ -91,10 +92,9 @@ class BlueprintConfig:
     """FFN blocks per layer (R); null: as many as attention blocks (heads, or key/value heads)."""
     undivided_first: int = 2
     undivided_last: int = 2
-    common: list[int] = field(default_factory=list)
-    """Block ids that every worker holds (C)."""
-    num_common: int = 0
-    """policy=importance: how many blocks of each layer are common, those that score highest."""
+    common: Size = 0
+    """Blocks that every worker holds (C), a size as in `num_sub`: the first, or by policy=importance those that score
+    highest."""
     score: Literal["fisher", "taylor"] = "fisher"
     """fisher: summed squared gradients of a block's parameters; taylor: |sum of parameter x gradient|."""
     score_every: int = 0
@@ -194,8 +194,8 @@ class EvalConfig:
     """Windows of the test split for the final results; null: all."""
     tickets: int = 20
     """Random tickets per size."""
-    sizes: list[int] = field(default_factory=lambda: [8, 6, 4, 3])
-    """Ticket sizes, in blocks per divided layer."""
+    sizes: list[Size] = field(default_factory=lambda: ["2/3", "1/2", "1/3", "1/4"])
+    """Ticket sizes, written as in `blueprint.num_sub`."""
     ticket_policy: Literal["random", "ordered", "importance"] = "random"
     """Which blocks a ticket holds: random ones, the first, or with blueprint.policy=importance the highest scores."""
 

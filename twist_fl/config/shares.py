@@ -1,80 +1,64 @@
-"""A share where blocks are counted (0.5, 50%, 1/2): what it comes to of the model at hand."""
+"""A size as a person writes it: 6 blocks, a share (1/2, 50%, 0.5), or attention and the FFN apart (3+6, 1/3+1/2)."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NoReturn
+from typing import Any
 
-from twist_fl.blueprint.architectures import known_architecture
-from twist_fl.config.hub import expanded
 from twist_fl.system.errors import ConfigError
 
 DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d", "-"))
 """A minus sign is often a dash in what is pasted from a page."""
+Size = int | str
+"""As a configuration holds it: a number of blocks, or text that `read_size` takes."""
 
 
-class ShareError(ConfigError):
-    """A share stands where a number of blocks does: `given` as typed, `numbers` what it says."""
+@dataclass(frozen=True)
+class Amount:
+    """Of the blocks of one layer: a number of them, or a share of all."""
 
-    def __init__(self, key: str, given: Sequence[str], numbers: Sequence[Fraction]) -> None:
-        super().__init__(f"{key}={','.join(given)} counts blocks, and is given a share")
-        self.key, self.given, self.numbers = key, given, numbers
+    number: Fraction
+    is_share: bool
+
+    def share(self, blocks: int) -> Fraction:
+        return self.number if self.is_share else self.number / blocks
 
 
-def is_share(share: Fraction, item: Any) -> bool:
-    return 0 < share < 1 or (0 < share <= 1 and ("/" in str(item) or "%" in str(item)))
+def read_size(key: str, item: Any) -> tuple[Amount, ...]:
+    """One amount for all kinds of blocks, or two, attention's and the FFN's. Raises ConfigError for what is no size."""
+    parts = str(item).split("+")
+    amounts = [] if isinstance(item, bool) else [found for part in parts if (found := amount_of(part)) is not None]
+    if len(amounts) != len(parts) or len(parts) > 2:
+        joined = " " if key.startswith("--") else "="
+        raise ConfigError(
+            f"{key}{joined}{item} must be a number of blocks (6), a share of a layer (1/2, 50%), or both for "
+            "attention+FFN (3+6, 1/3+1/2); several as 6,3"
+        )
+    return tuple(amounts)
 
 
-def share_of(item: Any) -> Fraction | None:
-    """0.5, .5, 50% and 1/2 as shares; None for what is no number."""
-    text = str(item).strip().translate(DASHES)
+def normal_size(key: str, item: Any) -> Size:
+    """The size as a configuration holds it. Raises ConfigError."""
+    amounts = read_size(key, item)
+    if len(amounts) == 1 and not amounts[0].is_share:
+        return int(amounts[0].number)
+    return "+".join(str(amount.number) if not amount.is_share else _share_text(amount.number) for amount in amounts)
+
+
+def _share_text(share: Fraction) -> str:
+    """1 is 1/1, which the number of blocks is not."""
+    return f"{share.numerator}/{share.denominator}"
+
+
+def amount_of(text: str) -> Amount | None:
+    """6 as a number; 0.5, .5, 50% and 1/2 as shares; None for what is neither."""
+    text = text.strip().translate(DASHES)
     percent = text.endswith("%")
     try:
-        share = Fraction(text.removesuffix("%").strip())
+        number = Fraction(text.removesuffix("%").strip())
     except (ValueError, ZeroDivisionError):
         return None
-    return share / 100 if percent else share
-
-
-def blocks_of_share(error: ShareError, of: int, what: str) -> str:
-    """'num_sub=0.5 must be a number of blocks, 1 to 12 (heads of a layer): 0.5 of 12 blocks is 6, use num_sub=6'."""
-    steps, whole = list[str](), list[str]()
-    for text, number in zip(error.given, error.numbers, strict=True):
-        if not is_share(number, text):
-            whole.append(text)
-            continue
-        blocks = number * of
-        whole.append(str(max(1, round(blocks))))
-        steps.append(f"{text} of {of} blocks is {float(blocks):.3g}")
-    joined = " " if error.key.startswith("--") else "="
-    return (
-        f"{error.key}{joined}{','.join(error.given)} must be a number of blocks, 1 to {of} ({what}): "
-        f"{', '.join(dict.fromkeys(steps))}, use {error.key}{joined}{','.join(whole)}"
-    )
-
-
-def refuse_share(config: Any, error: ShareError) -> NoReturn:
-    """Says how many blocks the share is of the model that `config` is about. Raises ConfigError."""
-    raise ConfigError(blocks_of_share(error, *_blocks(config, error.key))) from error
-
-
-def _blocks(config: Any, key: str) -> tuple[int, str]:
-    """Blocks of a layer and what they are; of a checkpoint that is not here, of the paper's model."""
-    model = config.model
-    of_ffn = key.endswith("num_sub_ffn") or config.blueprint.setting == "ffn"
-    if of_ffn and config.blueprint.ffn_blocks:
-        return config.blueprint.ffn_blocks, "FFN blocks of a layer"
-    if not model.pretrained:
-        heads = model.n_kv_head or model.n_head
-        return heads, "heads of a layer" if heads == model.n_head else "key/value heads of a layer"
-    file = expanded(model.pretrained) / "config.json"
-    if file.is_file():
-        fields: Mapping[str, Any] = json.loads(file.read_text())
-        architecture = known_architecture(fields.get("model_type"))
-        keys = architecture.keys if architecture else {}
-        for name, what in (("n_kv_head", "key/value heads of a layer"), ("n_head", "heads of a layer")):
-            if isinstance(heads := fields.get(keys.get(name, "")), int):
-                return heads, what
-    return model.n_head, "heads of a layer, here as GPT-2 small has"
+    number = number / 100 if percent else number
+    is_share = percent or "/" in text or 0 < number < 1
+    return Amount(number, is_share) if is_share or number.denominator == 1 else None

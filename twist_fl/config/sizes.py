@@ -1,28 +1,34 @@
-"""What a configuration divides, and the sizes that a ticket can have; no torch."""
+"""What a configuration divides, and the sizes of workers and tickets; no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from math import floor
+from typing import Any
 
+from twist_fl.blueprint.architectures import KINDS, Kind
 from twist_fl.blueprint.blocks import Layout
-from twist_fl.blueprint.division import Division, Sizes
+from twist_fl.blueprint.division import Division, Setting, Sizes
 from twist_fl.config.schema import BlueprintConfig, Config
+from twist_fl.config.shares import Size, read_size
+from twist_fl.system.errors import ConfigError
 
 
-def make_division(config: Config) -> Division:
-    """What `config.blueprint` says, not checked."""
+def make_division(config: Config, layout: Layout) -> Division:
+    """What `config.blueprint` says of a model, not checked. Raises ConfigError for a size that none can be."""
     blueprint, workers = config.blueprint, config.train.workers
     return Division(
         blueprint.setting,
-        _sizes(blueprint, workers),
+        _sizes(blueprint, layout, workers),
         blueprint.undivided_first,
         blueprint.undivided_last,
-        tuple(blueprint.common),
+        held_of(layout, blueprint.setting, "blueprint.common", blueprint.common, least=0),
         blueprint.policy,
         blueprint.assign,
         drawn_workers=workers,
-        num_common=blueprint.num_common,
         ticket_policy=config.eval.ticket_policy,
     )
 
@@ -50,40 +56,85 @@ def smallest_share(config: Config, division: Division) -> Division:
     return replace(division, num_sub=(*always, *zip(heads, ffn, strict=True)))
 
 
-def _sizes(blueprint: BlueprintConfig, workers: int) -> Sizes:
-    """(heads, FFN blocks) of each worker, or those to draw from; a single number stands for all."""
-    heads, ffn = blueprint.num_sub, blueprint.num_sub_ffn or blueprint.num_sub
-    length = max(len(heads), len(ffn)) if blueprint.assign == "drawn" else workers
-    heads, ffn = (sizes * length if len(sizes) == 1 else sizes for sizes in (heads, ffn))
-    return tuple(zip(heads, ffn, strict=True))
+def _sizes(blueprint: BlueprintConfig, layout: Layout, workers: int) -> Sizes:
+    """(heads, FFN blocks) of each worker, or those to draw from; a single size stands for all."""
+    sizes = [held_of(layout, blueprint.setting, "blueprint.num_sub", size) for size in blueprint.num_sub]
+    return tuple(sizes * workers if len(sizes) == 1 and blueprint.assign != "drawn" else sizes)
 
 
-def blocks_per_layer(layout: Layout, division: Division) -> int:
-    """What a ticket's size counts: heads, or FFN blocks where only those are divided."""
-    return layout.num_blocks[0 if division.divides("attn") else 1]
+def divided_kinds(setting: Setting) -> list[int]:
+    """Places in KINDS of what a setting divides."""
+    return [i for i, kind in enumerate(KINDS) if setting in (kind, "both")]
 
 
-def ticket_sizes(layout: Layout, division: Division, size: int) -> tuple[int, int]:
-    """(heads, FFN blocks) of a ticket of `size` blocks: the same share of both kinds.
+def blocks_per_layer(layout: Layout, setting: Setting) -> int:
+    """What a size without a kind counts: the blocks of the divided kind that has most."""
+    return max(layout.num_blocks[i] for i in divided_kinds(setting))
 
-    A kind that the setting does not divide is whole. Raises ValueError if the share is not a whole block.
-    """
-    heads, ffn_blocks = layout.num_blocks
-    of = blocks_per_layer(layout, division)
-    if not 1 <= size <= of:
-        raise ValueError(f"a ticket size of {size} (eval.sizes, --sizes) is impossible: choose 1 to {of}")
-    ffn = size * ffn_blocks / of
-    if division.divides("ffn") and ffn != int(ffn):
-        legal = [n for n in range(1, of + 1) if n * ffn_blocks % of == 0]
-        raise ValueError(
-            f"a ticket size of {size} (eval.sizes, --sizes) of {of} blocks is no whole number of the "
-            f"{ffn_blocks} FFN blocks: choose one of {legal}"
+
+def held_of(layout: Layout, setting: Setting, key: str, size: Any, least: int = 1) -> tuple[int, int]:
+    """(heads, FFN blocks) of a size: each kind's share to the nearest block, at least `least`; a kind that is not
+    divided is whole. Raises ConfigError for more than a layer has."""
+    amounts, kinds = read_size(key, size), divided_kinds(setting)
+    joined = " " if key.startswith("--") else "="
+    if len(amounts) == 2 and len(kinds) == 1:
+        raise ConfigError(
+            f"{key}{joined}{size} is a size for attention+FFN, and blueprint.setting={setting} divides one of them: "
+            "give one number"
         )
-    return (size if division.divides("attn") else heads, int(ffn) if division.divides("ffn") else ffn_blocks)
+    held = list(layout.num_blocks)
+    for i in kinds:
+        of = blocks_per_layer(layout, setting) if len(amounts) == 1 else layout.num_blocks[i]
+        share = amounts[i if len(amounts) == 2 else 0].share(of)
+        if share > 1 or share < 0 or (least and not share):
+            raise ConfigError(f"{key}{joined}{size} of a layer's {of} blocks is impossible: choose {least} to {of}")
+        held[i] = max(least, floor(share * layout.num_blocks[i] + Fraction(1, 2)))
+    return held[0], held[1]
 
 
-def legal_sizes(layout: Layout, division: Division) -> list[int]:
-    """Ticket sizes that `ticket_sizes` accepts, ascending; the last is the full model."""
-    ffn_blocks = layout.num_blocks[1]
-    of = blocks_per_layer(layout, division)
-    return [size for size in range(1, of + 1) if division.setting != "both" or size * ffn_blocks % of == 0]
+@dataclass(frozen=True)
+class TicketSize:
+    """Blocks of each divided layer that a ticket holds, of how many, (heads, FFN blocks)."""
+
+    num_sub: tuple[int, int]
+    num_blocks: tuple[int, int]
+    setting: Setting
+
+    @cached_property
+    def _shares(self) -> list[Fraction]:
+        return [self.share_of(KINDS[i]) for i in divided_kinds(self.setting)]
+
+    @property
+    def is_whole(self) -> bool:
+        return self.num_sub == self.num_blocks
+
+    def share_of(self, kind: Kind | None) -> Fraction:
+        """kappa of one kind of blocks; a parameter of none is held whole."""
+        if kind is None:
+            return Fraction(1)
+        i = KINDS.index(kind)
+        return Fraction(self.num_sub[i], self.num_blocks[i])
+
+    @property
+    def share(self) -> Fraction:
+        """kappa, of the kind of which more is held."""
+        return max(self._shares)
+
+    @property
+    def row(self) -> dict[str, Size]:
+        """As results have it: 6 of 12, or where the shares of attention and FFN differ, 2+6 of 3+12."""
+        if len(set(self._shares)) == 1:
+            of = max(self.num_blocks[i] for i in divided_kinds(self.setting))
+            return {"size": int(self.share * of), "of": of}
+        return {"size": "+".join(map(str, self.num_sub)), "of": "+".join(map(str, self.num_blocks))}
+
+
+def ticket_size(layout: Layout, division: Division, size: Any, key: str = "size") -> TicketSize:
+    """Raises ConfigError for a size that cannot be."""
+    return TicketSize(held_of(layout, division.setting, key, size), layout.num_blocks, division.setting)
+
+
+def ticket_sizes(layout: Layout, division: Division) -> list[TicketSize]:
+    """One for each number of blocks, ascending; the last is the full model."""
+    of = blocks_per_layer(layout, division.setting)
+    return list(dict.fromkeys(ticket_size(layout, division, size) for size in range(1, of + 1)))

@@ -33,7 +33,8 @@ KEY_SYNONYMS = {
     "data.vocab_size": "vocab vocabulary n_vocab",
     "data.window": "seq_len sequence_length seq_length block_size max_length max_seq_len max_seq_length bptt",
     "blueprint.num_sub": "sparsity kappa keep ratio density keep_ratio prune_ratio pruning_ratio n_sub subnet_size "
-    "width_multiplier capacity blocks num_blocks",
+    "width_multiplier capacity blocks num_blocks num_sub_ffn",
+    "blueprint.common": "num_common",
     "blueprint.setting": "prune divide target",
     "blueprint.policy": "sampling selection",
     "train.workers": "num_clients clients n_clients client num_workers n_workers num_nodes nodes num_supernodes "

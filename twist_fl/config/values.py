@@ -13,7 +13,7 @@ from math import inf, isfinite
 from typing import Any, Literal, Union, get_args, get_origin
 
 from twist_fl.config.checks import shown
-from twist_fl.config.shares import DASHES, ShareError, is_share, share_of
+from twist_fl.config.shares import DASHES, Size, normal_size
 from twist_fl.config.suggest import choice
 from twist_fl.system.errors import ConfigError
 
@@ -23,7 +23,7 @@ _NULLS = ("null", "none", "~")
 
 def plain_hint(hint: Any) -> tuple[Any, bool]:
     """The type without its `| None`, and whether it had one."""
-    if get_origin(hint) in (Union, types.UnionType):
+    if hint != Size and get_origin(hint) in (Union, types.UnionType):
         return next(arm for arm in get_args(hint) if arm is not type(None)), True
     return hint, False
 
@@ -52,15 +52,16 @@ def convert(key: str, value: Any, hint: Any, default: Any) -> Any:
         return _one_of(key, value, list(get_args(kind)))
     if get_origin(kind) is list:
         return _list(key, value)
-    return {bool: _bool, int: _int, float: _float, str: _str}[kind](key, value, _example(default))
+    return {bool: _bool, int: _int, float: _float, str: _str, Size: _size}[kind](key, value, _example(default))
 
 
 def _words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(get_args(kind))}"
     if get_origin(kind) is list:
-        return "a number, or several as 6,3"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[kind]
+        return "a size, or several as 6,3"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a word", Size: "a size"}
+    return words[kind]
 
 
 def _example(default: Any) -> str:
@@ -132,14 +133,14 @@ def _str(key: str, value: Any, example: str) -> str:
     return text
 
 
-def _list(key: str, value: Any) -> list[int]:
+def _size(key: str, value: Any, example: str) -> Size:
+    return normal_size(key, value)
+
+
+def _list(key: str, value: Any) -> list[Size]:
     """Of 6, "6,3", "[6, 3]" or a list."""
     items = split_list(key, value) if isinstance(value, str) else value if isinstance(value, list) else [value]
-    numbers = [share_of(item) for item in items]
-    read = [number for number in numbers if number is not None]
-    if len(read) == len(items) and any(map(is_share, read, items)):
-        raise ShareError(key, [str(item).strip() for item in items], read)
-    return [_int(f"{key}[{i}]" if len(items) > 1 else key, item, ", or several as 6,3") for i, item in enumerate(items)]
+    return [normal_size(f"{key}[{i}]" if len(items) > 1 else key, item) for i, item in enumerate(items)]
 
 
 def split_list(key: str, text: str) -> list[str]:

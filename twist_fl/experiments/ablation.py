@@ -13,7 +13,7 @@ from matplotlib.ticker import NullLocator
 from twist_fl.blueprint.blocks import Layout
 from twist_fl.blueprint.cost import state_bytes
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
-from twist_fl.config.sizes import blocks_per_layer, ticket_sizes
+from twist_fl.config.sizes import ticket_size
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
@@ -55,10 +55,10 @@ def varied(lab: Lab) -> dict[str, Task]:
         "rolling": runs.variation("rolling", "blueprint.policy=rolling"),
         "static": runs.variation("static", "blueprint.policy=static"),
         "importance, |C| = 2": runs.variation(
-            "importance", "blueprint.policy=importance", "blueprint.num_common=2", "blueprint.score_every=20"
+            "importance", "blueprint.policy=importance", "blueprint.common=2", "blueprint.score_every=20"
         ),
         "|C| = 2, sizes 12, 6, 4, 3 shuffled": runs.variation(
-            "common-2-mixed", "blueprint.common=[0, 1]", MIXED, "blueprint.assign=shuffled"
+            "common-2-mixed", "blueprint.common=2", MIXED, "blueprint.assign=shuffled"
         ),
         "ordered": ORDERED[0],
         "ordered, sizes 12, 6, 4, 3": ORDERED[1],
@@ -71,7 +71,7 @@ def interval_bytes(job: Job) -> dict[str, float]:
 
     Of DDP, the gradients are counted with the weights, once a batch.
     """
-    plain = replace(job.division, policy="random", ticket_policy="random", common=(), num_common=0)
+    plain = replace(job.division, policy="random", ticket_policy="random", common=(0, 0))
     workers, seed = job.config.train.workers, job.config.seed
     if job.config.algorithm == "twist":
         rounds = range(1, job.num_rounds + 1)
@@ -94,9 +94,10 @@ def ordered_tickets(folder: RunFolder, *, sizes: list[int]) -> dict[str, Any]:
     windows, config, models = run.test, job.config, run.models
     rows = []
     for size in sizes:
-        ticket = draw_ticket(job.layout, division, ticket_sizes(job.layout, division, size), config.seed, 0)
+        chosen = ticket_size(job.layout, division, size)
+        ticket = draw_ticket(job.layout, division, chosen.num_sub, config.seed, 0)
         value = perplexity(models.load_sliced(ticket, state.params), windows, config.eval.batch_size)
-        rows.append({"size": size, "of": blocks_per_layer(job.layout, division), "mean": value})
+        rows.append(chosen.row | {"mean": value})
     return {"tickets": rows}
 
 

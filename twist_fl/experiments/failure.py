@@ -45,7 +45,7 @@ def survivors(layout: Layout, division: Division, lost: Sequence[int]) -> Bluepr
     Where a kind has more or fewer blocks than there are nodes, neighbouring blocks share a node or lie on every other.
     Raises ValueError if a layer is left without a block.
     """
-    nodes, full = blocks_per_layer(layout, division), full_blueprint(layout)
+    nodes, full = blocks_per_layer(layout, division.setting), full_blueprint(layout)
     rows = {"attn": list(full.attn), "ffn": list(full.ffn)}
     for kind, num_full in zip(KINDS, layout.num_blocks, strict=True):
         alive = tuple(block for block in range(num_full) if block * nodes // num_full not in lost)
@@ -72,7 +72,7 @@ def failure(folder: RunFolder, *, lost: list[int], draws: int) -> dict[str, Any]
     run = TrainedRun(folder.path)
     job, state = run.job, run.state
     config, windows = job.config, run.test
-    nodes = blocks_per_layer(job.layout, job.division)
+    nodes = blocks_per_layer(job.layout, job.division.setting)
     scales: dict[str, Scale] = {"scaled": config.blueprint.scale, "unscaled": "none"}
     found: dict[str, Any] = {"nodes": nodes, "seed": config.seed}
     for name, scale in scales.items():

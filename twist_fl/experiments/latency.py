@@ -12,7 +12,7 @@ import torch
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.division import Setting
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
-from twist_fl.config.sizes import ticket_sizes
+from twist_fl.config.sizes import ticket_size
 from twist_fl.experiments.lab import measure
 from twist_fl.experiments.runs import DDP
 from twist_fl.experiments.shared import BLOCKS, label
@@ -78,4 +78,4 @@ def _batches(job: Job) -> list[torch.Tensor]:
 def subnet(job: Job, setting: Setting, size: int) -> Blueprint:
     """With `size` blocks in each divided layer."""
     division = replace(job.division, setting=setting, ticket_policy="random")
-    return draw_ticket(job.layout, division, ticket_sizes(job.layout, division, size), job.config.seed, 0)
+    return draw_ticket(job.layout, division, ticket_size(job.layout, division, size).num_sub, job.config.seed, 0)

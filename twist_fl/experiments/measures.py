@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from twist_fl.blueprint.division import Setting
-from twist_fl.config.sizes import blocks_per_layer, ticket_sizes
+from twist_fl.config.sizes import ticket_size
 from twist_fl.experiments.ablation import ordered_tickets
 from twist_fl.experiments.failure import failure
 from twist_fl.experiments.latency import latency
@@ -25,19 +25,20 @@ def tickets(folder: RunFolder, *, setting: Setting, sizes: list[int], draws: int
     job, state = run.job, run.state
     division = replace(job.division, setting=setting)
     windows, config, models = run.test, job.config, run.models
+    chosen = [ticket_size(job.layout, division, size) for size in sizes]
     rows = [
         evaluate.ticket_distribution(
             models,
             state.params,
             division,
-            ticket_sizes(job.layout, division, size),
+            size.num_sub,
             windows,
             tickets=draws,
             seed=config.seed,
             batch_size=config.eval.batch_size,
         ).summary()
-        | {"size": size, "of": blocks_per_layer(job.layout, division)}
-        for size in sizes
+        | size.row
+        for size in chosen
     ]
     return {"tickets": rows}
 

@@ -21,7 +21,7 @@ from twist_fl.system.units import perplexity_text, size_label
 
 NUM_SEEDS = 3
 SHUFFLED = (MIXED, "blueprint.assign=shuffled")
-COMMON = "blueprint.common=[0, 1]"
+COMMON = "blueprint.common=2"
 RECIPES = {
     "random, 6/12 (the paper)": runs.twist("both", 6),
     "random, 12, 6, 4, 3": runs.variation("mixed-shuffled", *SHUFFLED),

@@ -32,8 +32,7 @@ def swept(lab: Lab) -> dict[str, dict[int, Task]]:
     return {
         "interval": {interval: _interval(lab, interval) for interval in INTERVALS},
         "common": {
-            count: runs.variation(f"common-{count}", f"blueprint.common={list(range(count))}") if count else base
-            for count in COMMON
+            count: runs.variation(f"common-{count}", f"blueprint.common={count}") if count else base for count in COMMON
         },
         "size": {size: runs.twist("both", size) for size in SIZES},
     }

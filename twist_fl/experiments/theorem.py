@@ -14,7 +14,7 @@ from torch import nn
 
 from twist_fl.blueprint.architectures import KINDS, Kind
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
-from twist_fl.config.sizes import blocks_per_layer, ticket_sizes
+from twist_fl.config.sizes import blocks_per_layer, ticket_size
 from twist_fl.data.corpus import Windows
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Data, Experiment
@@ -73,8 +73,8 @@ def norm_ratios(
     The sum is the output projection without its bias and without a scale factor. The layer's input is the full
     model's: given that, blocks do not know of each other, and a subnet's sum is the full one without the others' terms.
     """
-    division = replace(job.division, setting="both", common=(), ticket_policy="random")
-    num_sub = ticket_sizes(job.layout, division, size)
+    division = replace(job.division, setting="both", common=(0, 0), ticket_policy="random")
+    num_sub = ticket_size(job.layout, division, size).num_sub
     tickets = [draw_ticket(job.layout, division, num_sub, job.config.seed, draw) for draw in range(draws)]
     found = {}
     for (kind, layer), z in output_inputs(job, params, windows).items():
@@ -94,7 +94,7 @@ def norms(
     job, state = run.job, run.state
     params = job.initial_state() if at == "start" else state.params
     rows: list[dict[str, Any]] = []
-    of = blocks_per_layer(job.layout, replace(job.division, setting="both"))
+    of = blocks_per_layer(job.layout, "both")
     for size in sizes:
         ratios = norm_ratios(job, params, job.corpus.test[:windows], size, draws)
         for kind in KINDS:

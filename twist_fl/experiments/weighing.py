@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from twist_fl.blueprint.drawing import full_blueprint
-from twist_fl.config.sizes import blocks_per_layer
+from twist_fl.config.sizes import TicketSize, ticket_size
 from twist_fl.data.corpus import Windows
 from twist_fl.model.subnet import State, fold_scale
 from twist_fl.pruning.methods import Pruned, prune, pruned_perplexities, save_pruned
@@ -114,9 +114,9 @@ def speeds(
     return {name: {WINDOW: median(forward[name]), TOKEN: median(token[name])} for name in models}
 
 
-def whole(state: State, of: int) -> Pruned:
+def whole(state: State, size: TicketSize) -> Pruned:
     """The full model as a row beside what pruning makes of it."""
-    return Pruned(FULL, of, of, dict(state), None, "none", 0.0, 0, 0)
+    return Pruned(FULL, size, dict(state), None, "none", 0.0, 0, 0)
 
 
 def rows_of(
@@ -135,7 +135,7 @@ def rows_of(
     for (job, pruned), speed in zip(models, timed, strict=True):
         config = job.config
         values = pruned_perplexities(job, pruned, windows, config.eval.batch_size, draws=draws, seed=config.seed)
-        facts = {"method": pruned.method, "size": pruned.size, "of": pruned.of, "seconds": pruned.seconds}
+        facts = {"method": pruned.method, **pruned.size.row, "seconds": pruned.seconds}
         rows.append(facts | vars(weigh(job, pruned)) | speed | {"perplexity": fmean(values), "draws": len(values)})
     return rows
 
@@ -147,9 +147,9 @@ def real_cost(
     run = TrainedRun(folder.path)
     job, params = run.job, run.state.params
     job = replace(job, division=replace(job.division, setting="both"))
-    seed, of = job.config.seed, blocks_per_layer(job.layout, job.division)
-    models = [whole(params, of)]
-    models += [prune(job, params, method, size, seed=seed, calibration_windows=calibration) for method in methods]
+    seed, chosen = job.config.seed, ticket_size(job.layout, job.division, size)
+    models = [whole(params, ticket_size(job.layout, job.division, "1/1"))]
+    models += [prune(job, params, method, chosen, seed=seed, calibration_windows=calibration) for method in methods]
     rows = rows_of([(job, model) for model in models], run.test, draws=draws, new_tokens=new_tokens, turns=turns)
-    return {"rows": rows, "size": size, "of": of, "seed": seed, "turns": turns, "window": job.config.data.window,
-            "threads": 1}  # fmt: skip
+    window = job.config.data.window
+    return {"rows": rows, **chosen.row, "seed": seed, "turns": turns, "window": window, "threads": 1}

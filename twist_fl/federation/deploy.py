@@ -16,7 +16,7 @@ from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.drawing import draw_ticket
 from twist_fl.config.checks import check_name
 from twist_fl.config.schema import DeviceConfig
-from twist_fl.config.sizes import blocks_per_layer, legal_sizes, ticket_sizes
+from twist_fl.config.sizes import TicketSize, ticket_sizes
 from twist_fl.federation import tensors, wire
 from twist_fl.federation.connecting import NoWorkersError
 from twist_fl.federation.exchange import exchange
@@ -24,6 +24,7 @@ from twist_fl.model.subnet import State
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import cache_dir, write_json
+from twist_fl.system.units import size_label
 from twist_fl.system.untrusted import Field, plain, read_exactly, shown
 from twist_fl.tickets import edge_client
 from twist_fl.tickets.device_limits import parse_devices
@@ -50,12 +51,11 @@ _REPORT = {
 
 def default_devices(job: Job) -> list[DeviceConfig]:
     """Three devices that just fit the whole model, half of its blocks and a quarter."""
-    sizes = legal_sizes(job.layout, job.division)
+    sizes = ticket_sizes(job.layout, job.division)
     devices = []
     for name, share in (("laptop", 1.0), ("phone", 0.5), ("watch", 0.25)):
-        size = max((s for s in sizes if s <= share * sizes[-1]), default=sizes[0])
-        num_sub = ticket_sizes(job.layout, job.division, size)
-        blueprint = draw_ticket(job.layout, job.division, num_sub, job.config.seed, 0)
+        size = [sizes[0], *(size for size in sizes if size.share <= share)][-1]
+        blueprint = draw_ticket(job.layout, job.division, size.num_sub, job.config.seed, 0)
         needed = ticket_memory_bytes(job.layout, blueprint)
         devices.append(DeviceConfig(name, ceil(needed / 1e4) / 1e2))
     return devices
@@ -123,7 +123,7 @@ def _deploy(folder: RunFolder, job: Job, devices: Sequence[DeviceConfig], carry:
     folder.log("deployed", round=state.round)
 
 
-def plan_device(job: Job, device: DeviceConfig) -> dict[int, Blueprint]:
+def plan_device(job: Job, device: DeviceConfig) -> dict[TicketSize, Blueprint]:
     """`deploy.plan_tickets`. Raises ConfigError if none fits, or if the device's latency could not be measured."""
     context, new_tokens = job.layout.sizes["positions"], job.config.deploy.new_tokens
     if new_tokens >= context:
@@ -137,7 +137,7 @@ def settle(
     job: Job,
     params: State,
     device: DeviceConfig,
-    tickets: dict[int, Blueprint],
+    tickets: dict[TicketSize, Blueprint],
     ship: Callable[[Ticket], dict[str, Any]],
 ) -> tuple[Ticket, dict[str, Any]]:
     """`ship` the largest of `tickets` and, while the device is slower with it than its limit, a smaller one.
@@ -149,14 +149,14 @@ def settle(
         blueprint = tickets[sizes[0]]
         ticket = make_ticket(job.layout, params, job.model_config.to_dict(), blueprint, job.config.blueprint.scale)
         planned_mb = ticket_memory_bytes(job.layout, blueprint) / 1e6
-        tried.append({"size": sizes[0], "planned_mb": planned_mb, "digest": ticket.digest, **ship(ticket)})
+        tried.append({**sizes[0].row, "planned_mb": planned_mb, "digest": ticket.digest, **ship(ticket)})
         took_ms, limit_ms = tried[-1]["ms_per_token"], device.latency_ms
         if limit_ms is None or took_ms <= limit_ms:
             return ticket, _row(job, device, tried)
         if not (sizes := next_sizes(sizes, took_ms, limit_ms)):
             raise ConfigError(
                 f"deploy.devices {device.name!r}: latency_ms={limit_ms:g} is too little; with the smallest possible "
-                f"ticket, size {tried[-1]['size']}, a token took {took_ms:.3g} ms: use a higher limit"
+                f"ticket, {size_label(tried[-1])}, a token took {took_ms:.3g} ms: use a higher limit"
             )
 
 
@@ -164,7 +164,6 @@ def _row(job: Job, device: DeviceConfig, tried: list[dict[str, Any]]) -> dict[st
     """What is reported of a device: its limits, the ticket that stays, and what all that it tried cost."""
     return {
         **asdict(device),
-        "of": blocks_per_layer(job.layout, job.division),
         **tried[-1],
         "bytes_received": sum(each["bytes_received"] for each in tried),
         "tried": [{key: each[key] for key in ("size", "ms_per_token")} for each in tried],

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from twist_fl.blueprint.blueprint import Blueprint, Scale
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
-from twist_fl.config.sizes import blocks_per_layer, ticket_sizes
+from twist_fl.config.shares import Size
+from twist_fl.config.sizes import TicketSize, ticket_size
 from twist_fl.data.corpus import Windows
 from twist_fl.data.tokenizer import copy_tokenizer
 from twist_fl.model.saved import no_bars
@@ -51,11 +52,10 @@ _WEIGHTS: dict[str, tuple[PruneMatrix, Statistic | None]] = {
 
 @dataclass(frozen=True, eq=False)
 class Pruned:
-    """A checkpoint pruned to `size` of `of` blocks per divided layer, or to that share of its weights; and the cost."""
+    """A checkpoint pruned to `size`, in blocks of each divided layer or as a share of its weights; and the cost."""
 
     method: str
-    size: int
-    of: int
+    size: TicketSize
     params: State
     """Full shapes: with zeros, or, of methods that drop blocks, the checkpoint's own tensors."""
     blueprint: Blueprint | None
@@ -74,7 +74,7 @@ def prune(
     job: Job,
     params: Mapping[str, torch.Tensor],
     method: str,
-    size: int,
+    size: Size | TicketSize,
     *,
     seed: int,
     calibration_windows: int = 128,
@@ -87,14 +87,10 @@ def prune(
     """
     if method not in METHODS:
         raise ConfigError(f"no pruning method {method!r}: choose one of {', '.join(METHODS)}")
-    try:
-        num_sub = ticket_sizes(job.layout, job.division, size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    chosen = size if isinstance(size, TicketSize) else ticket_size(job.layout, job.division, size)
     for name, extremes in ranges(params).items():
         if not all(map(isfinite, extremes)):
             raise ConfigError(f"{name} has values that are not finite, of which nothing can be pruned: train it anew")
-    of = blocks_per_layer(job.layout, job.division)
     state, blueprint, windows = dict(params), None, job.corpus.train[:0]
     notes: list[str] = []
 
@@ -106,20 +102,20 @@ def prune(
         if method in CALIBRATED:
             windows = draw_windows(job.corpus.train, calibration_windows, seed)
         if method in _WEIGHTS:
-            state |= _prune_weights(job, params, method, 1 - Fraction(size, of), windows, note)
+            state |= _prune_weights(job, params, method, chosen, windows, note)
         elif method == "block":
-            blueprint = keep_best(job.layout, block_scores(job, params, windows), num_sub)
+            blueprint = keep_best(job.layout, block_scores(job, params, windows), chosen.num_sub)
         else:
-            blueprint = draw_ticket(job.layout, job.division, num_sub, seed, 0)
+            blueprint = draw_ticket(job.layout, job.division, chosen.num_sub, seed, 0)
     # Michel et al. drop heads without a factor for the rest; a ticket has the factor it would have had in training.
     scale: Scale = job.config.blueprint.scale if method == "se" else "none"
     return Pruned(
-        method, size, of, state, blueprint, scale, cost.seconds, cost.peak_bytes, int(windows.size), notes
+        method, chosen, state, blueprint, scale, cost.seconds, cost.peak_bytes, int(windows.size), notes
     )  # fmt: skip
 
 
 def _prune_weights(
-    job: Job, params: Mapping[str, torch.Tensor], method: str, share: Fraction, windows: Windows, note: Say
+    job: Job, params: Mapping[str, torch.Tensor], method: str, size: TicketSize, windows: Windows, note: Say
 ) -> State:
     """The pruned weights by name, layer by layer, each layer calibrated on what the pruned ones before it give."""
     prune_matrix, statistic = _WEIGHTS[method]
@@ -135,7 +131,7 @@ def _prune_weights(
     for group, inputs in layers:
         for matrix in group:
             weight = weights[matrix.param.name]
-            say = partial(_say_of, matrix, note)
+            say, share = partial(_say_of, matrix, note), 1 - size.share_of(matrix.param.kind)
             matrix.put(prune_matrix(matrix.take(weight), inputs[matrix.module], share, say), weight)
     return {name: weights[name].to(params[name].device) for name in {matrix.param.name for matrix in matrices}}
 
@@ -155,13 +151,13 @@ def pruned_perplexities(
     job: Job, pruned: Pruned, windows: Windows, batch_size: int, *, draws: int, seed: int
 ) -> tuple[float, ...]:
     """Of a random ticket those of `draws` tickets, the first being `pruned`; of any other method the one there is."""
-    if pruned.method not in TICKETS or pruned.size == pruned.of:
+    if pruned.method not in TICKETS or pruned.size.is_whole:
         return (pruned_perplexity(job, pruned, windows, batch_size),)
     return ticket_distribution(
         job.models(scale=pruned.scale),
         pruned.params,
         job.division,
-        ticket_sizes(job.layout, job.division, pruned.size),
+        pruned.size.num_sub,
         windows,
         tickets=draws,
         seed=seed,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from math import nan
 from shlex import quote
+from statistics import fmean
 from typing import Any
 
 from twist_fl.report.glossary import ALGORITHMS
@@ -170,9 +172,8 @@ def _wire_bytes(run: FinishedRun, kind: str) -> int:
 
 
 def kappa(size: str) -> float:
-    """Blocks held / blocks in the layer, of '4/12'."""
-    held, _, of = size.partition("/")
-    return int(held) / int(of)
+    """Blocks held / blocks in the layer, of '4/12'; of '1/3+6/12' the mean of both kinds."""
+    return fmean(float(Fraction(part)) for part in size.split("+"))
 
 
 def sizes_of(rows: Iterable[Row]) -> list[str]:

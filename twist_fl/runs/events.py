@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin
 
 from twist_fl.system.files import from_json, to_json, write_text
@@ -31,8 +32,9 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     "eval": {"round": int, "full": float, "subnets?": float},
     "federated": {"round": int, "of": str, "answered": list[int], "dropped": dict[str, str], "loss?": float,
                   "perplexity?": float, "bytes_down": _SIZES, "bytes_up": _SIZES},
-    "ticket": {"size": int},
-    "results": {"full?": float, "tickets": list[dict[str, float]], "lost_replies?": int, "federated?": float},
+    "ticket": {"size": int | str},
+    "results": {"full?": float, "tickets": list[dict[str, int | float | str]], "lost_replies?": int,
+                "federated?": float},
     "failed": {"error": str},
     "device": {"name": str},
     "tracker": {"name": str, "error": str},
@@ -129,7 +131,7 @@ def _has(entry: Event, field: str, wanted: Any) -> bool:
 
 def _is(value: Any, wanted: Any) -> bool:
     """Whether `value` is a `wanted`: int, float, str, or a list or dictionary of one of them."""
-    if (container := get_origin(wanted)) is None:
+    if (container := get_origin(wanted)) in (None, UnionType):
         return isinstance(value, (int, float) if wanted is float else wanted)
     inner = get_args(wanted)[-1]
     return isinstance(value, container) and all(

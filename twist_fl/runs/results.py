@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from twist_fl.blueprint.drawing import full_blueprint
 from twist_fl.config.schema import Config
-from twist_fl.config.sizes import blocks_per_layer, ticket_sizes
+from twist_fl.config.sizes import ticket_size
 from twist_fl.data.own_text import digests, read_texts
 from twist_fl.rounds import RunState
 from twist_fl.runs.checkpoint import RunFolder
@@ -45,20 +45,21 @@ def final_results(job: Job, state: RunState, folder: RunFolder, threads: int | N
     if len(windows):
         full = models.load_sliced(full_blueprint(job.layout), state.params)
         results["full"] = evaluate.perplexity(full, windows, config.eval.batch_size)
-    for size in config.eval.sizes if len(windows) else ():
-        on_ticket = partial(folder.log, "ticket", round=state.round, size=size)
+    sizes = dict.fromkeys(ticket_size(job.layout, division, size) for size in config.eval.sizes)
+    for size in sizes if len(windows) else ():
+        on_ticket = partial(folder.log, "ticket", round=state.round, size=size.row["size"])
         tickets = evaluate.ticket_distribution(
             models,
             state.params,
             division,
-            ticket_sizes(job.layout, division, size),
+            size.num_sub,
             windows,
             tickets=config.eval.tickets,
             seed=config.seed,
             batch_size=config.eval.batch_size,
             on_ticket=on_ticket,
         )
-        results["tickets"].append({"size": size, "of": blocks_per_layer(job.layout, job.division)} | tickets.summary())
+        results["tickets"].append(size.row | tickets.summary())
     for event in folder.events("federated"):
         if event["round"] == state.round and "perplexity" in event:
             results["federated"] = event["perplexity"]

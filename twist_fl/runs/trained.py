@@ -7,12 +7,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twist_fl.config.shares import ShareError, blocks_of_share
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
 
 if TYPE_CHECKING:
     from twist_fl.blueprint.blueprint import Blueprint
+    from twist_fl.config.shares import Size
+    from twist_fl.config.sizes import TicketSize
     from twist_fl.data.corpus import Windows
     from twist_fl.model.subnet import ModelCache
     from twist_fl.rounds import RunState
@@ -49,19 +50,19 @@ class TrainedRun:
         """Windows of the test split that results are made on, (number, tokens)."""
         return self.job.corpus.test[: self.job.config.eval.max_windows]
 
-    def blueprint(self, size: int | None = None, draw: int = 0, seed: int | None = None) -> Blueprint:
-        """A random ticket of `size` blocks per divided layer, the `draw`-th of `seed` (the run's); None: all blocks.
+    def blueprint(self, size: Size | None = None, draw: int = 0, seed: int | None = None) -> Blueprint:
+        """A random ticket of `size` (6 blocks of a layer, 1/2, or 3+6 of attention and the FFN), the `draw`-th of
+        `seed` (the run's); None: all blocks.
 
         Raises ConfigError for an impossible size.
         """
         from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
-        from twist_fl.config.sizes import ticket_sizes
+        from twist_fl.config.sizes import ticket_size
 
         layout, division, seed = self.job.layout, self.job.division, self.job.config.seed if seed is None else seed
         if size is None:
             return full_blueprint(layout)
-        (size,) = chosen_sizes(self.job, [size])
-        return draw_ticket(layout, division, ticket_sizes(layout, division, size), seed, draw)
+        return draw_ticket(layout, division, ticket_size(layout, division, size).num_sub, seed, draw)
 
     def model(self, blueprint: Blueprint | None = None) -> Any:
         """The PreTrainedModel of `blueprint` (None: the full one) with its weights, for `forward` and `generate`.
@@ -83,16 +84,15 @@ class TrainedRun:
         found = self.test if windows is None else windows
         return perplexity(self.model(blueprint), found, self.job.config.eval.batch_size)
 
-    def tickets(self, size: int, draws: int | None = None, windows: Windows | None = None) -> Tickets:
+    def tickets(self, size: Size, draws: int | None = None, windows: Windows | None = None) -> Tickets:
         """Perplexities of `draws` random tickets of one size (eval.tickets); the same ones for every run of one seed.
 
         Raises ConfigError for an impossible size.
         """
-        from twist_fl.config.sizes import ticket_sizes
+        from twist_fl.config.sizes import ticket_size
         from twist_fl.tickets.evaluate import ticket_distribution
 
-        (size,) = chosen_sizes(self.job, [size])
-        num_sub, config = ticket_sizes(self.job.layout, self.job.division, size), self.job.config
+        num_sub, config = ticket_size(self.job.layout, self.job.division, size).num_sub, self.job.config
         whole = num_sub == self.job.layout.num_blocks
         return ticket_distribution(
             self.models,
@@ -138,19 +138,10 @@ class TrainedRun:
         return export(ticket, folder, format, dtype, self.folder.checkpoints()[-1], source)
 
 
-def chosen_sizes(job: Job, given: Sequence[int] | ShareError | None) -> list[int]:
-    """The ticket sizes given, else the run's. Raises ConfigError if a size is impossible, or the run has none."""
-    from twist_fl.config.sizes import blocks_per_layer, ticket_sizes
+def chosen_sizes(job: Job, given: Sequence[Size] | None) -> list[TicketSize]:
+    """The ticket sizes given, else the run's, each once. Raises ConfigError if one is impossible, or there is none."""
+    from twist_fl.config.sizes import ticket_size
 
-    if isinstance(given, ShareError):
-        of = blocks_per_layer(job.layout, job.division)
-        raise ConfigError(blocks_of_share(given, of, "blocks of a divided layer"))
-    sizes: list[int] = list(given or job.config.eval.sizes)
-    if not sizes:
+    if not (sizes := given or job.config.eval.sizes):
         raise ConfigError("the run has eval.sizes=[]: give sizes, for example --sizes 8,6,4")
-    try:
-        for size in sizes:
-            ticket_sizes(job.layout, job.division, size)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    return sizes
+    return list(dict.fromkeys(ticket_size(job.layout, job.division, size, "--sizes") for size in sizes))

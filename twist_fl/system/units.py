@@ -29,7 +29,9 @@ def perplexity_text(value: float) -> str:
 
 
 def size_label(ticket: Mapping[str, Any]) -> str:
-    return f"{ticket['size']}/{ticket['of']}"
+    """6/12, or where attention and the FFN differ, 2/3+6/12."""
+    held, of = (str(ticket[key]).split("+") for key in ("size", "of"))
+    return "+".join(map("/".join, zip(held, of, strict=True)))
 
 
 def count(number: int, what: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from twist_fl.config.checks import check_device, check_name, shown
 from twist_fl.config.schema import DeviceConfig
-from twist_fl.config.shares import share_of
+from twist_fl.config.shares import amount_of
 from twist_fl.system.errors import ConfigError
 
 _NUMBER = r"(?P<number>\d+\.?\d*|\.\d+)"
@@ -48,8 +48,8 @@ def _limit(word: str, limit: str) -> tuple[str, float]:
         return "memory_mb", float(found["number"]) * base ** _PREFIXES[unit.removesuffix("i")] / 1e6
     if found := _TIME.fullmatch(limit):
         return "latency_ms", float(found["number"]) * (1 if found["unit"].lower() == "ms" else 1000)
-    if ("/" in limit or limit.endswith("%")) and (share := share_of(limit)) is not None:
-        return "kappa", float(share)
+    if ("/" in limit or limit.endswith("%")) and (amount := amount_of(limit)) is not None:
+        return "kappa", float(amount.number)
     if re.fullmatch(_NUMBER, limit):
         if float(limit) < 1:
             raise ConfigError(

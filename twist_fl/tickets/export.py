@@ -19,13 +19,14 @@ from twist_fl.blueprint.cost import BYTES_PER_PARAM, state_bytes
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import draw_ticket
 from twist_fl.config.schema import DeviceConfig
-from twist_fl.config.sizes import blocks_per_layer, legal_sizes, ticket_sizes
+from twist_fl.config.sizes import TicketSize, ticket_sizes
 from twist_fl.data.tokenizer import copy_tokenizer
 from twist_fl.model.hf_config import padding_token
 from twist_fl.model.subnet import State, fold_scale
 from twist_fl.model.subnet_classes import family_of, shipped_code, subnet_sizes
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import new_folder, save_tensors
+from twist_fl.system.units import size_label
 
 MODEL_CODE = "modeling_subnet.py"
 
@@ -42,24 +43,24 @@ def ticket_memory_bytes(layout: Layout, blueprint: Blueprint) -> int:
 
 def plan_tickets(
     layout: Layout, division: Division, device: DeviceConfig, seed: int, draw: int = 0
-) -> dict[int, Blueprint]:
+) -> dict[TicketSize, Blueprint]:
     """A random ticket of every size that meets the device's `memory_mb` and `kappa`, by size, the largest first.
 
     The full blueprint leads if the full model does. Its latency only the device can tell: see `next_sizes`. Raises
     ConfigError if not even the smallest size meets both.
     """
-    of, sizes = blocks_per_layer(layout, division), legal_sizes(layout, division)
+    sizes = ticket_sizes(layout, division)
     memory_mb = inf if device.memory_mb is None else device.memory_mb
     kappa = 1.0 if device.kappa is None else device.kappa
-    if sizes[0] / of > kappa:
+    if float(sizes[0].share) > kappa:
         raise ConfigError(
             f"deploy.devices {device.name!r}: kappa={kappa:g} is too little; the smallest possible ticket holds "
-            f"{sizes[0]} of {of} blocks: use at least kappa={_rounded_up(sizes[0] / of)}"
+            f"{size_label(sizes[0].row)} of a layer: use at least kappa={_rounded_up(float(sizes[0].share))}"
         )
     tickets = {
-        size: draw_ticket(layout, division, ticket_sizes(layout, division, size), seed, draw)
+        size: draw_ticket(layout, division, size.num_sub, seed, draw)
         for size in reversed(sizes)
-        if size / of <= kappa
+        if float(size.share) <= kappa
     }
     needed = {size: ticket_memory_bytes(layout, ticket) for size, ticket in tickets.items()}
     fitting = {size: ticket for size, ticket in tickets.items() if needed[size] <= memory_mb * 1e6}
@@ -67,7 +68,7 @@ def plan_tickets(
         least_mb = _rounded_up(needed[sizes[0]] / 1e6)
         raise ConfigError(
             f"deploy.devices {device.name!r}: memory_mb={memory_mb:g} is too little; the smallest possible ticket, "
-            f"size {sizes[0]}, needs {least_mb} MB with its KV cache: use at least memory_mb={least_mb}"
+            f"{size_label(sizes[0].row)}, needs {least_mb} MB with its KV cache: use at least memory_mb={least_mb}"
         )
     return fitting
 
@@ -77,14 +78,14 @@ def _rounded_up(value: float) -> float:
     return ceil(value * 1e3) / 1e3
 
 
-def next_sizes(sizes: Sequence[int], took: float, limit: float) -> list[int]:
+def next_sizes(sizes: Sequence[TicketSize], took: float, limit: float) -> list[TicketSize]:
     """Sizes left to try when the first of `sizes`, largest first, `took` longer a token than `limit`.
 
     Those at most limit / took of it; the smallest if there is none; none if that was it. Where a token takes a constant
     time and one in proportion to the size, nothing left out would be fast enough: the first that is, is the largest.
     """
     largest, *smaller = sizes
-    return [size for size in smaller if size * took <= largest * limit] or smaller[-1:]
+    return [size for size in smaller if size.share * took <= largest.share * limit] or smaller[-1:]
 
 
 @dataclass(frozen=True, eq=False)

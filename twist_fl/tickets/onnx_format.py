@@ -103,11 +103,14 @@ def _quietly() -> Iterator[None]:
 
 
 def _in_bytes(whole: Path, file: Path) -> None:
-    """Weights of 8 bits, a scale for each output; what they are multiplied with is rounded when it is known."""
+    """Weights of 8 bits, a scale for each output; what they are multiplied with is rounded when it is known.
+
+    Both without a sign: products of bytes with and without one overflow on processors that lack VNNI.
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _quietly():
-        quantize_dynamic(whole, file, weight_type=QuantType.QInt8, per_channel=True)
+        quantize_dynamic(whole, file, weight_type=QuantType.QUInt8, per_channel=True)
     for each in (whole, whole.with_name(f"{whole.name}.data")):
         each.unlink(missing_ok=True)
 

@@ -20,7 +20,7 @@ from twist_fl.blueprint.drawing import draw_round, draw_ticket, full_blueprint
 from twist_fl.blueprint.moments import moment_layouts
 from twist_fl.config.checks import NODES, check_name
 from twist_fl.config.schema import Config, from_yaml, to_yaml
-from twist_fl.config.sizes import make_division, of_workers, ticket_sizes, workers_per_round
+from twist_fl.config.sizes import make_division, of_workers, ticket_size, workers_per_round
 from twist_fl.data.corpus import Corpus, Shard, Windows
 from twist_fl.data.node_text import NodeText, Place, tokenizer_digest, tokenizer_files
 from twist_fl.data.own_text import Own, facts, known_facts, own_texts, read_texts
@@ -225,7 +225,7 @@ def make_job(config: Config) -> Job:
         fit_batches(config, text.num_windows)
     _set_threads(config)
     job = _job(config, model.to_dict(), text, uuid.uuid4().hex, own)
-    if not job.division.num_common:  # else it draws by scores
+    if not job.division.by_importance:  # else it draws by scores
         job.blueprints(1)  # what is wrong with a policy shows before anything starts
     if model.model_type not in ARCHITECTURE.own:
         from twist_fl.model.subnet_classes import check_architecture
@@ -281,16 +281,16 @@ def _job(
 
 
 def _divide(config: Config, model: Mapping[str, Any], coverage: bool = True) -> tuple[Layout, Division]:
-    division = make_division(config)
     use_architecture(config.model.architecture)
     try:
         layout = make_layout(model, config.blueprint.ffn_blocks)
+        division = make_division(config, layout)
         coverage = coverage and config.algorithm == "twist"
         division.check(layout, coverage)
         if coverage:
             check_fraction(config, layout, division)
         for size in config.eval.sizes:
-            ticket_sizes(layout, division, size)
+            ticket_size(layout, division, size, "eval.sizes")
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return layout, division
