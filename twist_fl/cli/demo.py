@@ -43,13 +43,13 @@ def demo(console: Console, directory: Path, overrides: list[str]) -> None:
     )
     runs = [train_or_go_on(console, config, RunFolder(directory / name)) for name, config in configs.items()]
     found = rows_in(runs, DEPLOYED)
-    devices = found or deploy(console, runs[0].path, [])
+    devices = found or deploy(console, str(runs[0].path), [])
     from twist_fl.report.tables import against_pruning_table, device_tables
 
     _show(console, device_tables(found))
     for device in devices:
         console.print(f"{device['name']} writes: ", end="", style="bold")
-        generate(console, runs[0].path / "deployed" / device["name"], _PROMPT, 40, 0.7, None, 0)
+        generate(console, str(runs[0].path / "deployed" / device["name"]), _PROMPT, 40, 0.7, None, 0)
     _show(console, against_pruning_table(rows_in(runs, AGAINST_PRUNING) or _against_pruning(console, *runs)))
     report(console, [run.path for run in runs], directory / "report.html")
 

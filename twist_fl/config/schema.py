@@ -47,8 +47,9 @@ class DataConfig:
     """Text, tokenizer and windows."""
 
     source: str = "builtin"
-    """builtin: the Python documentation this interpreter carries; files: `path`; wikitext: WikiText, whose rows are
-    lines of running text; hub: a data set of the Hugging Face hub; empty: for `private`. Every node reads it itself."""
+    """builtin: the Python documentation this interpreter carries; files: `path`, also where only that is given;
+    wikitext: WikiText, whose rows are lines of running text; hub: a data set of the Hugging Face hub; empty: for
+    `private`. Every node reads it itself."""
     path: str | None = None
     """files, wikitext: a file, a folder or a glob of txt, md, jsonl, json, csv, parquet or arrow, also .gz, or what
     save_to_disk wrote (wikitext: default is the hub's); hub: the name of the data set."""

@@ -13,6 +13,7 @@ from typing import Any
 from twist_fl.config.hub import local_path, reachable
 from twist_fl.data.gguf_folder import as_folder
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.files import cache_dir, new_folder
 
 END_OF_TEXT = "<|endoftext|>"
 _CLASS = "PreTrainedTokenizerFast"
@@ -56,6 +57,16 @@ def load_tokenizer(name: str) -> Any:
     if not loaded.is_fast:
         raise ConfigError(f"data.tokenizer={name!r} has no fast tokenizer (tokenizer.json): choose one that has")
     return loaded
+
+
+def saved_tokenizer(name: str) -> Path:
+    """A folder of the cache with `load_tokenizer` of that name, in its fast form, for `copy_tokenizer`."""
+    loaded = load_tokenizer(name)
+    folder = cache_dir() / "saved_tokenizers" / identity(loaded)[:32]
+    if not folder.is_dir():
+        with new_folder(folder) as making:
+            loaded.save_pretrained(making)
+    return folder
 
 
 def _downloaded(name: str) -> Path:

@@ -227,7 +227,25 @@ def make_job(config: Config) -> Job:
     job = _job(config, model.to_dict(), text, uuid.uuid4().hex, own)
     if not job.division.by_importance:  # else it draws by scores
         job.blueprints(1)  # what is wrong with a policy shows before anything starts
-    if model.model_type not in ARCHITECTURE.own:
+    return _known(job)
+
+
+def model_job(config: Config, text: RunText) -> Job:
+    """Of a pretrained model that nothing trains: no worker need hold its blocks, and nothing is read of `text` yet.
+
+    Raises ConfigError if the model cannot be divided so.
+    """
+    check_plugins(config)
+    model = model_config(config)
+    _set_threads(config)
+    job = _job(config, model.to_dict(), text, uuid.uuid4().hex, None, coverage=False)
+    device.check_memory(job.layout.num_params(), "the model")
+    return _known(job)
+
+
+def _known(job: Job) -> Job:
+    """Raises ConfigError if its block table, which is not ours, does not describe the model."""
+    if job.model_fields["model_type"] not in ARCHITECTURE.own:
         from twist_fl.model.subnet_classes import check_architecture
 
         check_architecture(job.model_config, job.layout, draw_ticket(job.layout, job.division, (1, 1), 0, 0))
