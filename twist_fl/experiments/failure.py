@@ -15,7 +15,6 @@ from twist_fl.blueprint.blocks import Layout
 from twist_fl.blueprint.blueprint import Blueprint, Scale
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import full_blueprint
-from twist_fl.config.sizes import blocks_per_layer
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure
@@ -39,13 +38,18 @@ RUNS = {
 }
 
 
+def num_nodes(layout: Layout, division: Division) -> int:
+    """As many as heads, or as FFN blocks where only those are divided."""
+    return layout.num_blocks[0 if division.divides("attn") else 1]
+
+
 def survivors(layout: Layout, division: Division, lost: Sequence[int]) -> Blueprint:
     """What is left of a model of which node i of N holds block i of every divided layer and kind.
 
     Where a kind has more or fewer blocks than there are nodes, neighbouring blocks share a node or lie on every other.
     Raises ValueError if a layer is left without a block.
     """
-    nodes, full = blocks_per_layer(layout, division.setting), full_blueprint(layout)
+    nodes, full = num_nodes(layout, division), full_blueprint(layout)
     rows = {"attn": list(full.attn), "ffn": list(full.ffn)}
     for kind, num_full in zip(KINDS, layout.num_blocks, strict=True):
         alive = tuple(block for block in range(num_full) if block * nodes // num_full not in lost)
@@ -72,7 +76,7 @@ def failure(folder: RunFolder, *, lost: list[int], draws: int) -> dict[str, Any]
     run = TrainedRun(folder.path)
     job, state = run.job, run.state
     config, windows = job.config, run.test
-    nodes = blocks_per_layer(job.layout, job.division.setting)
+    nodes = num_nodes(job.layout, job.division)
     scales: dict[str, Scale] = {"scaled": config.blueprint.scale, "unscaled": "none"}
     found: dict[str, Any] = {"nodes": nodes, "seed": config.seed}
     for name, scale in scales.items():
