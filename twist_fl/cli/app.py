@@ -65,15 +65,26 @@ def train(
 
 @app.command()
 def demo(
-    directory: Annotated[Path, options.new_folder("Where the two runs and the report go.", "--dir")] = Path(
-        "runs/demo"
-    ),
+    directory: Annotated[
+        Path | None,
+        options.new_folder(
+            "Where the two runs and the report go. Default: runs/demo, of a model of yours runs/demo-NAME.", "--dir"
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A model of yours instead of ours: a Hugging Face folder, a name on the hub, a GGUF file. Text by "
+            "data.path=FOLDER; train.rounds=10 and train.lr=3e-4 unless you give others."
+        ),
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="What the devices' tickets go on from.")] = "The module",
     overrides: options.Overrides = None,
 ) -> None:
     """Fine-tune a small model by TwIST and by FedAvg, compare tickets with pruning, deploy three, report. Minutes."""
     from twist_fl.cli.demo import demo as show
 
-    show(console, directory, overrides or [])
+    show(console, directory, overrides or [], model, prompt)
 
 
 @app.command()

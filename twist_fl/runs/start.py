@@ -101,6 +101,12 @@ def _is_named(name: str) -> bool:
     return any(name in run.parts for run in runs_in(Path("runs")))
 
 
+def model_name(start: str) -> str:
+    """What folders of a model's results are called by."""
+    path = expanded(start)
+    return path.stem if path.is_file() else path.resolve().name
+
+
 def _run(path: Path, words: Sequence[str]) -> Start:
     from twist_fl.runs.resume import at_places
 
@@ -124,4 +130,4 @@ def _model(start: str, path: Path, words: Sequence[str]) -> Start:
             )
     if not any(word.startswith("data.window=") for word in words):
         config.data.window = min(config.data.window, model.max_position_embeddings)
-    return Start(model_job(config, _ModelText(config)), None, path.stem if path.is_file() else path.resolve().name)
+    return Start(model_job(config, _ModelText(config)), None, model_name(start))
