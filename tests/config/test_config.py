@@ -65,7 +65,7 @@ def test_of_epochs_and_rounds_the_later_counts() -> None:
 
 def test_a_path_alone_is_files() -> None:
     assert load_config("demo", ["data.path=texts"]).data.source == "files"
-    assert load_config("wikitext2", ["data.path=texts"]).data.source == "wikitext"
+    assert load_config("gpt2-wikitext103", ["data.path=texts"]).data.source == "wikitext"
     assert load_config("demo", ["data.path=org/texts", "data.source=hub"]).data.source == "hub"
 
 

@@ -20,7 +20,8 @@ from twist_fl.system.files import write_json
 
 MODEL = files("twist_fl.model") / "demo_model"
 """The trained model that the demo starts from; benchmarks/demo_model.py makes it."""
-ALIKE = ("eval.tickets=10", "eval.sizes=2/3,1/2,1/3,1/4")
+ALIKE = ("blueprint.num_sub=1/3", "eval.tickets=10", "eval.sizes=2/3,1/2,1/3,1/4")
+"""Shares, which a model of any number of blocks has."""
 BUDGET = ("train.rounds=70",)
 OF_A_USER = ("train.rounds=10", "train.lr=3e-4")
 """For a larger model, of which a round takes long, and which the preset's steps would undo."""

@@ -22,7 +22,7 @@ from twist_fl.runs.trained import TrainedRun, chosen_sizes
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import write_json
 from twist_fl.system.provenance import provenance
-from twist_fl.system.units import size_label
+from twist_fl.system.units import perplexity_text, size_label
 from twist_fl.training.job import Job
 
 Row = dict[str, Any]
@@ -68,7 +68,7 @@ def prune_run(
     }
     write_json(results, out)
     title = f"{run.title}: perplexity (lower is better) on {test.size:,} test tokens; "
-    console.print(titled(f"{title}full model {full:.2f}", _table(rows)))
+    console.print(titled(f"{title}full model {perplexity_text(full)}", _table(rows)))
     console.print(
         "Seconds, peak memory and calibration tokens are spent after training, for each size anew. "
         f"A random ticket (se) costs 0 s and 0 tokens; its perplexity is the mean ± std of {draws} draws.",
@@ -115,11 +115,11 @@ def _table(rows: list[Row]) -> Table:
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
-        spread = "" if row["std"] is None else f" ± {row['std']:.2f}"
+        spread = "" if row["std"] is None else f" ± {perplexity_text(row['std'])}"
         table.add_row(
             row["method"],
             size_label(row),
-            f"{row['perplexity']:.2f}{spread}",
+            f"{perplexity_text(row['perplexity'])}{spread}",
             f"{row['sparsity']:.4f}",
             f"{row['seconds']:.2f}",
             f"{row['peak_bytes'] / 1e6:.1f}",

@@ -19,7 +19,7 @@ from twist_fl.runs.start import find_start
 from twist_fl.runs.trained import TrainedRun, chosen_sizes
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.plugins import EXPORT_FORMAT
-from twist_fl.system.units import human_bytes, size_label
+from twist_fl.system.units import human_bytes, perplexity_text, size_label
 
 _COLDEST, _HOTTEST = 0.01, 100
 
@@ -41,8 +41,8 @@ def tickets(
         table.add_column(column, justify="right")
     for size in chosen_sizes(job, sizes):
         with console.status(f"tickets of {size_label(size.row)}"):
-            row = run.tickets(size.row["size"], draws, test).summary()
-        values = [f"{row[key]:.2f}" for key in ("mean", "std", "min", "max")]
+            row: dict[str, Any] = run.tickets(size.row["size"], draws, test).summary()
+        values = [perplexity_text(row[key]) for key in ("mean", "std", "min", "max")]
         table.add_row(size_label(size.row), f"{row['num_params']:,}", *values)
     title = f"{run.title}: perplexity (lower is better) of {draws} random tickets a size, "
     console.print(titled(f"{title}on {test.size:,} test tokens", table))

@@ -108,10 +108,15 @@ def model_name(start: str) -> str:
 
 
 def _run(path: Path, words: Sequence[str]) -> Start:
-    from twist_fl.runs.resume import at_places
+    from twist_fl.runs.resume import FixedError, at_places
 
     folder = RunFolder(path)
-    return Start(at_places(folder.job(), words), folder, str(path))
+    try:
+        return Start(at_places(folder.job(), words), folder, str(path))
+    except FixedError as error:
+        if not (checkpoints := folder.checkpoints()):
+            raise
+        raise ConfigError(f"{error}; for a model with other settings, give {checkpoints[-1]}") from error
 
 
 def _model(start: str, path: Path, words: Sequence[str]) -> Start:
