@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 from twist_fl.blueprint.blocks import make_layout
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.cost import state_bytes
-from twist_fl.blueprint.drawing import draw_ticket
+from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
 from twist_fl.blueprint.moments import moment_layouts
 from twist_fl.cli import app, train
-from twist_fl.config.schema import Config, DeviceConfig, from_yaml, load_config
+from twist_fl.config.devices import DeviceConfig
+from twist_fl.config.schema import Config, from_yaml, load_config
 from twist_fl.config.sizes import make_division
 from twist_fl.federation import apps, deploy
 from twist_fl.federation.connecting import NoWorkersError
@@ -36,7 +37,7 @@ from twist_fl.runs.trained import chosen_sizes
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.units import human_bytes
 from twist_fl.tickets.device_limits import parse_devices
-from twist_fl.tickets.edge_client import EdgeReport
+from twist_fl.tickets.edge_client import EdgeReport, Measurement
 from twist_fl.tickets.evaluate import ticket_distribution
 from twist_fl.tickets.export import export_ticket, make_ticket, ticket_memory_bytes
 from twist_fl.training.job import Job
@@ -641,17 +642,21 @@ def test_limits_are_told_by_their_units() -> None:
         DeviceConfig("watch", None, 0.5, 1 / 3),
         DeviceConfig("tag", 1.25, 2, 0.25),
     ]
+    assert parse_devices(["phone=2MB,20ms/token,0.3s/prompt,16tokens,BFloat16"]) == [
+        DeviceConfig("phone", 2, 20, None, 300, 16, "bfloat16")
+    ]
 
 
 def fake_device(monkeypatch: pytest.MonkeyPatch, ms_per_block: float) -> None:
-    """Devices that take a constant time a token and one for each block of the first divided layer."""
+    """Devices that take a constant time a token and one for each block of the first divided layer; ten times as long
+    for a prompt."""
 
-    def measure(folder: Path, windows: Any, new_tokens: int, limit_ms: float | None) -> EdgeReport:
+    def measure(folder: Path, windows: Any, asked: Measurement) -> EdgeReport:
         about = json.loads((folder / "twist.json").read_text())
         ms = 1 + ms_per_block * len(about["blueprint"]["attn"][1])
-        perplexity = None if limit_ms and ms > limit_ms else 50.0
+        perplexity = 50.0 if asked.within(ms / 1000, ms / 100) else None
         num = about["num_params"]
-        return EdgeReport(num, 4 * num, perplexity, ms / 1000, 1e3, 32, 10**6, 10**6, 1)
+        return EdgeReport(num, 4 * num, perplexity, ms / 1000, ms / 100, 1e3, asked.context or 0, 10**6, 10**6, 1)
 
     monkeypatch.setattr("twist_fl.tickets.edge_client.measure", measure)
 
@@ -684,7 +689,44 @@ def test_a_device_that_is_too_slow_gets_a_smaller_ticket(
         sent = row["bytes_received"] - len(row["tried"]) * row["weight_bytes"]
         assert sent >= 0 if len(row["tried"]) > 1 else 0 <= sent < 8_192
     assert device_cells(rows)[1][:3] == ["laptop", "99 MB, 5 ms", "4/4"]
+    assert [row["limited_by"] for row in rows] == [None, "latency", "latency"]
+    assert device_cells(rows)[2][1] == "3 ms, κ 1: latency decides"
     assert [event["size"] for event in folder.events("device")] == [4, 2, 1]
+
+
+def test_a_prompt_and_a_token_have_a_limit_each(trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake_device(monkeypatch, ms_per_block=1)
+    shutil.copytree(trained, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    deploy.deploy_run(LocalGrid(1), folder, folder.job(), "phone=5ms,31ms/prompt,12tok watch=20ms/prompt")
+    phone, watch = json.loads((folder.path / "deployed.json").read_text())
+    assert [(row["size"], row["ms_per_prompt"], row["limited_by"]) for row in (phone, watch)] == [
+        (2, pytest.approx(30), "prompt"),
+        (1, pytest.approx(20), "prompt"),
+    ]
+    assert (phone["context_tokens"], watch["context_tokens"]) == (12, 32)
+    with pytest.raises(ConfigError, match=r"prompt_ms=19 is too little; .* 1/4, the prompt took 20 ms: use a higher"):
+        deploy.deploy_run(LocalGrid(1), folder, folder.job(), "watch=19ms/prompt")
+    with pytest.raises(ConfigError, match=r"'watch': context=33 is more than the model has seen: use 32 at most"):
+        deploy.deploy_run(LocalGrid(1), folder, folder.job(), "watch=19ms,33tok")
+
+
+def test_a_device_gets_weights_of_its_own_precision_and_room_for_its_own_context(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    folder = RunFolder(tmp_path / "run")
+    job = folder.job()
+    whole = ticket_memory_bytes(job.layout, full_blueprint(job.layout), 8, "bfloat16")
+    assert whole * 2 == ticket_memory_bytes(job.layout, full_blueprint(job.layout), 8)
+    devices = f"phone={whole / 1e6}MB,8tok,bfloat16 watch={1.9 * whole / 1e6}MB,8tok"
+    deploy.deploy_run(LocalGrid(1), folder, job, devices)
+    phone, watch = json.loads((folder.path / "deployed.json").read_text())
+    assert (phone["size"], phone["limited_by"], phone["context_tokens"]) == (4, None, 8)
+    assert phone["weight_bytes"] == 2 * phone["num_params"]
+    assert watch["size"] < 4
+    assert watch["limited_by"] == "memory"
+    assert abs(phone["perplexity"] / json.loads(folder.results_file.read_text())["full"] - 1) < 0.5
+    kept = json.loads((folder.path / "deployed" / "phone" / "config.json").read_text())
+    assert kept["dtype"] == "bfloat16"
 
 
 def test_a_device_that_is_too_slow_with_every_ticket_is_told_how_slow(

@@ -14,9 +14,9 @@ from conftest import Run
 from huggingface_hub import constants
 from test_cli import trained
 
+from twist_fl.config.devices import DeviceConfig
 from twist_fl.config.finding import finished_runs, no_run
 from twist_fl.config.hub import is_path, local_path, prepare_hub
-from twist_fl.config.schema import DeviceConfig
 from twist_fl.system.errors import ConfigError
 from twist_fl.tickets.device_limits import parse_devices
 

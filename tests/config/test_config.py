@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from twist_fl.config.schema import Config, DeviceConfig, from_yaml, load_config, presets, to_yaml
+from twist_fl.config.devices import DeviceConfig
+from twist_fl.config.schema import Config, from_yaml, load_config, presets, to_yaml
 from twist_fl.system.errors import ConfigError
 from twist_fl.training.job import Job
 

@@ -16,7 +16,7 @@ from loopback import network, stock_node
 from transformers import AutoModelForCausalLM
 
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
-from twist_fl.config.schema import DeviceConfig
+from twist_fl.config.devices import DeviceConfig
 from twist_fl.federation import deploy
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.files import cache_dir

@@ -13,7 +13,8 @@ from flwr.app import Error, Message
 from flwr.common.serde import recorddict_to_proto
 from local_grid import LocalGrid, assert_same_run
 
-from twist_fl.config.schema import DataConfig, DeviceConfig, load_config
+from twist_fl.config.devices import DeviceConfig
+from twist_fl.config.schema import DataConfig, load_config
 from twist_fl.data.corpus import Corpus, Windows
 from twist_fl.data.node_text import keep_tokenizer, tokenizer_digest, tokenizer_files
 from twist_fl.data.own_text import load_own

@@ -163,6 +163,17 @@ def test_every_shape_survives(shape: tuple[int, ...]) -> None:
     assert torch.equal(tensors.from_arrays(tensors.to_arrays({"x": sent}))["x"], sent)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_ticket_in_16_bits_travels_in_them(dtype: torch.dtype) -> None:
+    sent = torch.randn(2, 3).to(dtype)
+    arrays = tensors.to_arrays({"x": sent})
+    assert len(arrays["x"].data) == 12
+    assert torch.equal(tensors.from_arrays(arrays)["x"], sent)
+    arrays["x"].dtype = "float8"
+    with pytest.raises(ReplyError, match="x is 'float8', expected one of float32, bfloat16, float16"):
+        tensors.from_arrays(arrays)
+
+
 def test_a_transposed_tensor_travels_in_its_own_order() -> None:
     sent = torch.arange(6.0).view(2, 3).T
     assert torch.equal(tensors.from_arrays(tensors.to_arrays({"x": sent}))["x"], sent)

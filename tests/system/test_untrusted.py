@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, RecordDict
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from twist_fl.blueprint.drawing import full_blueprint
-from twist_fl.config.schema import DeviceConfig
+from twist_fl.config.devices import DeviceConfig
 from twist_fl.federation import deploy
 from twist_fl.federation.connecting import NoWorkersError
 from twist_fl.model.saved import open_model

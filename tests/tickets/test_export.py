@@ -20,14 +20,15 @@ from twist_fl.blueprint.blocks import Layout, make_layout
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
-from twist_fl.config.schema import DeviceConfig, load_config
+from twist_fl.config.devices import DeviceConfig
+from twist_fl.config.schema import load_config
 from twist_fl.config.sizes import TicketSize, ticket_sizes
 from twist_fl.data.tokenizer import train_tokenizer
 from twist_fl.model.hf_config import model_config
 from twist_fl.model.subnet import ModelCache, State, get_state
 from twist_fl.system.errors import ConfigError
 from twist_fl.tickets import edge_client, export
-from twist_fl.tickets.edge_client import EdgeReport, decode, measure, measure_here, receive_ticket
+from twist_fl.tickets.edge_client import EdgeReport, Measurement, decode, measure, measure_here, receive_ticket
 from twist_fl.tickets.evaluate import perplexity
 from twist_fl.tickets.export import (
     Ticket,
@@ -412,7 +413,7 @@ def test_measure_reports_what_a_fresh_process_saw(
 ) -> None:
     ticket, folder = half
     monkeypatch.chdir(tmp_path)
-    report = measure(folder, windows(), new_tokens=4)
+    report = measure(folder, windows(), Measurement(4))
     expected = perplexity(ModelCache(CONFIG, LAYOUT, "sqrt").load_sliced(ticket.blueprint, state), windows(), 2)
     assert report.perplexity == pytest.approx(expected, rel=1e-5)
     assert (report.num_params, report.weight_bytes) == (ticket.num_params, 4 * ticket.num_params)
@@ -425,7 +426,7 @@ def test_measure_reports_what_a_fresh_process_saw(
 def test_a_ticket_that_is_too_slow_to_stay_is_not_measured_further(half: tuple[Ticket, Path]) -> None:
     threads = torch.get_num_threads()
     try:
-        slow, fast = (measure_here(half[1], windows(), new_tokens=2, limit_ms=limit) for limit in (1e-9, 1e9))
+        slow, fast = (measure_here(half[1], windows(), Measurement(2, latency_ms=limit)) for limit in (1e-9, 1e9))
     finally:
         torch.set_num_threads(threads)
     assert slow.perplexity is None
@@ -435,13 +436,13 @@ def test_a_ticket_that_is_too_slow_to_stay_is_not_measured_further(half: tuple[T
 
 def test_a_failed_measurement_shows_why(half: tuple[Ticket, Path]) -> None:
     with pytest.raises(RuntimeError, match=r"exit status 1: [\s\S]*new_tokens=32 does not fit .* 32: use 1 to 31"):
-        measure(half[1], windows(), new_tokens=32)
+        measure(half[1], windows(), Measurement(32))
 
 
 def test_a_short_window_is_a_short_prompt(half: tuple[Ticket, Path]) -> None:
     threads = torch.get_num_threads()
     try:
-        report = measure_here(half[1], windows(2, 8), new_tokens=3)
+        report = measure_here(half[1], windows(2, 8), Measurement(3))
     finally:
         torch.set_num_threads(threads)
     assert report.context_tokens == 8 + 3

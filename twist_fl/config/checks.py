@@ -21,7 +21,8 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "train.loss_chunk train.clip_norm model.n_layer model.n_head model.n_kv_head model.n_embd model.n_inner "
         "model.n_positions eval.batch_size eval.watch_windows eval.max_windows eval.tickets blueprint.score_windows "
         "checkpoint_every flower.round_timeout flower.poll_interval flower.connect_timeout flower.wait_for_nodes "
-        "flower.cpus_per_worker deploy.new_tokens blueprint.ffn_blocks aggregate.server_lr aggregate.tau",
+        "flower.cpus_per_worker deploy.new_tokens deploy.windows blueprint.ffn_blocks "
+        "aggregate.server_lr aggregate.tau",
     ),
     "0 or more": (
         lambda value: value >= 0,
@@ -205,9 +206,11 @@ def _check_variant(config: Any) -> None:
 def check_device(device: Any) -> None:
     """Raises ConfigError unless a `DeviceConfig` has a name for a folder and limits that can be."""
     check_name("deploy.devices", device.name)
-    limits = {key: getattr(device, key) for key in ("memory_mb", "latency_ms", "kappa")}
+    limits = {key: getattr(device, key) for key in ("memory_mb", "latency_ms", "prompt_ms", "kappa")}
     if set(limits.values()) == {None}:
         raise ConfigError(f"deploy.devices {device.name!r} has no limit: give {', '.join(limits)}, or several of them")
+    if device.context is not None and device.context < 2:
+        raise ConfigError(f"deploy.devices {device.name!r}: context={device.context} must be at least 2 tokens")
     for key, value in limits.items():
         if value is not None and not (0 < value <= 1 if key == "kappa" else 0 < value < inf):
             bound = "in (0, 1]" if key == "kappa" else "more than 0, and finite"

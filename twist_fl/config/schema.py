@@ -11,6 +11,7 @@ from typing import Literal
 from omegaconf import OmegaConf
 
 from twist_fl.config import loading
+from twist_fl.config.devices import DeployConfig
 from twist_fl.config.layers import conf_dir as conf_dir  # noqa: PLC0414
 from twist_fl.config.layers import presets as presets  # noqa: PLC0414
 from twist_fl.config.shares import Size
@@ -223,27 +224,6 @@ class FlowerConfig:
     """Simulation: CPU cores reserved per worker; null: cores / workers, at least 1."""
     gpus_per_worker: float = 0.0
     """Simulation: share of a GPU per worker, for example 0.25 for four workers on one."""
-
-
-@dataclass
-class DeviceConfig:
-    """An edge device a ticket is shipped to: the largest that meets all limits given, at least one of these three."""
-
-    name: str = "device"
-    memory_mb: float | None = None
-    """Memory for the model, in MB of 10^6 bytes: weights in float32 plus the KV cache of one full context."""
-    latency_ms: float | None = None
-    """Milliseconds a token, as the device itself measures them with the ticket."""
-    kappa: float | None = None
-    """At most this share of a divided layer's blocks, in (0, 1]."""
-
-
-@dataclass
-class DeployConfig:
-    devices: list[DeviceConfig] = field(default_factory=list)
-    """What `twist-fl deploy` serves if it is given none: [{name: phone, memory_mb: 2, latency_ms: 20, kappa: 0.5}]."""
-    new_tokens: int = 32
-    """Tokens generated to measure latency."""
 
 
 @dataclass

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.drawing import draw_ticket
 from twist_fl.config.checks import check_name
-from twist_fl.config.schema import DeviceConfig
+from twist_fl.config.devices import DeviceConfig
 from twist_fl.config.sizes import TicketSize, ticket_sizes
 from twist_fl.federation import tensors, wire
 from twist_fl.federation.connecting import NoWorkersError
@@ -29,24 +29,34 @@ from twist_fl.system.units import size_label
 from twist_fl.system.untrusted import Field, plain, read_exactly, shown
 from twist_fl.tickets import edge_client
 from twist_fl.tickets.device_limits import parse_devices
-from twist_fl.tickets.export import Ticket, export_ticket, make_ticket, next_sizes, plan_tickets, ticket_memory_bytes
+from twist_fl.tickets.export import (
+    Ticket,
+    export_ticket,
+    in_dtype,
+    limit_of_size,
+    make_ticket,
+    next_sizes,
+    plan_tickets,
+    ticket_memory_bytes,
+)
 from twist_fl.training.job import Job
 
 MESSAGE_TYPE = "query.ticket"
-_LOCAL_WINDOWS = 64
-"""Windows of the test split that stand for a device's own text."""
+TIMES = ("latency_ms", "prompt_ms")
+"""Limits that only the device itself can measure."""
 
 
 _TICKET = {
     **dict.fromkeys(("device", "config", "blueprint", "digest"), Field(str)),
-    "limit_ms": Field(float, 0, or_null=True),
+    **dict.fromkeys(TIMES, Field(float, 0, or_null=True)),
+    "context": Field(int, 2),
     "text": Field(list),
 }
 _REPORT = {
     **dict.fromkeys(("num_params", "weight_bytes", "context_tokens", "threads", "bytes_received"), Field(int, 1)),
     **dict.fromkeys(("peak_memory_bytes", "perplexity_memory_bytes"), Field(int)),
     "perplexity": Field(float, or_null=True),
-    **dict.fromkeys(("seconds_per_token", "prompt_tokens_per_second"), Field(float, 0)),
+    **dict.fromkeys(("seconds_per_token", "seconds_per_prompt", "prompt_tokens_per_second"), Field(float, 0)),
 }
 
 
@@ -128,12 +138,21 @@ def _deploy(folder: RunFolder, job: Job, state: RunState, devices: Sequence[Devi
 
 def plan_device(job: Job, device: DeviceConfig) -> dict[TicketSize, Blueprint]:
     """`deploy.plan_tickets`. Raises ConfigError if none fits, or if the device's latency could not be measured."""
-    context, new_tokens = job.layout.sizes["positions"], job.config.deploy.new_tokens
+    context, new_tokens = _context(job, device), job.config.deploy.new_tokens
+    if context > job.layout.sizes["positions"]:
+        most = job.layout.sizes["positions"]
+        raise ConfigError(
+            f"deploy.devices {device.name!r}: context={context} is more than the model has seen: use {most} at most"
+        )
     if new_tokens >= context:
         raise ConfigError(
             f"deploy.new_tokens={new_tokens} does not fit a context of {context}: use at most {context - 1}"
         )
     return plan_tickets(job.layout, job.division, device, job.config.seed)
+
+
+def _context(job: Job, device: DeviceConfig) -> int:
+    return device.context or job.layout.sizes["positions"]
 
 
 def settle(
@@ -148,25 +167,34 @@ def settle(
     Returns the ticket that stays, and its row. Raises ConfigError if the device is too slow with the smallest, too.
     """
     sizes, tried = list(tickets), list[dict[str, Any]]()
+    limited_by = limit_of_size(job.layout, job.division, device, sizes[0])
     while True:
         blueprint = tickets[sizes[0]]
         ticket = make_ticket(job.layout, params, job.model_config.to_dict(), blueprint, job.config.blueprint.scale)
-        planned_mb = ticket_memory_bytes(job.layout, blueprint) / 1e6
+        if device.dtype != "float32":
+            ticket = in_dtype(ticket, device.dtype)
+        planned_mb = ticket_memory_bytes(job.layout, blueprint, device.context, device.dtype) / 1e6
         tried.append({**sizes[0].row, "planned_mb": planned_mb, "digest": ticket.digest, **ship(ticket)})
-        took_ms, limit_ms = tried[-1]["ms_per_token"], device.latency_ms
-        if limit_ms is None or took_ms <= limit_ms:
-            return ticket, _row(job, device, tried)
-        if not (sizes := next_sizes(sizes, took_ms, limit_ms)):
+        took = {"latency_ms": tried[-1]["ms_per_token"], "prompt_ms": tried[-1]["ms_per_prompt"]}
+        limits = {key: limit for key in TIMES if (limit := getattr(device, key)) is not None}
+        slowest = max(limits, key=lambda key: took[key] / limits[key], default=None)
+        if slowest is None or took[slowest] <= limits[slowest]:
+            return ticket, _row(device, tried, limited_by)
+        limited_by = slowest.removesuffix("_ms")
+        if not (sizes := next_sizes(sizes, took[slowest], limits[slowest])):
+            what = "a token" if slowest == "latency_ms" else "the prompt"
             raise ConfigError(
-                f"deploy.devices {device.name!r}: latency_ms={limit_ms:g} is too little; with the smallest possible "
-                f"ticket, {size_label(tried[-1])}, a token took {took_ms:.3g} ms: use a higher limit"
+                f"deploy.devices {device.name!r}: {slowest}={limits[slowest]:g} is too little; with the smallest "
+                f"possible ticket, {size_label(tried[-1])}, {what} took {took[slowest]:.3g} ms: use a higher limit"
             )
 
 
-def _row(job: Job, device: DeviceConfig, tried: list[dict[str, Any]]) -> dict[str, Any]:
-    """What is reported of a device: its limits, the ticket that stays, and what all that it tried cost."""
+def _row(device: DeviceConfig, tried: list[dict[str, Any]], limited_by: str | None) -> dict[str, Any]:
+    """What is reported of a device: its limits and the one that decided, the ticket that stays, and what all that it
+    tried cost."""
     return {
         **asdict(device),
+        "limited_by": limited_by,
         **tried[-1],
         "bytes_received": sum(each["bytes_received"] for each in tried),
         "tried": [{key: each[key] for key in ("size", "ms_per_token")} for each in tried],
@@ -186,6 +214,7 @@ def _ship(
     return {
         "weight_mb": measured["weight_bytes"] / 1e6,
         "ms_per_token": 1000 * measured["seconds_per_token"],
+        "ms_per_prompt": 1000 * measured["seconds_per_prompt"],
         "peak_mb": measured["peak_memory_bytes"] / 1e6,
         **measured,
     }
@@ -207,7 +236,8 @@ def _to_records(job: Job, device: DeviceConfig, text: tuple[int, int], ticket: T
         "config": ticket.config_json,
         "blueprint": ticket.blueprint.to_json(),
         "digest": ticket.digest,
-        "limit_ms": device.latency_ms,
+        **{key: getattr(device, key) for key in TIMES},
+        "context": _context(job, device),
         "text": text,
     }
     return RecordDict(
@@ -228,7 +258,7 @@ def receive(job: Job, content: RecordDict) -> RecordDict:
     place, of = fields["text"]
     if place >= of:
         raise ValueError(f"text={[place, of]} is a place beyond the number of devices")
-    windows = job.corpus.test[place::of][:_LOCAL_WINDOWS]
+    windows = job.corpus.test[place::of][: job.config.deploy.windows]
     if not len(windows):
         raise ConfigError(f"device {fields['device']} has no test text to measure a ticket on: give the run more of it")
     params = tensors.from_arrays(content.array_records["params"])
@@ -236,6 +266,8 @@ def receive(job: Job, content: RecordDict) -> RecordDict:
     edge_client.receive_ticket(
         fields["config"], fields["blueprint"], params, fields["digest"], folder, job.corpus.tokenizer_folder
     )
-    measured = asdict(edge_client.measure(folder, windows, job.config.deploy.new_tokens, limit_ms=fields["limit_ms"]))
+    limits = {key: fields[key] for key in TIMES}
+    asked = edge_client.Measurement(job.config.deploy.new_tokens, fields["context"], **limits)
+    measured = asdict(edge_client.measure(folder, windows, asked))
     measured["bytes_received"] = sum(tensors.num_bytes(content).values())
     return RecordDict({"report": ConfigRecord({"json": json.dumps(measured)})})

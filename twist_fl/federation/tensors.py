@@ -69,10 +69,11 @@ def _look_into(name: str, array: Array, shape: tuple[int, ...], dtype: str) -> t
 
 
 def to_arrays(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
-    """Float32 tensors as raw arrays, one each, one copy each."""
+    """Tensors of a dtype that travels as raw arrays, one each, one copy each."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
     return ArrayRecord(
         {
-            name: _new_array(tuple(tensor.shape), "float32", partial(_copy, name, tensor))
+            name: _new_array(tuple(tensor.shape), names[tensor.dtype], partial(_copy, name, tensor))
             for name, tensor in state.items()
         }
     )
@@ -80,7 +81,12 @@ def to_arrays(state: Mapping[str, torch.Tensor]) -> ArrayRecord:
 
 def from_arrays(record: ArrayRecord) -> State:
     """Tensors to be read only. Raises ReplyError for an array that is not as `to_arrays` makes it."""
-    return {name: _look_into(name, array, tuple(array.shape), "float32") for name, array in record.items()}
+    found = {}
+    for name, array in record.items():
+        if array.dtype not in DTYPES:
+            raise ReplyError(f"{name} is {shown(array.dtype)}, expected one of {', '.join(DTYPES)}")
+        found[name] = _look_into(name, array, tuple(array.shape), array.dtype)
+    return found
 
 
 # All tensors of a message

@@ -118,9 +118,12 @@ def _number(device: Mapping[str, Any], key: str, decimals: int) -> str:
 
 
 def limits_text(device: Mapping[str, Any]) -> str:
-    """What a device's ticket had to meet: '3.5 MB, 20 ms, κ 0.25'."""
-    forms = {"memory_mb": "{:g} MB", "latency_ms": "{:g} ms", "kappa": "κ {:.3g}"}
-    return ", ".join(form.format(device[key]) for key, form in forms.items() if device.get(key) is not None) or MISSING
+    """What a ticket had to meet, and what kept it from being larger: '3.5 MB, 20 ms, κ 0.25: memory decides'."""
+    forms = {"memory_mb": "{:g} MB", "latency_ms": "{:g} ms", "prompt_ms": "{:g} ms a prompt", "kappa": "κ {:.3g}"}
+    forms |= {"context": "{} tokens"} | ({"dtype": "{}"} if device.get("dtype", "float32") != "float32" else {})
+    limits = [form.format(device[key]) for key, form in forms.items() if device.get(key) is not None]
+    decides = device.get("limited_by")
+    return (", ".join(limits) or MISSING) + (f": {decides} decides" if decides and len(limits) > 1 else "")
 
 
 def ticket_cells(tickets: Sequence[Mapping[str, Any]]) -> Cells:

@@ -1,21 +1,24 @@
-"""What an edge device allows, as it is typed: phone=3.5MB,20ms,1/4."""
+"""What an edge device allows, as it is typed: phone=3.5MB,20ms,1/4,512tokens,bfloat16."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from typing import Any, get_args
 
 from twist_fl.config.checks import check_device, check_name, shown
-from twist_fl.config.schema import DeviceConfig
+from twist_fl.config.devices import DeviceConfig, TicketDtype
 from twist_fl.config.shares import amount_of
 from twist_fl.system.errors import ConfigError
 
 _NUMBER = r"(?P<number>\d+\.?\d*|\.\d+)"
 _MEMORY = re.compile(rf"{_NUMBER}\s*(?P<unit>[kmgt]?i?b)", re.IGNORECASE)
-_TIME = re.compile(rf"{_NUMBER}\s*(?P<unit>ms|s)", re.IGNORECASE)
+_TIME = re.compile(rf"{_NUMBER}\s*(?P<unit>ms|s)(?:/(?P<of>token|prompt))?", re.IGNORECASE)
+_CONTEXT = re.compile(r"(\d+)\s*tok(?:en)?s?", re.IGNORECASE)
 _PREFIXES = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _FORMS = (
-    "limits are memory as 3.5MB, 500kB or 2GiB, time a token as 20ms or 0.5s, and a share of the blocks as 1/4 or 25%"
+    "limits are memory as 3.5MB, 500kB or 2GiB, time a token as 20ms or 0.5s, to read a prompt as 300ms/prompt, and a "
+    "share of the blocks as 1/4 or 25%; beside them its context as 512tokens, and float32, bfloat16 or float16"
 )
 
 
@@ -40,14 +43,19 @@ def parse_devices(words: Iterable[str]) -> list[DeviceConfig]:
     return devices
 
 
-def _limit(word: str, limit: str) -> tuple[str, float]:
+def _limit(word: str, limit: str) -> tuple[str, Any]:
     """The setting of DeviceConfig that a limit is, and its value."""
     if found := _MEMORY.fullmatch(limit):
         unit = found["unit"].lower().removesuffix("b")
         base = 1024 if unit.endswith("i") else 1000
         return "memory_mb", float(found["number"]) * base ** _PREFIXES[unit.removesuffix("i")] / 1e6
     if found := _TIME.fullmatch(limit):
-        return "latency_ms", float(found["number"]) * (1 if found["unit"].lower() == "ms" else 1000)
+        key = "prompt_ms" if (found["of"] or "").lower() == "prompt" else "latency_ms"
+        return key, float(found["number"]) * (1 if found["unit"].lower() == "ms" else 1000)
+    if found := _CONTEXT.fullmatch(limit):
+        return "context", int(found[1])
+    if limit.lower() in get_args(TicketDtype):
+        return "dtype", limit.lower()
     if ("/" in limit or limit.endswith("%")) and (amount := amount_of(limit)) is not None:
         return "kappa", float(amount.number)
     if re.fullmatch(_NUMBER, limit):

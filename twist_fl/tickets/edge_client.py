@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +37,25 @@ REPEATS = 3
 
 
 @dataclass(frozen=True)
+class Measurement:
+    """What a device is asked to measure, and what it must keep within, in milliseconds."""
+
+    new_tokens: int
+    context: int | None = None
+    """Tokens of prompt and answer together; None: as many as the model can."""
+    latency_ms: float | None = None
+    """A token."""
+    prompt_ms: float | None = None
+    """The whole prompt."""
+    threads: int = 1
+
+    def within(self, seconds_per_token: float, seconds_per_prompt: float) -> bool:
+        limits = (self.latency_ms, self.prompt_ms)
+        took = (seconds_per_token, seconds_per_prompt)
+        return all(limit is None or 1000 * time <= limit for time, limit in zip(took, limits, strict=True))
+
+
+@dataclass(frozen=True)
 class EdgeReport:
     """What a device measured.
 
@@ -48,11 +68,13 @@ class EdgeReport:
     num_params: int
     weight_bytes: int
     perplexity: float | None
-    """None if a token took longer than it may: such a ticket does not stay."""
+    """None if a token or the prompt took longer than it may: such a ticket does not stay."""
     seconds_per_token: float
     """Median decoding step: greedy, KV cache, batch 1, at the end of the longest context the prompt allows."""
-    prompt_tokens_per_second: float
+    seconds_per_prompt: float
     """Reading that prompt in one pass (prefill), median; where there is enough to compute, smaller is faster."""
+    prompt_tokens_per_second: float
+    """The same as a rate."""
     context_tokens: int
     """Tokens in the KV cache after the last of those steps."""
     peak_memory_bytes: int
@@ -85,56 +107,44 @@ def receive_ticket(
     return ticket
 
 
-def measure(
-    folder: Path, windows: Windows, new_tokens: int, threads: int = 1, limit_ms: float | None = None
-) -> EdgeReport:
+def measure(folder: Path, windows: Windows, asked: Measurement) -> EdgeReport:
     """Measure an exported ticket in a fresh fork. Raises RuntimeError with the end of its stderr if it fails."""
     with tempfile.TemporaryDirectory(prefix="twist-edge-") as scratch:
         file = Path(scratch) / "windows.npy"
         np.save(file, windows)
-        request = {
-            "folder": str(Path(folder).resolve()),
-            "windows": str(file),
-            "new_tokens": new_tokens,
-            "threads": threads,
-            "limit_ms": limit_ms,
-        }
-        return EdgeReport(**measuring(threads).ask(request, Path(scratch)))
+        request = {"folder": str(Path(folder).resolve()), "windows": str(file), "asked": asdict(asked)}
+        return EdgeReport(**measuring(asked.threads).ask(request, Path(scratch)))
 
 
 def _measured(request: Request) -> dict[str, Any]:
     """In the fork: what `measure` asks for."""
-    windows = np.load(request["windows"])
-    report = measure_here(
-        Path(request["folder"]), windows, request["new_tokens"], request["threads"], request["limit_ms"]
-    )
-    return asdict(report)
+    asked = Measurement(**request["asked"])
+    return asdict(measure_here(Path(request["folder"]), np.load(request["windows"]), asked))
 
 
-def measure_here(
-    folder: Path, windows: Windows, new_tokens: int, threads: int = 1, limit_ms: float | None = None
-) -> EdgeReport:
+def measure_here(folder: Path, windows: Windows, asked: Measurement) -> EdgeReport:
     """Load the dense model and measure it in this process, whose earlier life blurs the memory figures."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(asked.threads)
     _warm_up()
     before = start_peak()
     model = open_model(folder)
-    prompt = _prompt(windows, model.config.max_position_embeddings, new_tokens)
-    decode(model, prompt, min(2, new_tokens))
-    seconds = [second for _ in range(REPEATS) for second in decode(model, prompt, new_tokens)[1]]
+    context = min(asked.context or inf, model.config.max_position_embeddings)
+    prompt = _prompt(windows, int(context), asked.new_tokens)
+    decode(model, prompt, min(2, asked.new_tokens))
+    seconds = median(second for _ in range(REPEATS) for second in decode(model, prompt, asked.new_tokens)[1])
     reading = median(_seconds_to_read(model, prompt) for _ in range(3 * REPEATS))
     peak_memory_bytes = peak_bytes() - before
-    stays = limit_ms is None or 1000 * median(seconds) <= limit_ms
     return EdgeReport(
         num_params=sum(parameter.numel() for parameter in model.parameters()),
         weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
-        perplexity=perplexity(model, windows, batch_size=1) if stays else None,
-        seconds_per_token=median(seconds),
+        perplexity=perplexity(model, windows, batch_size=1) if asked.within(seconds, reading) else None,
+        seconds_per_token=seconds,
+        seconds_per_prompt=reading,
         prompt_tokens_per_second=prompt.shape[1] / reading,
-        context_tokens=prompt.shape[1] + new_tokens,
+        context_tokens=prompt.shape[1] + asked.new_tokens,
         peak_memory_bytes=peak_memory_bytes,
         perplexity_memory_bytes=peak_bytes() - before,
-        threads=threads,
+        threads=asked.threads,
     )
 
 
@@ -193,7 +203,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--windows", type=Path, help="(num_windows, window) token ids, .npy")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--limit-ms", type=float, help="milliseconds a token may take; if more, no perplexity")
+    parser.add_argument("--context", type=int, help="tokens of prompt and answer together; default: the model's most")
+    parser.add_argument("--latency-ms", type=float, help="milliseconds a token may take; if more, no perplexity")
+    parser.add_argument("--prompt-ms", type=float, help="milliseconds the prompt may take; if more, no perplexity")
     parser.add_argument("--serve", action="store_true", help="measure what standard input asks for: see measuring.py")
     given = parser.parse_args(arguments)
     if given.serve:
@@ -201,7 +213,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if given.folder is None or given.windows is None:
         parser.error("give FOLDER and --windows FILE.npy")
-    report = measure_here(given.folder, np.load(given.windows), given.new_tokens, given.threads, given.limit_ms)
+    asked = Measurement(given.new_tokens, given.context, given.latency_ms, given.prompt_ms, given.threads)
+    report = measure_here(given.folder, np.load(given.windows), asked)
     print(json.dumps(asdict(report)))
 
 

@@ -15,10 +15,9 @@ import torch
 from twist_fl.blueprint.architectures import KINDS, architecture_of
 from twist_fl.blueprint.blocks import Layout
 from twist_fl.blueprint.blueprint import Blueprint, Scale
-from twist_fl.blueprint.cost import BYTES_PER_PARAM, state_bytes
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import draw_ticket
-from twist_fl.config.schema import DeviceConfig
+from twist_fl.config.devices import DeviceConfig, TicketDtype
 from twist_fl.config.sizes import TicketSize, ticket_sizes
 from twist_fl.data.tokenizer import copy_tokenizer
 from twist_fl.model.hf_config import padding_token
@@ -31,14 +30,19 @@ from twist_fl.system.units import size_label
 MODEL_CODE = "modeling_subnet.py"
 
 
-def ticket_memory_bytes(layout: Layout, blueprint: Blueprint) -> int:
-    """Bytes a device needs to generate with this subnet: float32 weights and the KV cache of one full context.
+def ticket_memory_bytes(
+    layout: Layout, blueprint: Blueprint, context: int | None = None, dtype: TicketDtype = "float32"
+) -> int:
+    """Bytes a device needs to generate with this subnet: weights, and the KV cache of `context` tokens (the model's).
 
-    4 x num_params + sum over layers of positions x 2 (key, value) x held attention blocks x d_head x 4. Not counted:
-    the runtime (Python, torch), activations and the allocator's slack; `edge.EdgeReport` has the measured peak.
+    Bytes a number x (num_params + sum over layers of context x 2 (key, value) x held attention blocks x d_head). Not
+    counted: the runtime (Python, torch), activations and the allocator's slack; `edge_client.EdgeReport` has the
+    measured peak.
     """
     kv_values = 2 * layout.sizes["d_head"] * sum(len(held) for held in blueprint.attn)
-    return state_bytes(layout, blueprint) + BYTES_PER_PARAM * layout.sizes["positions"] * kv_values
+    numbers = layout.num_params(blueprint) + (context or layout.sizes["positions"]) * kv_values
+    width: int = getattr(torch, dtype).itemsize
+    return numbers * width
 
 
 def plan_tickets(
@@ -62,7 +66,9 @@ def plan_tickets(
         for size in reversed(sizes)
         if float(size.share) <= kappa
     }
-    needed = {size: ticket_memory_bytes(layout, ticket) for size, ticket in tickets.items()}
+    needed = {
+        size: ticket_memory_bytes(layout, ticket, device.context, device.dtype) for size, ticket in tickets.items()
+    }
     fitting = {size: ticket for size, ticket in tickets.items() if needed[size] <= memory_mb * 1e6}
     if not fitting:
         least_mb = _rounded_up(needed[sizes[0]] / 1e6)
@@ -71,6 +77,14 @@ def plan_tickets(
             f"{size_label(sizes[0].row)}, needs {least_mb} MB with its KV cache: use at least memory_mb={least_mb}"
         )
     return fitting
+
+
+def limit_of_size(layout: Layout, division: Division, device: DeviceConfig, size: TicketSize) -> str | None:
+    """Which limit keeps the device from a ticket one size larger than `size`, the plan's largest; None of the whole."""
+    larger = [other for other in ticket_sizes(layout, division) if sum(other.num_sub) > sum(size.num_sub)]
+    if not larger:
+        return None
+    return "kappa" if device.kappa is not None and float(larger[0].share) > device.kappa else "memory"
 
 
 def _rounded_up(value: float) -> float:
