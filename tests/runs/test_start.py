@@ -139,7 +139,7 @@ def test_nothing_is_written_where_something_else_is(
     shutil.copytree(model, tmp_path / "runs" / "my-llama")
     status, _, error = run(command, "runs/my-llama", *WORDS)
     assert status == 2
-    assert "runs/my-llama, where results of my-llama would go, holds the model itself: give --out FOLDER" in error
+    assert "runs/my-llama, where results of my-llama would go, holds a model: give --out FOLDER" in error
 
 
 def test_text_is_read_by_what_needs_it_alone(run: Run, model: Path) -> None:

@@ -65,19 +65,8 @@ def train(
 
 @app.command()
 def demo(
-    directory: Annotated[
-        Path | None,
-        options.new_folder(
-            "Where the two runs and the report go. Default: runs/demo, of a model of yours runs/demo-NAME.", "--dir"
-        ),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="A model of yours instead of ours: a Hugging Face folder, a name on the hub, a GGUF file. Text by "
-            "data.path=FOLDER; train.rounds=10 and train.lr=3e-4 unless you give others."
-        ),
-    ] = None,
+    directory: options.DemoFolder = None,
+    model: options.OwnModel = None,
     prompt: Annotated[str, typer.Option(help="What the devices' tickets go on from.")] = "The module",
     overrides: options.Overrides = None,
 ) -> None:
@@ -136,17 +125,12 @@ def export(
 @app.command()
 def prune(
     start: options.Start,
-    method: Annotated[
-        str,
-        typer.Option(help="sparsegpt, wanda, zpruner, block, se, se-unscaled, magnitude; several as a,b; or all."),
-    ] = "all",
+    method: options.Method = "all",
     sizes: options.Sizes = None,
     windows: options.Windows = None,
     calibration: Annotated[int, typer.Option(min=1, help="Training windows to calibrate on.")] = 128,
     draws: options.Draws = 20,
-    out: Annotated[
-        Path | None, options.new_file("The JSON to write; default: pruned.json in the run, of a model in runs/NAME.")
-    ] = None,
+    out: options.PrunedFile = None,
     save: options.Save = None,
     words: options.Words = None,
 ) -> None:
@@ -177,10 +161,7 @@ def deploy(
 
 @app.command()
 def generate(
-    start: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help="A deployed ticket's folder, a run's, or a model: folder, name, GGUF."),
-    ],
+    start: options.Writer,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The module",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 60,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,

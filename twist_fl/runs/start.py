@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from twist_fl.rounds import RunState
     from twist_fl.training.job import Job
 
-_OF_A_MODEL = ("train.workers=1", "blueprint.num_sub=1/1", "eval.sizes=1/1,1/2,1/4")
-"""Of a model, which nothing trains: all of it in one place, and sizes that any has."""
+_OF_A_MODEL = ("train.workers=1", "blueprint.num_sub=1/1", "eval.sizes=1/1,1/2,1/4", "eval.max_windows=64")
+"""Of a model, which nothing trains: all of it in one place, sizes that any has, and text that takes minutes."""
 _COUNT = ("seed", "data.", "blueprint.", "eval.", "deploy.", "model.architecture", "train.device", "train.threads")
 """The settings that mean something of a model as it is. A key that ends with a dot is a section."""
 _IDLE = ("data.private", "blueprint.num_sub", "blueprint.assign", "eval.every", "eval.federated", "eval.watch_windows")
@@ -56,12 +56,13 @@ class Start:
 
         Raises ConfigError if that would be in the model's own folder, or in a run that only has its name.
         """
-        if out is not None or self.run is not None:
-            return self.run if out is None and self.run is not None else RunFolder(out or Path())
+        if out is not None:
+            return RunFolder(out)
+        if self.run is not None:
+            return self.run
         folder = RunFolder(Path("runs") / self.name)
-        own = expanded(self.job.config.model.pretrained or "").resolve()
-        if is_run(folder.path) or own in (folder.path, *folder.path.parents):
-            what = "the model itself" if own in (folder.path, *folder.path.parents) else "a run"
+        what = "a run" if is_run(folder.path) else "a model" if (folder.path / "config.json").is_file() else None
+        if what:
             raise ConfigError(f"{folder.path}, where results of {self.name} would go, holds {what}: give --out FOLDER")
         return folder
 
