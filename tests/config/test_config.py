@@ -64,6 +64,12 @@ def test_of_epochs_and_rounds_the_later_counts() -> None:
     assert from_yaml(to_yaml(both)) == both
 
 
+def test_a_path_alone_is_files() -> None:
+    assert load_config("demo", ["data.path=texts"]).data.source == "files"
+    assert load_config("gpt2-wikitext103", ["data.path=texts"]).data.source == "wikitext"
+    assert load_config("demo", ["data.path=org/texts", "data.source=hub"]).data.source == "hub"
+
+
 def test_one_number_stands_for_all_workers() -> None:
     assert load_config(overrides=["blueprint.num_sub=3"]).blueprint.num_sub == [3]
     sizes = ["blueprint.num_sub=6,50%,0.25,3+6,1/3+.5,1/1", "train.workers=6"]
@@ -78,7 +84,7 @@ REFUSED = {
     "blueprint.nsub=3": "unknown key 'blueprint.nsub', did you mean 'blueprint.num_sub'?",
     "lr=1": "unknown key 'lr', did you mean 'train.lr'?",
     "batch_size=1": "unknown key 'batch_size', did you mean 'train.batch_size' or 'eval.batch_size'?",
-    "data.path=texts": "data.path='texts' is not read with data.source=builtin: add data.source=files",
+    "data={source: builtin, path: texts}": "data.path='texts' is not read with data.source=builtin: add data.source=fi",
     "qqq=1": "unknown key 'qqq'; known here: name, algorithm, seed",
     "deploy.devices=[{memory: 3}]": "'memory_mb'",
     "deploy.devices=[{name: tv}]": "deploy.devices 'tv' has no limit: give memory_mb, latency_ms, prompt_ms, kappa, or",

@@ -27,7 +27,8 @@ class ModelConfig:
     """A pretrained checkpoint, or sizes for a model from scratch."""
 
     pretrained: str | None = None
-    """Name on the Hugging Face hub, a folder, or a run's folder (its newest checkpoint); all below is read from it."""
+    """Name on the Hugging Face hub, a folder, a GGUF file (.gguf), or a run's folder (its newest checkpoint); all below
+    is read from it."""
     architecture: str = "gpt2"
     """Of a model from scratch; for a pretrained one of a model_type that is not known, its block table."""
     n_layer: int = 12
@@ -47,8 +48,9 @@ class DataConfig:
     """Text, tokenizer and windows."""
 
     source: str = "builtin"
-    """builtin: the Python documentation this interpreter carries; files: `path`; wikitext: WikiText, whose rows are
-    lines of running text; hub: a data set of the Hugging Face hub; empty: for `private`. Every node reads it itself."""
+    """builtin: the Python documentation this interpreter carries; files: `path`, also where only that is given;
+    wikitext: WikiText, whose rows are lines of running text; hub: a data set of the Hugging Face hub; empty: for
+    `private`. Every node reads it itself."""
     path: str | None = None
     """files, wikitext: a file, a folder or a glob of txt, md, jsonl, json, csv, parquet or arrow, also .gz, or what
     save_to_disk wrote (wikitext: default is the hub's); hub: the name of the data set."""

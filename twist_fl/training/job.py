@@ -22,7 +22,7 @@ from twist_fl.config.checks import NODES, check_name
 from twist_fl.config.schema import Config, from_yaml, to_yaml
 from twist_fl.config.sizes import make_division, of_workers, ticket_size, workers_per_round
 from twist_fl.data.corpus import Corpus, Shard, Windows
-from twist_fl.data.node_text import NodeText, Place, tokenizer_digest, tokenizer_files
+from twist_fl.data.node_text import NodeText, Place, tokenizer_digest, tokenizer_files, tokenizer_named
 from twist_fl.data.own_text import Own, facts, known_facts, own_texts, read_texts
 from twist_fl.data.run_text import RunText
 from twist_fl.model.hf_config import config_from_dict, model_config
@@ -229,7 +229,21 @@ def make_job(config: Config) -> Job:
     check_teacher(config, job.layout)
     if not job.division.by_importance:  # else it draws by scores
         job.blueprints(1)  # what is wrong with a policy shows before anything starts
-    if model.model_type not in ARCHITECTURE.own:
+    return _described(job)
+
+
+def model_job(config: Config, text: RunText) -> Job:
+    """Of a pretrained model that nothing trains; `text` is not read yet. Raises ConfigError if it cannot be divided."""
+    check_plugins(config)
+    _set_threads(config)
+    job = _job(config, model_config(config).to_dict(), text, uuid.uuid4().hex, None, coverage=False)
+    device.check_memory(job.layout.num_params(), "the model")
+    return _described(job)
+
+
+def _described(job: Job) -> Job:
+    """Raises ConfigError if a block table of the user's does not describe the model."""
+    if job.model_fields["model_type"] not in ARCHITECTURE.own:
         from twist_fl.model.subnet_classes import check_architecture
 
         check_architecture(job.model_config, job.layout, draw_ticket(job.layout, job.division, (1, 1), 0, 0))
@@ -254,16 +268,6 @@ def job_from_json(text: str, node: Place | None = None) -> Job:
         run = NodeText(config.data, tokenizer_named(text), node)
         own = dict.fromkeys(clients(config), run)
     return _job(config, fields["model"], run, fields["run_id"], own, coverage=False)
-
-
-def tokenizer_named(text: str) -> str:
-    """In the job of a message: the hash of the tokenizer for a node's own text, or "" if the run's text is another.
-
-    Raises ValueError."""
-    digest = read_fields(text, {}).get("tokenizer", "")
-    if digest:
-        check_name("tokenizer", str(digest))
-    return str(digest)
 
 
 def with_config(job: Job, config: Config, text: RunText, own: Own | None) -> Job:
