@@ -120,7 +120,7 @@ def breaking(transfer: Callable[..., None], after: int) -> Callable[..., None]:
         reader = client.do_get(fl.Ticket(str(self._done).encode()), options)
         for _ in range(after):
             piece = flight._content(reader.read_chunk().data)
-            self.memory[self._done : self._done + len(piece)] = piece
+            self.memory.numpy()[self._done : self._done + len(piece)] = piece
             self._done += len(piece)
         if self._done < len(self.memory):
             raise fl.FlightUnavailableError("cable out")
@@ -197,21 +197,21 @@ def test_a_token_sends_one_reply(offer: flight.Offer) -> None:
 def test_a_reply_that_is_read_changes_no_more(offer: flight.Offer) -> None:
     handle = offer.handle()
     writer = offer.begin(0)
-    offer.write(writer, torch.ones(SIZE, dtype=torch.uint8))
+    offer.write(writer, torch.ones(SIZE, dtype=torch.uint8).numpy())
     offer.check(replace(handle, checksum=transport.checksum(offer.memory)))
     with pytest.raises(fl.FlightServerError, match="the token is void"):
-        offer.write(writer, torch.zeros(1, dtype=torch.uint8))
+        offer.write(writer, torch.zeros(1, dtype=torch.uint8).numpy())
 
 
 def test_a_second_writer_takes_the_place_of_the_first(offer: flight.Offer) -> None:
     """A worker whose connection broke comes back before the server has noticed."""
     offer.handle()
     first = offer.begin(0)
-    offer.write(first, torch.ones(10, dtype=torch.uint8))
+    offer.write(first, torch.ones(10, dtype=torch.uint8).numpy())
     second = offer.begin(10)
     with pytest.raises(fl.FlightServerError, match="another writer has come"):
-        offer.write(first, torch.zeros(1, dtype=torch.uint8))
-    offer.write(second, torch.ones(1, dtype=torch.uint8))
+        offer.write(first, torch.zeros(1, dtype=torch.uint8).numpy())
+    offer.write(second, torch.ones(1, dtype=torch.uint8).numpy())
     assert offer.received == 11
 
 

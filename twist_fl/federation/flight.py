@@ -18,15 +18,18 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.flight as fl
 import torch
+from numpy.typing import NDArray
 
 from twist_fl.federation.certificate import make_certificate
 from twist_fl.federation.transport import FlightHandle, Handle, Segment, SegmentError, check_run, checksum, new_name
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.untrusted import plain
 
+Bytes = NDArray[np.uint8]
 _SCHEMA = pa.schema([("bytes", pa.uint8())])
 _PIECE = 2**20
 """Bytes of a message: with 4 MiB, gRPC's TLS took half as long again."""
@@ -50,12 +53,13 @@ def _pieces(memory: torch.Tensor, start: int) -> Iterator[pa.RecordBatch]:
         yield pa.RecordBatch.from_arrays([array], schema=_SCHEMA)
 
 
-def _content(batch: pa.RecordBatch | None) -> torch.Tensor:
-    """What arrived, uint8. Raises pyarrow.ArrowInvalid for what is not as `_pieces` makes it."""
+def _content(batch: pa.RecordBatch | None) -> Bytes:
+    """What arrived, where it lies. Raises pyarrow.ArrowInvalid for what is not as `_pieces` makes it."""
     if batch is None or batch.schema != _SCHEMA:
         raise pa.ArrowInvalid("what arrived is no piece of a segment")
     batch.validate(full=True)
-    return torch.from_numpy(batch.column(0).to_numpy(zero_copy_only=True).copy())
+    found: Bytes = batch.column(0).to_numpy(zero_copy_only=True)
+    return found
 
 
 # The server
@@ -113,14 +117,14 @@ class Offer(Segment):
             self._writer += 1
             return self._writer
 
-    def write(self, writer: int, piece: torch.Tensor) -> None:
+    def write(self, writer: int, piece: Bytes) -> None:
         with self._lock:
             if writer != self._writer:
                 raise fl.FlightServerError("the token is void: the round has gone on, or another writer has come")
             end = self._received + len(piece)
             if end > len(self.memory):
                 raise fl.FlightServerError(f"{end} bytes, where the segment has {len(self.memory)}")
-            self.memory[self._received : end] = piece
+            self.memory.numpy()[self._received : end] = piece
             self._received = end
 
 
@@ -256,12 +260,12 @@ class Fetched(Segment):
             time.sleep(_BACKOFF * 2 ** (failed - 1))
 
     def _fetch(self, client: fl.FlightClient, options: fl.FlightCallOptions) -> None:
-        reader = client.do_get(fl.Ticket(str(self._done).encode()), options)
+        reader, memory = client.do_get(fl.Ticket(str(self._done).encode()), options), self.memory.numpy()
         for chunk in reader:
             piece = _content(chunk.data)
             if self._done + len(piece) > len(self.memory):
                 raise pa.ArrowInvalid(f"more arrives than the {len(self.memory)} bytes announced")
-            self.memory[self._done : self._done + len(piece)] = piece
+            memory[self._done : self._done + len(piece)] = piece
             self._done += len(piece)
 
     def _send(self, client: fl.FlightClient, options: fl.FlightCallOptions) -> None:
