@@ -231,7 +231,6 @@ def _flight(found: Row) -> str:
         found["rows"],
         ("transport", lambda r: str(r["transport"])),
         ("MB a worker, each way", lambda r: number(r["mb_per_worker"])),
-        ("first round, s", lambda r: number(r["first"])),
         ("later, s", lambda r: number(r["seconds"])),
         ("faster", lambda r: f"{r['faster']:.1f}"),
         ("two copies, s", lambda r: number(r["two_copies"])),
