@@ -120,6 +120,11 @@ REFUSED = {
     "blueprint.undivided_first=-1": "blueprint.undivided_first=-1 must be 0 or more",
     "blueprint.num_sub=[6,6]": "blueprint.num_sub=6,6 has 2 entries for train.workers=4",
     "blueprint.num_sub=1+2+3": "blueprint.num_sub=1+2+3 must be a number of blocks (6), a share",
+    "flower.transport=flight": "flower.transport=flight needs flower.flight: the server's HOST:PORT, as nodes name it",
+    "flower.flight=localhost": "flower.flight='localhost' is not HOST:PORT with a port of 0 to 65535, for example",
+    "flower.flight=http://localhost:1": "flower.flight='http://localhost:1' is not HOST:PORT",
+    "flower.flight=localhost:70000": "flower.flight='localhost:70000' is not HOST:PORT with a port of 0 to 65535",
+    "flower.flight_key=server.key": "flower.flight_certificate and flower.flight_key belong together: give both or",
     "eval.every=-1": "eval.every=-1 must be 0 or more",
 }
 

@@ -139,7 +139,7 @@ def test_a_killed_node_takes_its_processes_with_it(trained: tuple[RunFolder, Net
 
 def test_nodes_with_text_of_their_own_train_as_one_process_that_has_both(tiny: tuple[str, ...], tmp_path: Path) -> None:
     """A warm node with --data, and Flower's own with the path in its node config; as on machines of their own, neither
-    finds in a cache what the other or the server has read."""
+    finds in a cache what the other or the server has read, and tensors go by Arrow Flight."""
     for place, num_words in enumerate((400, 900)):
         (tmp_path / "texts" / str(place)).mkdir(parents=True)
         write_text(tmp_path / "texts" / str(place) / "a.txt", num_words, seed=30 + place)
@@ -154,11 +154,12 @@ def test_nodes_with_text_of_their_own_train_as_one_process_that_has_both(tiny: t
         return [*own_cache, *stock_node(address, f"{node_config} data='{path}'")]
 
     with network(tmp_path / "flower", 2, node_with_text) as running:
-        overrides = " ".join([*words, "data.private=nodes"])
+        overrides = " ".join([*words, "data.private=nodes", "flower.transport=flight", "flower.flight=localhost:0"])
         output = running.run({"preset": "demo", "overrides": overrides, "run-dir": str(folder.path)}, PATIENCE)
         logs = output + running.node_log(0).read_text() + running.node_log(1).read_text()
         assert [event["event"] for event in folder.events()][-1:] == ["done"], logs
     assert [event["dropped"] for event in folder.events("round")] == [{}, {}]
+    assert all(event["bytes_via"]["flight"] and not event["bytes_via"]["inline"] for event in folder.events("round"))
     (nodes,) = folder.events("nodes")
     assert nodes["windows"]["0"] < nodes["windows"]["1"]
     assert [len(list((tmp_path / "caches" / place / "tokens").iterdir())) for place in "01"] == [1, 1]

@@ -219,9 +219,18 @@ class FlowerConfig:
     """Seconds a node has to read the text and build its worker before the first round."""
     wait_for_nodes: float = 30.0
     """Seconds to wait for as many nodes as workers; after that those present share the workers."""
-    transport: Literal["auto", "shm", "inline"] = "auto"
-    """How tensors travel. shm: memory that server and worker share (Linux); inline: in Flower's messages; auto: shm
-    for every node that shares the server's machine, else inline."""
+    transport: Literal["auto", "shm", "flight", "inline"] = "auto"
+    """How tensors travel. shm: memory that server and worker share (Linux); flight: by Arrow Flight, over TLS; inline:
+    in Flower's messages; auto: shm for every node that shares the server's machine, for others flight where
+    flower.flight is set and the node reaches it, else inline."""
+    flight: str | None = None
+    """HOST:PORT of the server, as nodes name it, for tensors by Arrow Flight; port 0: any free one. The port is opened
+    on loopback alone where HOST is localhost or 127.0.0.1, else on all networks."""
+    flight_certificate: str | None = None
+    """File (PEM) with a certificate for flower.flight's HOST, the SuperLink's for example; null: one is made for the
+    run."""
+    flight_key: str | None = None
+    """File (PEM) with that certificate's private key."""
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Weights on the way out, and what training has changed on the way back, rounded to nearest; server and workers
     keep float32, and the server what rounding takes away. float16 ends at 65504."""

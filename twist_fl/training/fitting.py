@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from twist_fl.blueprint.blocks import Layout
 from twist_fl.blueprint.division import Division
+from twist_fl.config.hub import local_path
 from twist_fl.config.schema import Config
 from twist_fl.config.sizes import smallest_share
 from twist_fl.data.corpus import Corpus
+from twist_fl.model.hf_config import folder_config
 from twist_fl.system.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,3 +49,20 @@ def check_fraction(config: Config, layout: Layout, division: Division) -> None:
         raise ConfigError(
             f"train.fraction={config.train.fraction:g} of {config.train.workers} workers: {error}"
         ) from error
+
+
+def check_teacher(config: Config, layout: Layout) -> None:
+    """Raises ConfigError for a teacher of other tokens, or of a context shorter than a window."""
+    if not (name := config.train.teacher):
+        return
+    local_path("train.teacher", name)
+    fields = folder_config(f"train.teacher={name!r}", Path(name)).to_dict()
+    vocabulary, window = layout.sizes["vocab"], config.data.window
+    if fields.get("vocab_size") != vocabulary:
+        raise ConfigError(
+            f"train.teacher={name!r} has a vocabulary of {fields.get('vocab_size')} tokens, and the model one of "
+            f"{vocabulary}: give a teacher with the same tokenizer"
+        )
+    context = fields.get("max_position_embeddings") or fields.get("n_positions") or window
+    if context < window:
+        raise ConfigError(f"train.teacher={name!r} has a context of {context} tokens: use data.window={context}")

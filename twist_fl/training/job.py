@@ -31,8 +31,7 @@ from twist_fl.system.errors import ConfigError
 from twist_fl.system.plugins import ARCHITECTURE, check_plugins
 from twist_fl.system.untrusted import Field, read_fields
 from twist_fl.training import device
-from twist_fl.training.fitting import check_fraction, fit_batches, fit_vocabulary
-from twist_fl.training.teacher import check_teacher
+from twist_fl.training.fitting import check_fraction, check_teacher, fit_batches, fit_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

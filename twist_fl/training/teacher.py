@@ -11,11 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from twist_fl.blueprint.blocks import Layout
-from twist_fl.config.hub import local_path
-from twist_fl.config.schema import Config, TrainConfig
+from twist_fl.config.schema import TrainConfig
 from twist_fl.data.corpus import Windows, cache_dir
-from twist_fl.model.hf_config import folder_config
 from twist_fl.model.saved import open_model
 from twist_fl.system.errors import ConfigError
 from twist_fl.training.loss import SoftTargets
@@ -79,20 +76,3 @@ def _scratch(shape: tuple[int, ...], dtype: Any) -> Any:
     cache_dir().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=cache_dir()) as file:
         return np.memmap(file, dtype, "w+", shape=shape)
-
-
-def check_teacher(config: Config, layout: Layout) -> None:
-    """Raises ConfigError for a teacher of other tokens, or of a context shorter than a window."""
-    if not (name := config.train.teacher):
-        return
-    local_path("train.teacher", name)
-    fields = folder_config(f"train.teacher={name!r}", Path(name)).to_dict()
-    vocabulary, window = layout.sizes["vocab"], config.data.window
-    if fields.get("vocab_size") != vocabulary:
-        raise ConfigError(
-            f"train.teacher={name!r} has a vocabulary of {fields.get('vocab_size')} tokens, and the model one of "
-            f"{vocabulary}: give a teacher with the same tokenizer"
-        )
-    context = fields.get("max_position_embeddings") or fields.get("n_positions") or window
-    if context < window:
-        raise ConfigError(f"train.teacher={name!r} has a context of {context} tokens: use data.window={context}")
