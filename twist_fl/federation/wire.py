@@ -85,9 +85,8 @@ def job_of(content: RecordDict) -> str:
 def question(job_json: str, tokens: Iterable[Segment], tokenizer: Mapping[str, str] | None = None) -> RecordDict:
     """Asks a node to build its worker, and which of the tokens it can read: by those transports tensors can go.
     `tokenizer` are the files of one, for a node's own text."""
-    content = RecordDict(
-        {"job": ConfigRecord({"json": job_json}), "flower": ConfigRecord({"version": version("flwr")})}
-    )
+    flower = ConfigRecord({"version": version("flwr")})
+    content = RecordDict({"job": ConfigRecord({"json": job_json}), "flower": flower})
     for token in tokens:
         put_handle(content, token)
     if tokenizer is not None:
@@ -113,9 +112,8 @@ def check_flower(content: RecordDict) -> None:
 def answer(content: RecordDict, run_id: str, partition: object) -> RecordDict:
     """A ready node's reply to `question`: the tokens' bytes prove that it can read the server's memory."""
     found = node_record(partition)
-    for kind in transport.KINDS:
-        if (handle := handle_of(content, kind)) is None:
-            continue
+    handles = {kind: handle for kind in transport.KINDS if (handle := handle_of(content, kind)) is not None}
+    for kind, handle in handles.items():
         try:
             read = open_segment(handle, run_id, transport.TOKEN_BYTES, probing=True)
             found.config_records["node"][kind] = transport.token_text(read)
@@ -293,8 +291,7 @@ def has_died(message: Message) -> bool:
 
 def error_of(message: Message) -> str:
     """Why a reply carries no content, in one line."""
-    # Flower's own form: <class 'ValueError'>:<'text'>, where text may end with a whole traceback (and the class in
-    # a simulation is 'ray.exceptions.RayTaskError(ClientAppException)').
+    # Flower's: <class 'ValueError'>:<'text'>, which may end with a traceback; of Ray, RayTaskError(ClientAppException).
     form = r"<class '(?:[^']*\W)?(\w+)\)?'>:<'(.*)'>"
     reason = re.sub(form, r"\1: \2", (message.error.reason or "").strip(), flags=re.DOTALL)
     lines = [line for line in reason.splitlines() if line.strip()]

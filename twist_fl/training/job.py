@@ -208,8 +208,7 @@ def clients(config: Config) -> range:
 def make_job(config: Config) -> Job:
     """Resolve `config`, reading model configuration and text.
 
-    Raises ConfigError before anything starts, and before any text is read if the sizes alone are impossible, or if
-    pretrained weights do not fit them.
+    Raises ConfigError before any text is read if the sizes alone are impossible or pretrained weights do not fit them.
     """
     check_plugins(config)
     model = model_config(config)
