@@ -12,9 +12,10 @@ import numpy.typing as npt
 import torch
 
 from twist_fl.config.schema import TrainConfig
-from twist_fl.data.corpus import Windows, cache_dir
+from twist_fl.data.corpus import Windows
 from twist_fl.model.saved import open_model
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.files import cache_dir
 from twist_fl.training.loss import SoftTargets
 
 TOP = 64
