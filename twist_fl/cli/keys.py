@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
-import sys
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from functools import cache
 from itertools import pairwise
 from textwrap import wrap
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -25,7 +23,7 @@ def keys(console: Console) -> None:
 
 
 def _explained(section: Any, indent: str = "", prefix: str = "") -> Iterator[str]:
-    hints, notes = get_type_hints(type(section)), _notes()[type(section).__name__]
+    hints, notes = get_type_hints(type(section)), _notes(type(section))
     plugins = {plugin.key: plugin for plugin in PLUGINS}
     for field in fields(section):
         value, hint, key = getattr(section, field.name), hints[field.name], f"{prefix}{field.name}"
@@ -42,15 +40,11 @@ def _explained(section: Any, indent: str = "", prefix: str = "") -> Iterator[str
             yield f"{indent}{field.name}: {plain}"
 
 
-@cache
-def _notes() -> dict[str, dict[str, str]]:
-    """What stands below each setting in config/schema.py, by class and name."""
-    classes = [
-        node
-        for node in ast.parse(inspect.getsource(sys.modules[Config.__module__])).body
-        if isinstance(node, ast.ClassDef)
-    ]
-    return {made.name: dict(_below(made.body)) for made in classes}
+def _notes(section: type) -> dict[str, str]:
+    """What stands below each setting in the source of its class, by name."""
+    (made,) = ast.parse(inspect.getsource(section)).body
+    assert isinstance(made, ast.ClassDef)
+    return dict(_below(made.body))
 
 
 def _below(body: list[ast.stmt]) -> Iterator[tuple[str, str]]:
