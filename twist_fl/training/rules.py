@@ -14,6 +14,8 @@ from twist_fl.model.subnet import State
 from twist_fl.system.errors import ConfigError
 from twist_fl.training.aggregate import Array, HeldReply, Memory, Rule, blocked
 
+ROBUST = ("median", "trimmed_mean")
+"""Of the names of aggregate.rule. Moments that travel are made by these too: one lie in them would last for long."""
 Function = Callable[[Array, list[int]], Array]
 
 
