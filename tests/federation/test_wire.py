@@ -499,7 +499,7 @@ def test_pieces_in_another_order_have_another_checksum() -> None:
 
 @pytest.mark.parametrize("by", ["inline", "shm"])
 def test_equal_shapes_that_change_places_change_the_hash(by: str, tiny_job: MakeJob, random_state: RandomState) -> None:
-    """Flower asks for a record by its hash, which has the names in it; a segment's checksum is of bytes in their order."""
+    """A record's hash, by which Flower asks for it, has the names in it; a segment's checksum is of bytes in order."""
     job = tiny_job()
     task = plan(job, start(job))[0]
     ours = random_state(job.layout)
