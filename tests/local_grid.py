@@ -31,6 +31,11 @@ def honest(task: Task, message: Message, answer: Answer) -> list[Message]:
     return [answer()]
 
 
+def bent(round_: int, workers: Sequence[int], bend: Bend) -> Bend:
+    """`bend` for some workers of one round, honesty otherwise."""
+    return lambda *given: (bend if given[0].round == round_ and given[0].worker in workers else honest)(*given)
+
+
 def failing(reason: str) -> Callable[[Message], Message]:
     """An error reply, worded as Flower does."""
     return lambda message: Message(Error(code=2, reason=f"<class 'ValueError'>:<'{reason}'>"), reply_to=message)

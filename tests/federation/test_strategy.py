@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
-from local_grid import Answer, Bend, LocalGrid, assert_same_run, changed, failing, honest, job_of, same, with_nan
+from local_grid import Answer, Bend, LocalGrid, assert_same_run, bent, changed, failing, honest, job_of, same, with_nan
 
 from twist_fl.blueprint.cost import moment_bytes, round_bytes, state_bytes
 from twist_fl.blueprint.drawing import full_blueprint
@@ -65,11 +65,6 @@ def oracle(job: Job, folder: Path, missing: Sequence[tuple[int, int]] = ()) -> R
                 mean.add(task, worker.train(task, *dispatch(job, state, task)))
         state = mean.finish()
     return state
-
-
-def bent(round_: int, workers: Sequence[int], bend: Bend) -> Bend:
-    """`bend` for some workers of one round, honesty otherwise."""
-    return lambda *given: (bend if given[0].round == round_ and given[0].worker in workers else honest)(*given)
 
 
 def events(strategy: TwistStrategy, kind: str) -> list[dict[str, Any]]:

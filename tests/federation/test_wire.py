@@ -502,6 +502,25 @@ def test_pieces_in_another_order_have_another_checksum() -> None:
     assert transport.checksum(memory) != transport.checksum(memory.view(4, -1).flip(0).contiguous().view(-1))
 
 
+@pytest.mark.parametrize("by", ["inline", "shm"])
+def test_equal_shapes_that_change_places_change_the_hash(by: str, tiny_job: MakeJob, random_state: RandomState) -> None:
+    """A record's hash, by which Flower asks for it, has the names in it; a segment's checksum is of bytes in order."""
+    job = tiny_job()
+    task = plan(job, start(job))[0]
+    ours = random_state(job.layout)
+    names = [f"transformer.h.{layer}.mlp.c_fc.weight" for layer in (0, 3)]
+    theirs = ours | {names[0]: ours[names[1]], names[1]: ours[names[0]]}
+    hashes = []
+    for state in (ours, theirs, ours):
+        size = Packing.of(job, task.blueprint).segment_bytes
+        segment = transport.create(job.run_id, size) if by == "shm" else None
+        content = wire.task_to_records(job, job.to_json(), task, state, None, segment)
+        hashes.append(segment.handle().checksum if segment else content.array_records["params"].object_id)
+        if segment:
+            transport.close(segment)
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
 def test_a_task_that_was_changed_on_the_way_is_refused(tiny_job: MakeJob, random_state: RandomState) -> None:
     job = tiny_job()
     state = random_run(job, random_state)
