@@ -1,4 +1,4 @@
-"""A certificate authority of one's own, certificates for servers, and keys for nodes: what openssl and ssh-keygen make."""
+"""A certificate authority of one's own, certificates for servers, and keys for nodes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-DAYS = 365
+DAYS = 5 * 365
 _CLOCKS_DIFFER = timedelta(days=1)
 
 
@@ -61,9 +61,7 @@ def node_key(comment: str) -> tuple[bytes, bytes]:
     return private, public + f" {comment}\n".encode()
 
 
-def _builder(
-    name: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
-) -> x509.CertificateBuilder:
+def _builder(name: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
     """What both kinds of certificate have. Valid from a day ago: clocks differ."""
     now = datetime.now(UTC)
     return (
