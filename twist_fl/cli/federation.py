@@ -65,7 +65,7 @@ def init(
     where = quote(str(folder))
     _say(
         f"{made.folder}: keys for {', '.join(made.nodes)}; the certificate is for "
-        f"{', '.join([*made.hosts, 'localhost'])}"
+        f"{', '.join(dict.fromkeys([*made.hosts, 'localhost']))}"
         f"\nTo try it on this machine alone:\n  twist-fl federation up {where} --nodes {len(made.nodes)}\n"
         f"For several machines: bring {made.folder / 'nodes'}/NAME to each node's machine, and here start\n"
         f"  twist-fl federation up {where} --nodes 0 --listen 0.0.0.0"
@@ -92,12 +92,13 @@ def up(
 def status(
     where: Annotated[str, typer.Argument(metavar="FOLDER|HOST:PORT", help="The federation's folder, or its server.")],
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
-    root_certificates: options.RootCertificates = None,
+    root_certificates: Annotated[Path | None, typer.Option(help="Of HOST:PORT: its CA certificate (PEM).")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="HOST:PORT has no TLS.")] = False,
 ) -> None:
     """Show which nodes are online, and of each run its round and bytes."""
     from twist_fl.federation.network_status import described, target
 
-    there = target(where, root_certificates)
+    there = target(where, root_certificates, insecure)
     text = "\n".join(described(there))
     if not follow or not console.is_terminal:
         _say(text)

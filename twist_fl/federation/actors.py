@@ -34,9 +34,9 @@ def prepare_actors(warm: Callable[[], None]) -> None:
 
     def init_ray(_: object, config: Mapping[str, Any]) -> None:
         """The path of modules by the environment, not as Flower by a `runtime_env`: for one, Ray starts other processes
-        than those that it starts at once. On the loopback address: else Ray's ports are open to the network."""
+        than those that it starts at once."""
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [*sys.path, os.environ.get("PYTHONPATH")]))
-        ray.init(**{"include_dashboard": False, "_node_ip_address": "127.0.0.1", **config.get("init_args", {})})
+        ray.init(**{"include_dashboard": False, **config.get("init_args", {})})
 
     lasting = ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS)
     internals: Any = raybackend

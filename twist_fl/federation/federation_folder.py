@@ -65,10 +65,11 @@ def create(folder: Path, hosts: Sequence[str], nodes: Sequence[str], port: int, 
     folder = expanded(folder).absolute()
     for host in hosts:
         _check_host(host)
-    if wrong := next((name for name in nodes if not _NAME.fullmatch(name)), None):
-        raise ConfigError(f"--node {wrong!r} becomes the name of a folder: letters, digits, - and _ only")
-    if twice := next((name for name in nodes if list(nodes).count(name) > 1), None):
-        raise ConfigError(f"--node {twice} is given twice: each node has a key of its own")
+    for name in nodes:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(f"--node {name!r} becomes the name of a folder: letters, digits, - and _ only")
+        if list(nodes).count(name) > 1:
+            raise ConfigError(f"--node {name} is given twice: each node has a key of its own")
     if folder.exists() and any(folder.iterdir()) and not force:
         what = "holds keys already" if (folder / _ABOUT).is_file() else "is not empty"
         raise ConfigError(f"{folder} {what}: give another folder, or --force to make all keys in it anew")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -56,12 +55,12 @@ def answers(commands: Sequence[Sequence[str]], home: Path) -> list[Any]:
 
 
 def _answer(words: Sequence[str], output: str, errors: str) -> Any:
-    """Before the JSON stands what Flower says to people."""
+    """Before the JSON, and before a reason in it, stands what Flower does, as "Listing all nodes..."."""
     try:
         found = read_json(output[output.index("{") :])
     except ValueError:
         found = {"error-message": errors or output}
     if not found.get("success"):
-        reason = plain(" ".join(str(found.get("error-message", "")).split()))
-        raise LaunchError(f"flwr {' '.join(words)} failed: {re.sub(r'^Error: ', '', reason) or 'it does not say why'}")
+        reason = plain(" ".join(str(found.get("error-message", "")).split()).rpartition("... ")[2])
+        raise LaunchError(f"flwr {' '.join(words)} failed: {reason or 'it does not say why'}")
     return found

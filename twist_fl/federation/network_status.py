@@ -32,16 +32,18 @@ class Target:
     runs: Path | None
 
 
-def target(what: str, root_certificates: Path | None) -> Target:
-    """A federation's folder, or HOST:PORT, then with the CA certificate unless it has no TLS. Raises ConfigError."""
+def target(what: str, root_certificates: Path | None, insecure: bool) -> Target:
+    """A federation's folder, or HOST:PORT with its CA certificate or without TLS. Raises ConfigError."""
     folder = expanded(what)
     if not folder.is_dir() and ":" in what:
         check_address(what)
+        if insecure == (root_certificates is not None):
+            raise ConfigError(f"{what}: give --root-certificates ca.crt, or --insecure where the SuperLink has no TLS")
         if root_certificates is not None and not expanded(root_certificates).is_file():
             raise ConfigError(f"--root-certificates {root_certificates} does not exist: give the federation's ca.crt")
         return Target(what, root_certificates and expanded(root_certificates), {}, None)
-    if root_certificates is not None:
-        raise ConfigError(f"--root-certificates is for HOST:PORT: the federation in {what} has its own")
+    if insecure or root_certificates is not None:
+        raise ConfigError(f"--root-certificates and --insecure are for HOST:PORT: the folder {what} says both itself")
     federation = opened(folder)
     home = federation.flwr_home
     if not (home / "nodes.json").is_file():
@@ -87,5 +89,5 @@ def _run(run: Mapping[str, Any]) -> str:
     """In Flower's words. Its bytes pass the SuperLink: those that go by shared memory are in the run's folder."""
     traffic = run["network-traffic"]
     moved = f"{human_bytes(traffic['inbound-bytes'])} in, {human_bytes(traffic['outbound-bytes'])} out"
-    detail = f" ({plain(run['status-details'])})" if run["status-details"] else ""
+    detail = f" ({plain(run['status-details'])})" if run["status-details"] not in ("", "N/A") else ""
     return f"  run {run['run-id']}  {plain(run['status'])}{detail}, {duration_text(run['elapsed'])}, {moved}"

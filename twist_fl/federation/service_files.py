@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from shlex import join
@@ -20,35 +21,35 @@ _IMAGE = """\
 
 def server_files(folder: Path, address: str) -> dict[str, str]:
     """By name. The unit's paths are this machine's."""
-    up = ["federation", "up", "{folder}", "--nodes", "0", "--listen", "0.0.0.0"]
-    port = address.rpartition(":")[2]
-    compose = [word.replace("{folder}", "/federation") for word in up]
+    inside, port = "/federation", address.rpartition(":")[2]
     return {
-        UNIT.format("server"): _unit(
-            "TwIST: the SuperLink", [word.replace("{folder}", str(folder)) for word in up], folder
-        ),
+        UNIT.format("server"): _unit("TwIST: the SuperLink", _up(str(folder)), str(folder).replace("%", "%%")),
         COMPOSE: f"""\
 # On the server: TWIST_FL=/path/of/twist_fl docker compose up --build -d
 services:
   server:
-{_IMAGE}    command: {_words(["twist-fl", *compose])}
-    volumes: [".:/federation"]
+{_IMAGE}    command: {json.dumps(_up(inside))}
+    volumes: [".:{inside}"]
     ports: ["{port}:{port}"]
     restart: unless-stopped
 """,
     }
 
 
+def _up(folder: str) -> list[str]:
+    return ["twist-fl", "federation", "up", folder, "--nodes", "0", "--listen", "0.0.0.0"]
+
+
 def node_files(address: str, node_config: str) -> dict[str, str]:
     """By name, for a folder with the node's key and ca.crt. The unit's paths are as on this machine, below ~."""
-    node = ["node", "--superlink", address, *_KEYS, "--node-config", node_config]
+    node = ["twist-fl", "node", "--superlink", address, *_KEYS, "--node-config", node_config]
     return {
-        UNIT.format("node"): _unit(f"TwIST: a node ({node_config})", node, Path("%h/twist-fl-node")),
+        UNIT.format("node"): _unit(f"TwIST: a node ({node_config})", node, "%h/twist-fl-node"),
         COMPOSE: f"""\
 # On the node's machine, in this folder: TWIST_FL=/path/of/twist_fl docker compose up --build -d
 services:
   node:
-{_IMAGE}    command: {_words(["twist-fl", *node])}
+{_IMAGE}    command: {json.dumps(node)}
     working_dir: /node
     volumes: [".:/node:ro", "cache:/root/.cache"]
     restart: unless-stopped
@@ -58,8 +59,10 @@ volumes:
     }
 
 
-def _unit(what: str, words: list[str], folder: Path) -> str:
-    command = str(Path(sys.executable).with_name("twist-fl"))
+def _unit(what: str, command: list[str], folder: str) -> str:
+    """`folder` may begin with %h, systemd's name of the user's home."""
+    program = str(Path(sys.executable).with_name(command[0]))
+    line = join([program, *command[1:]]).replace("%", "%%")
     return f"""\
 [Unit]
 Description={what}
@@ -67,7 +70,7 @@ Description={what}
 [Service]
 WorkingDirectory={folder}
 # Where twist-fl lies on the machine that made this file: change it if it lies elsewhere.
-ExecStart={join([command, *words])}
+ExecStart={line}
 Restart=on-failure
 RestartSec=5
 KillMode=mixed
@@ -76,7 +79,3 @@ SuccessExitStatus=130
 [Install]
 WantedBy=default.target
 """
-
-
-def _words(words: list[str]) -> str:
-    return "[" + ", ".join(f'"{word}"' for word in words) + "]"
