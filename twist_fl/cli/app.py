@@ -11,10 +11,9 @@ import click
 import typer
 from rich.console import Console
 
-from twist_fl.cli import options
+from twist_fl.cli import federation, options
 from twist_fl.cli.usage import explain, listed_sizes, versions
 from twist_fl.config.schema import load_config, presets
-from twist_fl.federation.joining import node_arguments
 from twist_fl.system.errors import ConfigError, LaunchError
 
 app = typer.Typer(
@@ -251,25 +250,8 @@ def keys() -> None:
     settings.keys(console)
 
 
-@app.command()
-def node(
-    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="The SuperLink's Fleet API.")],
-    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS: for loopback and trusted networks.")] = False,
-    root_certificates: options.RootCertificates = None,
-    auth_supernode_private_key: options.PrivateKey = None,
-    node_config: Annotated[
-        str, typer.Option(help='For example "partition-id=0 num-partitions=2".', show_default=False)
-    ] = "",
-    trusted_entities: options.TrustedEntities = None,
-    data: options.OwnText = None,
-) -> None:
-    """Join a Flower network as a SuperNode whose worker stays warm between rounds; see docs/nodes.md."""
-    arguments = node_arguments(
-        superlink, insecure, root_certificates, auth_supernode_private_key, node_config, trusted_entities, data
-    )
-    from twist_fl.federation.node import run_node
-
-    run_node(arguments)
+app.command()(federation.node)
+app.add_typer(federation.federation, name="federation")
 
 
 def _complain(error: Exception | str) -> None:
