@@ -87,7 +87,7 @@ REFUSED = {
     "data={source: builtin, path: texts}": "data.path='texts' is not read with data.source=builtin: add data.source=fi",
     "qqq=1": "unknown key 'qqq'; known here: name, algorithm, seed",
     "deploy.devices=[{memory: 3}]": "'memory_mb'",
-    "deploy.devices=[{name: tv}]": "deploy.devices 'tv' has no limit: give memory_mb, latency_ms, kappa, or several",
+    "deploy.devices=[{name: tv}]": "deploy.devices 'tv' has no limit: give memory_mb, latency_ms, prompt_ms, kappa, or",
     "deploy.devices=[{kappa: 1.5}]": "deploy.devices 'device': kappa=1.5 must be in (0, 1]",
     "deploy.devices=[{latency_ms: 0, kappa: 1}]": "deploy.devices 'device': latency_ms=0 must be more than 0",
     "deploy.devices=[{memory_mb: nan}]": "deploy.devices 'device': memory_mb=nan must be more than 0",

@@ -12,14 +12,14 @@ from rich.table import Column, Table
 
 from twist_fl.blueprint.architectures import KINDS
 from twist_fl.blueprint.blocks import Layout, make_layout
-from twist_fl.blueprint.cost import PAPER_EXCHANGES, Group, RunCost, groups, run_cost
+from twist_fl.blueprint.cost import PAPER_EXCHANGES, Group, RunCost, groups, run_cost, state_bytes, step_flops
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.moments import moment_layouts
 from twist_fl.config.hub import expanded, is_path
 from twist_fl.config.schema import Config, ModelConfig, load_config
 from twist_fl.config.sizes import make_division, ticket_sizes, workers_per_round
 from twist_fl.data.gguf_folder import SUFFIX
-from twist_fl.model.hf_config import pretrained_config, scratch_fields
+from twist_fl.model.hf_config import folder_config, pretrained_config, scratch_fields
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.units import count, human_bytes, size_label
@@ -100,6 +100,8 @@ def _show(console: Console, title: str, config: Config, model: Mapping[str, Any]
         "without activations." + ("" if moments or ddp else _of_moments(layout)),
         highlight=False,
     )
+    if config.train.teacher:
+        console.print(_of_teacher(config, layout), highlight=False)
 
 
 def _of_moments(layout: Layout) -> str:
@@ -107,6 +109,21 @@ def _of_moments(layout: Layout) -> str:
     return (
         " train.optimizer_state=server adds the moments, twice the weights again, and factored "
         f"{factors.num_params() / layout.num_params():.1%} of them."
+    )
+
+
+def _of_teacher(config: Config, layout: Layout) -> str:
+    """What distillation adds on a worker: each window is read once, forward, and the answer is kept on its disk."""
+    from twist_fl.training.teacher import bytes_per_token
+
+    name = config.train.teacher or ""
+    teacher = make_layout(folder_config(f"train.teacher={name!r}", Path(name)).to_dict())
+    window = config.data.window
+    share = step_flops(teacher, None, 1, window) / 3 / step_flops(layout, None, 1, window)  # forward: a third of a step
+    return (
+        f"train.teacher is asked once for each window: {share:.2f} of the full model's step on it, "
+        f"{human_bytes(state_bytes(teacher))} of weights beside the worker's, and "
+        f"{human_bytes(bytes_per_token(layout.sizes['vocab']))} a token on its disk. Nothing more travels."
     )
 
 

@@ -34,7 +34,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: 0 <= value < 1,
         "train.beta1 train.beta2 train.warmup aggregate.momentum aggregate.beta2 model.dropout",
     ),
-    "in (0, 1]": (lambda value: 0 < value <= 1, "train.decay train.fraction"),
+    "in (0, 1]": (lambda value: 0 < value <= 1, "train.decay train.fraction train.distill"),
     "between 0 and 1": (lambda value: 0 < value < 1, "data.test_fraction"),
 }
 _MOST = {

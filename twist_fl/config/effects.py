@@ -57,6 +57,7 @@ _IDLE: tuple[tuple[str, Reason], ...] = (
             lambda c: c.data.source == "builtin" and not c.data.private, "it is for other text than data.source=builtin"
         ),
     ),
+    ("train.distill", _if(lambda c: not c.train.teacher, "without train.teacher there is nobody to learn from")),
     ("train.decay", _if(lambda c: c.train.schedule != "wsd", "it is for train.schedule=wsd")),
     (
         "aggregate.server_lr aggregate.momentum aggregate.beta2 aggregate.tau",

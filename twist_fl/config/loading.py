@@ -42,7 +42,8 @@ def _check_places(config: Any) -> None:
     """Raises ConfigError for a folder that cannot be made, or is not there."""
     if config.dir:
         check_folder("dir", config.dir)
-    for key, value in (("model.pretrained", config.model.pretrained), ("data.tokenizer", config.data.tokenizer)):
+    places = {"model.pretrained": config.model.pretrained, "data.tokenizer": config.data.tokenizer}
+    for key, value in (places | {"train.teacher": config.train.teacher}).items():
         if value and is_path(value):
             local_path(key, value)
 
@@ -83,7 +84,8 @@ def _defaults(schema: Any) -> Any:
 def _make_absolute(config: Any) -> None:
     """Folders that exist become absolute: Flower runs the app in another working folder. A run stands for its newest
     checkpoint."""
-    places = ((config.data, "path"), (config.data, "private"), (config.data, "tokenizer"), (config.model, "pretrained"))
+    places = [(config.data, key) for key in ("path", "private", "tokenizer")]
+    places += [(config.model, "pretrained"), (config.train, "teacher")]
     for section, key in places:
         value = getattr(section, key)
         path = expanded(value or "")

@@ -74,7 +74,8 @@ def portable_config(config: Config) -> dict[str, Any]:
     """The configuration without this machine's folders (of a local path, its last part) and trackers."""
     fields: Any = OmegaConf.to_container(OmegaConf.structured(config))
     del fields["dir"], fields["log"]
-    for section, key in (("data", "path"), ("data", "private"), ("data", "tokenizer"), ("model", "pretrained")):
+    places = ("data.path", "data.private", "data.tokenizer", "model.pretrained", "train.teacher")
+    for section, key in (place.split(".") for place in places):
         value = fields[section][key]
         if value and Path(value).is_absolute():
             fields[section][key] = Path(value).name

@@ -15,7 +15,7 @@ from twist_fl.blueprint.blocks import Layout
 from twist_fl.blueprint.moments import FIRST, MOMENTS, SQUARES
 from twist_fl.config.schema import TrainConfig
 from twist_fl.model.subnet import State, get_state
-from twist_fl.training.loss import LOSS_CHUNK, linear_cross_entropy
+from twist_fl.training.loss import LOSS_CHUNK, SoftTargets, linear_cross_entropy
 from twist_fl.training.precision import forward_precision, product_precision
 
 
@@ -46,23 +46,32 @@ class Interval:
 
 
 def next_token_loss(
-    model: nn.Module, windows: torch.Tensor, reduction: str = "mean", chunk: int = LOSS_CHUNK
+    model: nn.Module,
+    windows: torch.Tensor,
+    reduction: str = "mean",
+    chunk: int = LOSS_CHUNK,
+    soft: SoftTargets | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of each window's tokens 1..T-1 given those before; `windows` is (B, T) int64.
 
     Up to `chunk` predicted tokens it is the model's own forward and the plain loss; more go through the head in
-    chunks, and their logits never exist whole.
+    chunks, and their logits never exist whole. With `soft` the gradient is that of the cross-entropy with it, and the
+    value stays.
     """
     causal_lm: Any = model
     targets = windows[:, 1:].flatten()
     if targets.numel() <= chunk:
         logits = causal_lm(windows, use_cache=False).logits[:, :-1].flatten(0, 1)  # (B (T-1), V)
         wide = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.to(wide), targets, reduction=reduction)
+        loss = F.cross_entropy(logits.to(wide), targets, reduction=reduction)
+        if soft is None:
+            return loss
+        mixed = soft.loss(logits.log_softmax(1, dtype=wide)) / (1 if reduction == "sum" else targets.numel())
+        return loss.detach() + mixed - mixed.detach()
     hidden = causal_lm.base_model(windows, use_cache=False).last_hidden_state  # (B, T, d)
     head = causal_lm.get_output_embeddings()
     assert head.bias is None, "the chunked loss knows heads without a bias only"
-    total = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), head.weight, targets, chunk)
+    total = linear_cross_entropy(hidden[:, :-1].flatten(0, 1), head.weight, targets, chunk, soft)
     return total if reduction == "sum" else total / targets.numel()
 
 
@@ -95,13 +104,14 @@ def train_interval(
     seed: int,
     moments: Moments | None = None,
     rates: Iterable[float] | None = None,
+    soft: Iterable[SoftTargets | None] | None = None,
 ) -> Interval:
     """Train `model` in place on `batches`, each (B, T) int64 on the model's device, at `rates`, else at config.lr.
 
     `moments` may cover any subset of the parameters; the others start anew. Where they are second moments only, the
     first are zeros as old as they, so that the first steps are short. Those that lie on the model's device change in
-    place. `seed` fixes the dropout. The host never waits for the device between the first batch and the last: it reads
-    the next one meanwhile.
+    place. `soft` has a teacher's targets for each batch. `seed` fixes the dropout. The host never waits for the device
+    between the first batch and the last: it reads the next one meanwhile.
     """
     torch.manual_seed(seed)
     model.train()
@@ -112,9 +122,10 @@ def train_interval(
         _restore(optimizer, named, moments)
     loss_sum, num_tokens, num_batches = torch.zeros((), dtype=torch.float64, device=device), 0, 0
     with product_precision(config.precision, device):
-        for windows, rate in zip(batches, repeat(config.lr) if rates is None else rates, strict=False):
+        every = zip(batches, rates or repeat(config.lr), soft or repeat(None), strict=False)
+        for windows, rate, targets in every:
             predicted = windows.shape[0] * (windows.shape[1] - 1)
-            loss_sum += _backward(model, windows, config) * predicted
+            loss_sum += _backward(model, windows, config, targets) * predicted
             _step(optimizer, config, rate)
             num_tokens += predicted
             num_batches += 1
@@ -123,12 +134,14 @@ def train_interval(
     return Interval(float(loss_sum) / max(1, num_tokens), num_tokens, num_batches, get_state(model), after)
 
 
-def batch_gradient(model: nn.Module, windows: torch.Tensor, config: TrainConfig, seed: int) -> Interval:
+def batch_gradient(
+    model: nn.Module, windows: torch.Tensor, config: TrainConfig, seed: int, soft: SoftTargets | None = None
+) -> Interval:
     """What a worker of DDP does: the gradient of one batch's mean loss; `windows` is (B, T) int64."""
     torch.manual_seed(seed)
     model.train()
     with product_precision(config.precision, windows.device):
-        loss = _backward(model, windows, config)
+        loss = _backward(model, windows, config, soft)
     gradient = {
         name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for name, parameter in model.named_parameters()
@@ -155,10 +168,10 @@ def zero_moments(layouts: Mapping[str, Layout]) -> Moments:
     return Moments(0, {name: {p.name: torch.zeros(p.shape) for p in layout.params} for name, layout in layouts.items()})
 
 
-def _backward(model: nn.Module, windows: torch.Tensor, config: TrainConfig) -> torch.Tensor:
+def _backward(model: nn.Module, windows: torch.Tensor, config: TrainConfig, soft: SoftTargets | None) -> torch.Tensor:
     """The gradients of the mean loss of one batch; that loss, float64, still on the device."""
     with forward_precision(config.precision, windows.device):
-        loss = next_token_loss(model, windows, chunk=config.loss_chunk)
+        loss = next_token_loss(model, windows, chunk=config.loss_chunk, soft=soft)
     model.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     return loss.detach().double()

@@ -32,6 +32,7 @@ from twist_fl.system.plugins import ARCHITECTURE, check_plugins
 from twist_fl.system.untrusted import Field, read_fields
 from twist_fl.training import device
 from twist_fl.training.fitting import check_fraction, fit_batches, fit_vocabulary
+from twist_fl.training.teacher import check_teacher
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -225,6 +226,7 @@ def make_job(config: Config) -> Job:
         fit_batches(config, text.num_windows)
     _set_threads(config)
     job = _job(config, model.to_dict(), text, uuid.uuid4().hex, own)
+    check_teacher(config, job.layout)
     if not job.division.by_importance:  # else it draws by scores
         job.blueprints(1)  # what is wrong with a policy shows before anything starts
     return _described(job)

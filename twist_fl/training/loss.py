@@ -7,6 +7,7 @@ logits are there: three matrix products as in the plain loss, nothing computed t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,19 +18,36 @@ LOSS_CHUNK = 256
 """Tokens per chunk: large enough for fast products, 51 MB of logits with GPT-2's vocabulary."""
 
 
+@dataclass(frozen=True)
+class SoftTargets:
+    """For each of N predicted tokens the K tokens it may be, (N, K) int64, and their shares, (N, K), in all 1."""
+
+    tokens: torch.Tensor
+    shares: torch.Tensor
+
+    def loss(self, log_probs: torch.Tensor) -> torch.Tensor:
+        """Sum over N tokens of the cross-entropy with these shares; `log_probs` is (N, V)."""
+        return -(self.shares.to(log_probs.dtype) * log_probs.gather(1, self.tokens)).sum()
+
+
 def linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int = LOSS_CHUNK
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    chunk: int = LOSS_CHUNK,
+    soft: SoftTargets | None = None,
 ) -> torch.Tensor:
     """Sum over N tokens of -log softmax(hidden weight^T)[target], in nats.
 
     `hidden` is (N, d), `weight` (V, d), `targets` (N,) int64. Equal to the plain loss, gradients too, up to the
-    order of summation, which `chunk` (tokens) fixes. Under autocast the products are in autocast's dtype.
+    order of summation, which `chunk` (tokens) fixes. Under autocast the products are in autocast's dtype. With `soft`
+    the gradient is that of the cross-entropy with it; the value stays.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
-            loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, dtype)  # type: ignore[no-untyped-call]
+            loss: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, targets, chunk, dtype, soft)  # type: ignore[no-untyped-call]
             return loss
         x, w = hidden.to(dtype), weight.to(dtype)
         losses = [_chunk_loss(x[i : i + chunk], targets[i : i + chunk], w)[0] for i in range(0, len(x), chunk)]
@@ -52,7 +70,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int, dtype: torch.dtype
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        chunk: int,
+        dtype: torch.dtype,
+        soft: SoftTargets | None,
     ) -> torch.Tensor:
         x, w = hidden.to(dtype), weight.to(dtype)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros_like(weight)
@@ -61,8 +85,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk)
             loss, log_probs = _chunk_loss(x[rows], targets[rows], w)
             total += loss
-            grad = log_probs.exp_()  # (c, V): softmax - one-hot, in the same memory
-            grad.scatter_add_(1, targets[rows, None], grad.new_full((1, 1), -1.0).expand(len(grad), 1))
+            grad = log_probs.exp_()  # (c, V): softmax - target, in the same memory
+            if soft is None:
+                grad.scatter_add_(1, targets[rows, None], grad.new_full((1, 1), -1.0).expand(len(grad), 1))
+            else:
+                grad.scatter_add_(1, soft.tokens[rows], -soft.shares[rows].to(grad.dtype))
             grad = grad.to(dtype)
             torch.mm(grad, w, out=grad_x[rows])
             if dtype == weight.dtype:
@@ -76,4 +103,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None
+        return grad_hidden.mul_(grad_loss), grad_weight.mul_(grad_loss), None, None, None, None

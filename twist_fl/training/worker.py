@@ -6,12 +6,14 @@ import hashlib
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from twist_fl.blueprint.blueprint import Blueprint
+from twist_fl.data.run_text import RunText
 from twist_fl.model.masked import MaskedModel
 from twist_fl.model.subnet import State, take_back
 from twist_fl.system.errors import DamagedError
@@ -20,8 +22,10 @@ from twist_fl.training.client_state import MomentShelf
 from twist_fl.training.factors import from_factors, to_factors
 from twist_fl.training.interval import Interval, Moments, batch_gradient, train_interval
 from twist_fl.training.job import Job
+from twist_fl.training.loss import SoftTargets
 from twist_fl.training.precision import check_precision
 from twist_fl.training.schedule import learning_rates
+from twist_fl.training.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,27 @@ class Worker:
         check_precision(job.config.train.precision, self.device)
         self.models = job.models(compile=job.config.train.compile)
         self.masked = MaskedModel(job.models(compile=job.config.train.compile))
+        self.teachers: dict[RunText, Teacher] = {}
         self.peak = Peak(self.device)  # no model is built yet
 
     def load(self, task: Task, params: State, in_place: bool = False) -> PreTrainedModel:
         """The task's subnet: a smaller model, or the whole one masked. With `in_place` until `subnet.take_back`."""
         models = self.masked if self.job.masks(task.worker) else self.models
         return models.load(task.blueprint, params, in_place)
+
+    def soft_targets(self, task: Task) -> Iterator[SoftTargets | None]:
+        """For each of the task's batches what the run's teacher makes of it, if it has one."""
+        train = self.job.config.train
+        if not train.teacher:
+            yield from repeat(None, task.num_batches)
+            return
+        text, shard = self.job.text_of(task.worker), self.job.shard(task.worker)
+        if text not in self.teachers:
+            self.teachers[text] = Teacher(
+                train, self.job.layout.sizes["vocab"], self.job.windows(task.worker), self.device
+            )
+        for cursor in range(task.cursor, task.cursor + task.num_batches):
+            yield self.teachers[text].targets(shard.batch(cursor))
 
     def batches(self, task: Task) -> Iterator[torch.Tensor]:
         """The task's batches, each read when it is asked for: a GPU is still busy with the one before."""
@@ -119,8 +138,8 @@ class Worker:
         config = self.job.config
         seed = int(np.random.SeedSequence((config.seed, task.round, task.worker)).generate_state(1)[0])
         if config.algorithm == "ddp":
-            (batch,) = self.batches(task)
-            return batch_gradient(model, batch, config.train, seed), ""
+            ((batch, soft),) = zip(self.batches(task), self.soft_targets(task), strict=True)
+            return batch_gradient(model, batch, config.train, seed, soft), ""
         if config.train.optimizer_state == "client":
             return self._continue(model, task, seed)
         return self._train(model, task, seed, moments), ""
@@ -131,7 +150,7 @@ class Worker:
             moments = from_factors(self.job.layout, moments, self.device)
         first = (task.round - 1) * self.job.batches_per_round  # of the run: a worker may have missed rounds
         rates = learning_rates(config, first, task.num_batches, self.job.total_batches)
-        return train_interval(model, self.batches(task), config, seed, moments, rates)
+        return train_interval(model, self.batches(task), config, seed, moments, rates, self.soft_targets(task))
 
     def _moments(self, after: Moments, places: Mapping[str, State]) -> Moments | None:
         """Those that travel."""
