@@ -197,8 +197,7 @@ class Job:
             fields["tokenizer"] = tokenizer_digest(tokenizer_files(self.corpus.tokenizer_folder))
         elif self.own is not None:
             fields["own"] = [facts(text) for text in self.own.values()]
-        fields["run_id"] = self.run_id
-        return json.dumps(fields, sort_keys=True)
+        return json.dumps(fields | {"run_id": self.run_id}, sort_keys=True)
 
 
 def clients(config: Config) -> range:
@@ -259,7 +258,6 @@ def job_from_json(text: str, node: Place | None = None) -> Job:
     for key in ("corpus", "run_id"):
         check_name(key, fields[key])
     config = from_yaml(fields["config"])
-    # Jobs of before windows were counted in them open their text for it.
     run = RunText(config.data, config.train.workers, fields["corpus"], fields.get("windows"))
     own = own_texts(config, run, known_facts(fields.get("own"), config.train.workers))
     if node is not None:
