@@ -23,7 +23,7 @@ def test_a_folder_says_where_its_superlink_is(tmp_path: Path) -> None:
     write_connection(made.flwr_home, "127.0.0.1:9000", made.ca)
     write_json({"17": "a"}, made.flwr_home / "nodes.json")
     assert target(str(made.folder), None, False) == Target("127.0.0.1:9000", made.ca, {"17": "a"}, made.runs)
-    with pytest.raises(ConfigError, match="are for HOST:PORT: the folder .* says both itself"):
+    with pytest.raises(ConfigError, match=r"are for HOST:PORT: the folder .* says both itself"):
         target(str(made.folder), None, True)
 
 
@@ -35,7 +35,7 @@ def test_an_address_needs_a_certificate_or_a_word(tmp_path: Path) -> None:
     for given in ((None, False), (ca, True)):
         with pytest.raises(ConfigError, match=r"lab:8000: give --root-certificates ca\.crt, or --insecure where"):
             target("lab:8000", *given)
-    with pytest.raises(ConfigError, match="does not exist: give the federation's ca.crt"):
+    with pytest.raises(ConfigError, match=r"does not exist: give the federation's ca\.crt"):
         target("lab:8000", tmp_path / "no.crt", False)
     with pytest.raises(ConfigError, match="is a URL: give HOST:PORT alone, lab:8000"):
         target("https://lab:8000", ca, False)

@@ -65,7 +65,8 @@ def described(there: Target) -> Iterator[str]:
     yield f"SuperLink {there.address}: {online} of {len(found)} nodes online"
     names = {node["node-id"]: there.names.get(node["node-id"], node["node-id"]) for node in found}
     width = max(map(len, names.values()), default=0)
-    yield from (f"  node {names[node['node-id']]:<{width}}  {_standing(node)}" for node in found)
+    for node in sorted(found, key=lambda node: names[node["node-id"]]):
+        yield f"  node {names[node['node-id']]:<{width}}  {_standing(node)}"
     yield from (_run(run) for run in runs["runs"])
     for folder in runs_in(there.runs) if there.runs else []:
         look = Look(folder)
