@@ -32,6 +32,7 @@ BENCHES = {
     "text": "tokenising 10 MB and 500 MB of text, beside datasets.map",
     "step": "the chunked loss against the plain one",
     "wire": "perplexity with 16 bits on the wire; needs --data FOLDER_OF_WIKITEXT_2",
+    "flight": "what a round costs on a network of nodes, by Flower's messages and by Arrow Flight",
     "warm_nodes": "what a round costs on a network of nodes, stock and warm",
 }
 EVERY = ("round", "ddp", "growth", "server", "transport", "step")

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +79,14 @@ def server_share(job: Job, one_segment: bool) -> tuple[float, int]:
     state = RunState(
         {param.name: torch.randn(param.shape, generator=generator) for param in job.layout.params}, [0] * num_workers
     )
-    segments, seconds = transport.Segments(job.run_id), 0.0
+    segments, seconds = transport.Segments({"shm": partial(transport.create, job.run_id)}), 0.0
     for _ in range(2):  # in the first, memory is new
         begin, replying = time.perf_counter(), 0.0
         tasks = plan(job, state)
         mean = round_mean(job, state, tasks)
         for task in tasks:
             size = Packing.of(job, task.blueprint).segment_bytes
-            segment = segments.take(0 if one_segment else task.worker, size)
+            segment = segments.take(0 if one_segment else task.worker, size, "shm")
             wire.task_to_records(job, "", task, state.params, None, segment)
         for task in tasks:
             memory = segments.get(0 if one_segment else task.worker)

@@ -226,6 +226,18 @@ def _warm_nodes(found: Row) -> str:
     )
 
 
+def _flight(found: Row) -> str:
+    return f"{found['num_nodes']} nodes.\n\n" + table(
+        found["rows"],
+        ("transport", lambda r: str(r["transport"])),
+        ("MB a worker, each way", lambda r: number(r["mb_per_worker"])),
+        ("later, s", lambda r: number(r["seconds"])),
+        ("faster", lambda r: f"{r['faster']:.1f}"),
+        ("two copies, s", lambda r: number(r["two_copies"])),
+        ("s / two copies", lambda r: number(r["seconds"] / r["two_copies"])),
+    )
+
+
 def _text(found: Row) -> str:
     settings = found["settings"]
     about = f"A byte-level BPE of {settings['vocab']:,} tokens, {settings['cores']} cores.\n\n"
@@ -250,6 +262,7 @@ TABLES: dict[str, dict[str, Callable[[Row], str]]] = {
     "server": {"server": _server},
     "transport": {"transport": _transport},
     "warm_nodes": {"nodes": _warm_nodes},
+    "flight": {"flight": _flight},
     "wire": {"wire": _wire},
     "step": {"step": _step},
     "text": {"text": _text},

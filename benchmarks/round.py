@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +74,14 @@ class Round:
         self.state = RunState(params, [0] * job.config.train.workers)
         self.tasks = plan(job, self.state)
         self.models = job.models("cpu")
-        self.segments = transport.Segments(job.run_id)
+        self.segments = transport.Segments({"shm": partial(transport.create, job.run_id)})
 
     def turn(self) -> None:
         job, clock = self.job, Clock()
         mean = round_mean(job, self.state, self.tasks)
         sent = []
         for task in self.tasks:  # all before the first reply, which takes the place of the state
-            segment = self.segments.take(task.worker, Packing.of(job, task.blueprint).segment_bytes)
+            segment = self.segments.take(task.worker, Packing.of(job, task.blueprint).segment_bytes, "shm")
             with clock("send"):
                 content = wire.task_to_records(job, "", task, self.state.params, None, segment)
             with clock("checksum"):  # again, alone: sending is slicing into the segment, and this

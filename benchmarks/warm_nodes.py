@@ -29,7 +29,7 @@ NUM_NODES = 2
 TIMEOUT = 1800.0
 HEADS, KEPT, LAYERS = 12, 10, 12
 JOB = f"""
-    train.workers={NUM_NODES} train.interval=1 train.threads=1 train.device=cpu train.batch_size=2
+    train.interval=1 train.threads=1 train.device=cpu train.batch_size=2
     train.optimizer_state=reset model.n_layer={LAYERS} model.n_head={HEADS} model.n_positions=32 data.vocab_size=300
     data.window=16 blueprint.num_sub={KEPT} blueprint.undivided_first=1 blueprint.undivided_last=1
     eval.every=0 eval.max_windows=4 eval.sizes=[{KEPT}] eval.tickets=1 checkpoint_every=1000
@@ -79,7 +79,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file for the results, JSON")
     parser.add_argument("settings", nargs="*", help="key=value settings over those of the job")
     args = parser.parse_args()
-    job = [*JOB.split(), f"model.n_embd={width_of(args.mb)}", f"train.rounds={args.rounds}", *args.settings]
+    job = [
+        *JOB.split(),
+        f"train.workers={NUM_NODES}",
+        f"model.n_embd={width_of(args.mb)}",
+        f"train.rounds={args.rounds}",
+        *args.settings,
+    ]
     ways = {
         "stock SuperNodes": (stock_node, "inline"),
         "twist-fl node": (warm_node, "inline"),

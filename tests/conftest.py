@@ -32,7 +32,10 @@ settings.load_profile("twist")
 # Worker.train sets the number of threads to train.threads; bit-for-bit comparisons need one number everywhere.
 torch.set_num_threads(1)
 
-LONGEST = ("test_app.py", "test_resume.py", "test_node.py", "test_examples.py", "test_readme.py", "test_reproduce.py")
+LONGEST = (
+    *("test_app.py", "test_resume.py", "test_node.py", "test_network.py", "test_examples.py", "test_readme.py"),
+    "test_reproduce.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

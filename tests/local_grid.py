@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 import client_app
-from twist_fl.federation import apps, tensors, transport, wire
+from twist_fl.federation import apps, tensors, wire
 from twist_fl.model.subnet import State
 from twist_fl.rounds import RunState
 from twist_fl.training.job import Job
@@ -29,6 +29,11 @@ Bend = Callable[[Task, Message, Answer], Sequence[Message]]
 
 def honest(task: Task, message: Message, answer: Answer) -> list[Message]:
     return [answer()]
+
+
+def bent(round_: int, workers: Sequence[int], bend: Bend) -> Bend:
+    """`bend` for some workers of one round, honesty otherwise."""
+    return lambda *given: (bend if given[0].round == round_ and given[0].worker in workers else honest)(*given)
 
 
 def failing(reason: str) -> Callable[[Message], Message]:
@@ -103,7 +108,7 @@ class LocalGrid(Grid):
     @staticmethod
     def _from_afar(message: Message, answer: Answer) -> Message:
         """The answer of another machine, where the server's process and files do not exist."""
-        handle = message.content.config_records["segment"]
+        handle = message.content.config_records["shm"]
         here, handle["fd"] = handle["fd"], 99_999
         found = answer()
         handle["fd"] = here
@@ -138,7 +143,7 @@ class LocalGrid(Grid):
 def changed(task: Task, message: Message, answer: Message, change: Callable[[Reply], Reply]) -> Message:
     """An answer with another reply inside, which travels as the honest one."""
     job, handle = job_of(message), tensors.handle_of(answer.content)
-    segment = None if handle is None else transport.attach(handle, job.run_id)
+    segment = None if handle is None else tensors.open_segment(handle, job.run_id, handle.num_bytes)
     reply = change(wire.reply_from_records(job, task.blueprint, answer.content, segment))
     content = wire.reply_to_records(job, task.blueprint, reply, segment)
     return Message(content=content, metadata=answer.metadata)  # type: ignore[call-overload,no-any-return]

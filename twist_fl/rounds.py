@@ -24,13 +24,15 @@ from twist_fl.training.aggregate import (
     coverage_debt,
     new_aggregator,
 )
+from twist_fl.training.bounds import check_moments, magnitudes, reach
 from twist_fl.training.client_state import MomentShelf
 from twist_fl.training.importance import score_blocks
 from twist_fl.training.interval import Moments, adam_step, zero_moments
 from twist_fl.training.job import Job
 from twist_fl.training.outer_optimizer import OuterState, new_outer, outer_step
+from twist_fl.training.rules import ROBUST
 from twist_fl.training.schedule import learning_rate
-from twist_fl.training.worker import Reply, Task, Worker
+from twist_fl.training.worker import Reply, Task, Worker, rates
 
 
 @dataclass
@@ -121,11 +123,12 @@ class RoundMean:
         # The hybrid variant's own worker trains the server's parameters where they are, in_place or not.
         self._before = {name: value.clone() for name, value in state.params.items()} if state.outer else {}
         self._spare: list[Memory] = []
-        gradients = job.config.algorithm == "ddp"
-        self._params = self._begin(job.config.aggregate.rule, job.layout, state.params, in_place and not gradients)
-        moments = state.moments.values if state.moments else {}
+        gradients, rule = job.config.algorithm == "ddp", job.config.aggregate.rule
+        self._sent = {} if gradients else magnitudes(state.params)
+        self._params = self._begin(rule, job.layout, state.params, in_place and not gradients)
+        moments, rule = state.moments.values if state.moments else {}, rule if rule in ROBUST else "mean"
         self._moments = {
-            name: self._begin("mean", layout, moments[name], in_place) for name, layout in job.moment_layouts.items()
+            name: self._begin(rule, layout, moments[name], in_place) for name, layout in job.moment_layouts.items()
         }
         self._loss_sum = 0.0
         self._cursors = list(state.cursors)
@@ -187,7 +190,8 @@ class RoundMean:
             raise ReplyError(f"trained on {reply.num_tokens} tokens, asked were {expected}")
         if not isfinite(reply.loss):
             raise ReplyError(f"training loss is {reply.loss}")
-        check_state(layout, given, reply.params)
+        train = self.job.config.train
+        check_state(layout, given, reply.params, reach=reach(self._sent, train, rates(self.job, task)))
         if (reply.moments is None) == bool(self.job.moment_layouts):
             raise ReplyError("optimiser moments are missing or were not asked for")
         if reply.moments is not None:
@@ -196,6 +200,7 @@ class RoundMean:
                 raise ReplyError(f"moment_step is {reply.moments.step}, expected {after}")
             for name, of in self.job.moment_layouts.items():
                 check_state(of, given, reply.moments.values[name], 0 if name == SQUARES else -LARGEST)
+            check_moments(reply.moments.values, train)
 
     def finish(self) -> RunState:
         """The next state. What nobody answered for keeps the server's value and is owed in the next round."""

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import Run
+from small_tickets import fields
+from transformers import AutoModelForCausalLM
 
 from twist_fl.cli import demo, train
 from twist_fl.cli.demo import PRUNERS
+from twist_fl.data.tokenizer import train_tokenizer
+from twist_fl.model.hf_config import config_from_dict
 
 LITTLE = ("train.rounds=2", "train.interval=2", "eval.every=0", "eval.max_windows=4", "eval.tickets=2")
 
@@ -51,3 +56,30 @@ def test_the_demo_says_why_one_does_not_just_prune(
     assert status == 0
     assert {file: file.read_bytes() for file in folder.rglob("*.json")} == before
     assert output[output.index("of smaller models") :] == again[again.index("of smaller models") :]
+
+
+def test_a_model_of_the_users_takes_our_models_place(
+    run: Run, text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Llama of three key/value groups: sizes, common blocks and the devices' limits are shares of it."""
+    monkeypatch.setattr(demo, "train_or_go_on", partial(train.train_or_go_on, local=True))
+    folder = tmp_path / "my-llama"
+    train_tokenizer([(text_folder / "train.txt").read_text()], 300).save_pretrained(folder)
+    auto: Any = AutoModelForCausalLM
+    auto.from_config(
+        config_from_dict(fields("llama", num_attention_heads=6, num_key_value_heads=3, hidden_size=48))
+    ).save_pretrained(folder)
+    words = ("demo", "--model", folder, "--prompt", "the worker", f"data.path={text_folder}", "data.window=32", *LITTLE)
+    status, output, error = run(*words)
+    assert status == 0, error
+    twist = tmp_path / "runs" / "demo-my-llama" / "twist"
+    results = json.loads((twist / "results.json").read_text())
+    assert results["config"]["model"]["pretrained"] == "my-llama"
+    devices = json.loads((twist / "deployed.json").read_text())
+    whole = sum(value.numel() for value in auto.from_pretrained(folder).parameters())
+    assert devices[0]["num_params"] == whole
+    assert [(row["size"], row["of"]) for row in devices] == [(3, 3), (1, 3), (1, 3)]
+    for device in devices:
+        assert device["planned_mb"] <= device["memory_mb"] < 1.1 * device["planned_mb"]
+        assert f"{device['name']} writes: the worker" in output
+    assert "Why not just prune?" in (twist.parent / "report.html").read_text()

@@ -181,6 +181,8 @@ IDLE = {
     "blueprint.setting=attn blueprint.ffn_blocks=6": "blueprint.ffn_blocks=6 changes nothing: blueprint.setting=attn",
     "blueprint.score=taylor": "only blueprint.policy=importance scores blocks",
     "blueprint.assign=shuffled": "blueprint.num_sub names one size for all: give several",
+    "flower.flight=localhost:0 flower.transport=inline": "flower.flight=localhost:0 changes nothing: flower.tr",
+    "flower.flight_key=a flower.flight_certificate=b": "flower.flight_certificate=b changes nothing: ",
     "data.train_glob=*.md": "data.train_glob=*.md changes nothing: it is for other text than data.source=builtin",
     "model.pretrained=gpt2 model.n_layer=6": "model.n_layer=6 changes nothing: it is read from model.pretrained=gpt2",
     "data.tokenizer=gpt2 data.vocab_size=300": "data.vocab_size=300 changes nothing: the tokenizer is there already",

@@ -133,7 +133,7 @@ ASKED = {
     ("train", "--preset", "demo"): "no option --preset: its first word is that, twist-fl train demo",
     ("train", "demo", "--foo"): "twist-fl train has no option --foo; it has --resume",
     ("tickets", "x", "--seed", "3"): "seed is a setting, for `twist-fl train ... seed=3`",
-    ("tickets",): "Missing argument 'RUN': twist-fl tickets [OPTIONS] RUN [PLACES]...; see twist-fl tickets --help",
+    ("tickets",): "Missing argument 'RUN_OR_MODEL': twist-fl tickets [OPTIONS] RUN_OR_MODEL [KEY=VALUE]...; see",
     ("tickets", "x", "--draws", "0"): "--draws 0 must be 1 to 100000",
     ("tickets", "x", "--draws", "ten"): "--draws 'ten' must be a whole number",
     ("tickets", "x", "--windows", "0"): "--windows 0 must be 1 or more",

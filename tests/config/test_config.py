@@ -64,6 +64,12 @@ def test_of_epochs_and_rounds_the_later_counts() -> None:
     assert from_yaml(to_yaml(both)) == both
 
 
+def test_a_path_alone_is_files() -> None:
+    assert load_config("demo", ["data.path=texts"]).data.source == "files"
+    assert load_config("gpt2-wikitext103", ["data.path=texts"]).data.source == "wikitext"
+    assert load_config("demo", ["data.path=org/texts", "data.source=hub"]).data.source == "hub"
+
+
 def test_one_number_stands_for_all_workers() -> None:
     assert load_config(overrides=["blueprint.num_sub=3"]).blueprint.num_sub == [3]
     sizes = ["blueprint.num_sub=6,50%,0.25,3+6,1/3+.5,1/1", "train.workers=6"]
@@ -78,7 +84,7 @@ REFUSED = {
     "blueprint.nsub=3": "unknown key 'blueprint.nsub', did you mean 'blueprint.num_sub'?",
     "lr=1": "unknown key 'lr', did you mean 'train.lr'?",
     "batch_size=1": "unknown key 'batch_size', did you mean 'train.batch_size' or 'eval.batch_size'?",
-    "data.path=texts": "data.path='texts' is not read with data.source=builtin: add data.source=files",
+    "data={source: builtin, path: texts}": "data.path='texts' is not read with data.source=builtin: add data.source=fi",
     "qqq=1": "unknown key 'qqq'; known here: name, algorithm, seed",
     "deploy.devices=[{memory: 3}]": "'memory_mb'",
     "deploy.devices=[{name: tv}]": "deploy.devices 'tv' has no limit: give memory_mb, latency_ms, prompt_ms, kappa, or",
@@ -114,6 +120,11 @@ REFUSED = {
     "blueprint.undivided_first=-1": "blueprint.undivided_first=-1 must be 0 or more",
     "blueprint.num_sub=[6,6]": "blueprint.num_sub=6,6 has 2 entries for train.workers=4",
     "blueprint.num_sub=1+2+3": "blueprint.num_sub=1+2+3 must be a number of blocks (6), a share",
+    "flower.transport=flight": "flower.transport=flight needs flower.flight: the server's HOST:PORT, as nodes name it",
+    "flower.flight=localhost": "flower.flight='localhost' is not HOST:PORT with a port of 0 to 65535, for example",
+    "flower.flight=http://localhost:1": "flower.flight='http://localhost:1' is not HOST:PORT",
+    "flower.flight=localhost:70000": "flower.flight='localhost:70000' is not HOST:PORT with a port of 0 to 65535",
+    "flower.flight_key=server.key": "flower.flight_certificate and flower.flight_key belong together: give both or",
     "eval.every=-1": "eval.every=-1 must be 0 or more",
 }
 

@@ -22,7 +22,7 @@ from twist_fl.data import corpus, documents, encode
 from twist_fl.data.corpus import Corpus, Shard, find_corpus, load_corpus, open_corpus
 from twist_fl.data.tokenizer import END_OF_TEXT, load_tokenizer, train_tokenizer
 from twist_fl.system.errors import ConfigError, DamagedError
-from twist_fl.system.files import SEAL, read_json
+from twist_fl.system.files import SEAL, cache_dir, read_json
 from twist_fl.training.client_state import MomentShelf
 from twist_fl.training.job import Job, job_from_json, make_job
 from twist_fl.training.worker import Worker
@@ -322,7 +322,7 @@ def test_a_byte_of_a_cached_corpus_that_changed_is_noticed(name: str, where: flo
 
 def damaged_text() -> Path:
     """Of this session, in its cache."""
-    file = corpus.cache_dir() / "text-for-damage.txt"
+    file = cache_dir() / "text-for-damage.txt"
     file.write_text("".join(f"Line {number}: {SENTENCE}\n\n" for number in range(300)))
     return file
 

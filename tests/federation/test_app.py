@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
 from twist_fl.config.devices import DeviceConfig
-from twist_fl.data.corpus import cache_dir
 from twist_fl.federation import deploy
 from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.system.files import cache_dir
 from twist_fl.system.provenance import commit
 from twist_fl.tickets.evaluate import perplexity
 from twist_fl.tickets.export import make_ticket, ticket_memory_bytes

@@ -136,7 +136,7 @@ class Listing(TwistStrategy):
         left = [reply for reply in replies if (server_round, reply.metadata.group_id) != (1, "1")]
         found = super().aggregate_train(server_round, left)
         if server_round == 1:
-            assert self._segments.get(1) is None
+            assert self.nodes.segments.get(1) is None
         return found
 
 

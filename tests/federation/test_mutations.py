@@ -231,13 +231,13 @@ def changed(content: RecordDict, about: str, rng: random.Random) -> RecordDict:
     for key, record in content.items():
         kind: Any = type(record)
         new[key] = kind(dict(record))
-    parts = [*new.array_records, *(["segment"] if "segment" in new else [])]
+    parts = [*new.array_records, *(["shm"] if "shm" in new else [])]
     match rng.choice(["json", "json", "part", "part", "drop", "kind"]):
         case "json":
             new[about] = ConfigRecord({"json": changed_json(str(new.config_records[about]["json"]), rng)})
         case "part":
             part = rng.choice(parts)
-            if part == "segment":
+            if part == "shm":
                 change_handle(new.config_records[part], rng)
             else:
                 change_arrays(new.array_records[part], rng)
@@ -260,7 +260,7 @@ def segment_for(job: Job, by: str) -> Iterator[transport.Segment | None]:
         return
     segment = transport.create(job.run_id, Packing.of(job, plan(job, start(job))[0].blueprint).segment_bytes)
     yield segment
-    transport.close(segment)
+    segment.close()
 
 
 @pytest.mark.parametrize("optimizer_state", ["server", "factored"])
@@ -334,9 +334,9 @@ def test_no_other_file_is_opened_for_a_handle(tiny_job: MakeJob, tmp_path: Path)
     secret = tmp_path / "secret"
     secret.write_bytes(b"x" * 64)
     with secret.open("r+b") as file:
-        segment = transport.make_token("run")
+        segment = transport.create("run", 32)
         handle = replace(segment.handle(), fd=file.fileno())
         with pytest.raises(SegmentError, match=r"is gone: in its place is .*secret$"):
             transport.attach(handle, "run")
-        transport.close(segment)
+        segment.close()
     assert secret.read_bytes() == b"x" * 64

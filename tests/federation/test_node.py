@@ -5,15 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import shlex
-import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -27,11 +22,8 @@ from typer.testing import CliRunner
 from twist_fl.cli.app import app
 from twist_fl.config.schema import load_config
 from twist_fl.federation import node
-from twist_fl.federation.simulation import free_port
 from twist_fl.rounds import run, start
 from twist_fl.runs.checkpoint import RunFolder
-from twist_fl.system.children import stop_tree
-from twist_fl.system.environment import private_environment
 from twist_fl.system.errors import ConfigError, LaunchError
 from twist_fl.training.job import make_job
 
@@ -139,7 +131,7 @@ def test_a_killed_node_takes_its_processes_with_it(trained: tuple[RunFolder, Net
 
 def test_nodes_with_text_of_their_own_train_as_one_process_that_has_both(tiny: tuple[str, ...], tmp_path: Path) -> None:
     """A warm node with --data, and Flower's own with the path in its node config; as on machines of their own, neither
-    finds in a cache what the other or the server has read."""
+    finds in a cache what the other or the server has read, and tensors go by Arrow Flight."""
     for place, num_words in enumerate((400, 900)):
         (tmp_path / "texts" / str(place)).mkdir(parents=True)
         write_text(tmp_path / "texts" / str(place) / "a.txt", num_words, seed=30 + place)
@@ -154,11 +146,12 @@ def test_nodes_with_text_of_their_own_train_as_one_process_that_has_both(tiny: t
         return [*own_cache, *stock_node(address, f"{node_config} data='{path}'")]
 
     with network(tmp_path / "flower", 2, node_with_text) as running:
-        overrides = " ".join([*words, "data.private=nodes"])
+        overrides = " ".join([*words, "data.private=nodes", "flower.transport=flight", "flower.flight=localhost:0"])
         output = running.run({"preset": "demo", "overrides": overrides, "run-dir": str(folder.path)}, PATIENCE)
         logs = output + running.node_log(0).read_text() + running.node_log(1).read_text()
         assert [event["event"] for event in folder.events()][-1:] == ["done"], logs
     assert [event["dropped"] for event in folder.events("round")] == [{}, {}]
+    assert all(event["bytes_via"]["flight"] and not event["bytes_via"]["inline"] for event in folder.events("round"))
     (nodes,) = folder.events("nodes")
     assert nodes["windows"]["0"] < nodes["windows"]["1"]
     assert [len(list((tmp_path / "caches" / place / "tokens").iterdir())) for place in "01"] == [1, 1]
@@ -275,75 +268,6 @@ def test_errors_bundles_and_interruption(tmp_path: Path) -> None:
         assert running.nodes[0].wait(PATIENCE) == 130
         assert psutil.wait_procs(everyone, timeout=PATIENCE)[1] == []
         assert "Traceback" not in running.node_log(0).read_text().rpartition("no such word")[2]
-
-
-# TLS and keys, by the commands in docs/nodes.md
-
-DOCS = Path(__file__).parents[2] / "docs" / "nodes.md"
-
-
-def shell(home: Path, script: str, port: int) -> str:
-    """Lines from the document, for the SuperLink on `port`."""
-    environment = private_environment(home)
-    script = script.replace("localhost:8000", f"localhost:{port}")
-    done = subprocess.run(
-        ["bash", "-ec", script],
-        cwd=home,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def begin(stack: ExitStack, home: Path, *words: str) -> tuple[subprocess.Popen[bytes], Path]:
-    """A process in `home` and its log, stopped with the stack."""
-    log = home / f"{words[0].replace('/', '_')[-20:]}-{time.monotonic_ns()}.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            words, cwd=home, env=private_environment(home), stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
-    stack.callback(stop_tree, process)
-    return process, log
-
-
-def listens(port: int) -> bool:
-    with socket.socket() as found:
-        return found.connect_ex(("127.0.0.1", port)) == 0
-
-
-@pytest.mark.skipif(not (shutil.which("openssl") and shutil.which("ssh-keygen")), reason="needs openssl, ssh-keygen")
-def test_tls_and_keys_as_documented(tmp_path: Path) -> None:
-    certificates, key, link, register, joining, *_ = re.findall(r"```sh\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    (connection,) = re.findall(r"```toml\n(.*?)```", DOCS.read_text(), re.DOTALL)
-    home, port = tmp_path / "home", free_port()
-    home.mkdir()
-    connection = connection.replace("/absolute/path/of", str(home)).replace("localhost:8000", f"localhost:{port}")
-    (home / "config.toml").write_text(connection)
-    shell(home, certificates + key + key.replace("node0", "stranger"), port)
-    with ExitStack() as stack:
-        words = shlex.split(link.splitlines()[-1])
-        server, log = begin(stack, home, *words, "--host", "127.0.0.1", "--port", str(port))
-        until(lambda: listens(port) or server.poll() is not None)
-        assert server.poll() is None, log.read_text()
-        shell(home, register, port)
-        joining = joining.replace("\\\n", "").replace("localhost:8000", f"localhost:{port}")
-        command = shlex.split(joining)[1:]  # without `twist-fl`
-        ours = [sys.executable, "-m", "twist_fl", *command]
-
-        refused, log = begin(stack, home, *(word.replace("node0", "stranger") for word in ours))
-        assert refused.wait(PATIENCE) == 1, log.read_text()
-        assert "Failed to initialize the connection" in log.read_text()
-
-        _, log = begin(stack, home, *ours)
-        app = probe(tmp_path / "secure", "secure", ["ok"])
-        done = shell(home, f"flwr run {app} lab --stream", port)
-        assert (app / "result.json").is_file(), done + log.read_text()
-        (answer,) = json.loads((app / "result.json").read_text())
-        assert answer["bundle"] == "secure"
 
 
 # Before anything starts

@@ -291,7 +291,7 @@ def test_a_server_without_text_trains_and_has_what_the_nodes_find(
     with pytest.raises(ConfigError, match=r"there is no test text here: .* \(data\.source=empty\)"):
         TrainedRun(strategy.folder.path).perplexity()
     with pytest.raises(ConfigError, match=r"^device phone has no test text to measure a ticket on"):
-        deploy_here(strategy.folder, job, [DeviceConfig("phone", 3.0)], print)
+        deploy_here(strategy.folder, job, ended, [DeviceConfig("phone", 3.0)], print)
 
 
 @pytest.mark.parametrize(

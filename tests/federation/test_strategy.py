@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, RecordDict
-from local_grid import Answer, Bend, LocalGrid, assert_same_run, changed, failing, honest, job_of, same, with_nan
+from local_grid import Answer, Bend, LocalGrid, assert_same_run, bent, changed, failing, honest, job_of, same, with_nan
 
 from twist_fl.blueprint.cost import moment_bytes, round_bytes, state_bytes
 from twist_fl.blueprint.drawing import full_blueprint
@@ -65,11 +65,6 @@ def oracle(job: Job, folder: Path, missing: Sequence[tuple[int, int]] = ()) -> R
                 mean.add(task, worker.train(task, *dispatch(job, state, task)))
         state = mean.finish()
     return state
-
-
-def bent(round_: int, workers: Sequence[int], bend: Bend) -> Bend:
-    """`bend` for some workers of one round, honesty otherwise."""
-    return lambda *given: (bend if given[0].round == round_ and given[0].worker in workers else honest)(*given)
 
 
 def events(strategy: TwistStrategy, kind: str) -> list[dict[str, Any]]:
@@ -198,7 +193,7 @@ def test_nodes_on_this_machine_share_its_memory_and_others_do_not(
         sizes = [
             2 * 3 * state_bytes(strategy.job.layout, blueprint) for blueprint in strategy.job.blueprints(event["round"])
         ]
-        assert event["bytes_via"] == {"shm": sizes[0] + sizes[2], "inline": sizes[1]}
+        assert event["bytes_via"] == {"shm": sizes[0] + sizes[2], "flight": 0, "inline": sizes[1]}
         assert sum(event["bytes_via"].values()) == sum(
             event[way][kind] for way in ("bytes_down", "bytes_up") for kind in ("weights", "moments")
         )
@@ -325,7 +320,7 @@ def headless(task: Task, message: Message, answer: Answer) -> list[Message]:
     """Without the embedding: sent inline, for in a segment every parameter has its place."""
     job, reply = job_of(message), answer()
     handle = tensors.handle_of(reply.content)
-    segment = None if handle is None else transport.attach(handle, job.run_id)
+    segment = None if handle is None else tensors.open_segment(handle, job.run_id, handle.num_bytes)
     content = wire.reply_to_records(
         job, task.blueprint, wire.reply_from_records(job, task.blueprint, reply.content, segment)
     )
@@ -368,7 +363,7 @@ def test_sizes_that_are_no_numbers_do_not_end_the_run(make_strategy: Callable[..
 
     def talkative(task: Task, message: Message, answer: Answer) -> list[Message]:
         reply = answer()
-        reply.content.config_records["segment"].update({"weights": "many", "moments": [0.5]})
+        reply.content.config_records["shm"].update({"weights": "many", "moments": [0.5]})
         return [reply]
 
     strategy = make_strategy("flower.transport=shm", "train.rounds=1")

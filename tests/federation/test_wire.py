@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from twist_fl.blueprint.drawing import draw_ticket
 from twist_fl.blueprint.moments import moment_layouts
 from twist_fl.federation import tensors, transport, wire
 from twist_fl.federation.packing import DTYPES, Packing
-from twist_fl.federation.transport import Handle, Segment, SegmentError
+from twist_fl.federation.transport import Segment, SegmentError, SharedHandle, SharedSegment
 from twist_fl.model.subnet import State, copy_all, slice_state, take_slice
 from twist_fl.rounds import RunState, dispatch, plan, start
 from twist_fl.system.errors import ConfigError
@@ -67,12 +68,16 @@ def tasks(job: Job, state: RunState) -> list[tuple[Task, RecordDict]]:
     return [(task, task_records(job, state, task, known=known)) for task in plan(job, state, keep_from=1)]
 
 
+def new_token() -> SharedSegment:
+    return transport.make_token(partial(transport.create, "run"))
+
+
 @contextmanager
 def new_segment(job: Job, blueprint: Blueprint) -> Iterator[Segment]:
     """As the server makes it for a task."""
     segment = transport.create(job.run_id, Packing.of(job, blueprint).segment_bytes)
     yield segment
-    transport.close(segment)
+    segment.close()
 
 
 @pytest.fixture(params=["inline", "shm"])
@@ -411,51 +416,51 @@ ATTACH = """
 import json, sys
 from twist_fl.federation import transport
 handle, run_id = json.loads(sys.argv[1])
-segment = transport.attach(transport.Handle(**handle), run_id)
-segment.check(transport.Handle(**handle))
+segment = transport.attach(transport.SharedHandle(**handle), run_id)
+segment.check(transport.SharedHandle(**handle))
 segment.memory[0] = 7
 """
 
 
-def attach_elsewhere(handle: Handle, run_id: str) -> subprocess.CompletedProcess[str]:
+def attach_elsewhere(handle: SharedHandle, run_id: str) -> subprocess.CompletedProcess[str]:
     """Another process opens the segment, checks it and writes a byte."""
     words = [sys.executable, "-c", ATTACH, json.dumps([asdict(handle), run_id])]
     return subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
 
 
 def test_another_process_reads_and_writes_the_same_memory() -> None:
-    segment = transport.make_token("run")
+    segment = new_token()
     done = attach_elsewhere(segment.handle(), "run")
     assert done.returncode == 0, done.stderr
     assert segment.memory[0] == 7
-    transport.close(segment)
+    segment.close()
 
 
 def test_when_the_server_is_gone_so_is_its_memory() -> None:
     code = (
         "import os; from twist_fl.federation import transport; "
-        "s = transport.make_token('run'); print(s.handle()); os._exit(9)"
+        "s = transport.create('run', 32); print(s.handle()); os._exit(9)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 9
-    handle = eval(done.stdout, {"Handle": Handle})
+    handle = eval(done.stdout, {"SharedHandle": SharedHandle})
     with pytest.raises(SegmentError, match=r"is gone, or on another machine: No such file or directory$"):
         transport.attach(handle, "run")
 
 
-def no_change(segment: Segment, handle: Handle) -> Handle:
+def no_change(segment: SharedSegment, handle: SharedHandle) -> SharedHandle:
     return handle
 
 
-def other_file(segment: Segment, handle: Handle) -> Handle:
+def other_file(segment: SharedSegment, handle: SharedHandle) -> SharedHandle:
     """The server closed the segment, and its number now belongs to another one."""
     other = transport.create("run", 32)
     os.dup2(other.fd, segment.fd)
-    transport.close(other)
+    other.close()
     return handle
 
 
-REFUSED: dict[str, tuple[Callable[[Segment, Handle], Handle], str, str]] = {
+REFUSED: dict[str, tuple[Callable[[SharedSegment, SharedHandle], SharedHandle], str, str]] = {
     "of another run": (no_change, "other", r"segment 'twist_fl-run-\w+' is not of this run \(other\)"),
     "of a run with a longer name": (no_change, "ru", "is not of this run"),
     "another file": (other_file, "run", r"is gone: in its place is /memfd:twist_fl-run-"),
@@ -469,18 +474,18 @@ REFUSED: dict[str, tuple[Callable[[Segment, Handle], Handle], str, str]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_handle_that_names_another_memory_is_refused(case: str) -> None:
     change, run_id, reason = REFUSED[case]
-    segment = transport.make_token("run")
+    segment = new_token()
     handle = change(segment, segment.handle())
     with pytest.raises(SegmentError, match=reason):
         transport.attach(handle, run_id)
-    transport.close(segment)
+    segment.close()
 
 
 def test_nobody_can_cut_a_segment_short() -> None:
     segment = transport.create("run", 5000)
     with pytest.raises(PermissionError):
         os.truncate(f"/proc/self/fd/{segment.fd}", 100)
-    transport.close(segment)
+    segment.close()
 
 
 @given(st.binary(min_size=1, max_size=3 * 4096 + 9), st.data())
@@ -495,6 +500,25 @@ def test_a_changed_byte_changes_the_checksum(content: bytes, data: st.DataObject
 def test_pieces_in_another_order_have_another_checksum() -> None:
     memory = torch.arange(4 * 4096, dtype=torch.int32).view(torch.uint8)
     assert transport.checksum(memory) != transport.checksum(memory.view(4, -1).flip(0).contiguous().view(-1))
+
+
+@pytest.mark.parametrize("by", ["inline", "shm"])
+def test_equal_shapes_that_change_places_change_the_hash(by: str, tiny_job: MakeJob, random_state: RandomState) -> None:
+    """A record's hash, by which Flower asks for it, has the names in it; a segment's checksum is of bytes in order."""
+    job = tiny_job()
+    task = plan(job, start(job))[0]
+    ours = random_state(job.layout)
+    names = [f"transformer.h.{layer}.mlp.c_fc.weight" for layer in (0, 3)]
+    theirs = ours | {names[0]: ours[names[1]], names[1]: ours[names[0]]}
+    hashes = []
+    for state in (ours, theirs, ours):
+        size = Packing.of(job, task.blueprint).segment_bytes
+        segment = transport.create(job.run_id, size) if by == "shm" else None
+        content = wire.task_to_records(job, job.to_json(), task, state, None, segment)
+        hashes.append(segment.handle().checksum if segment else content.array_records["params"].object_id)
+        if segment:
+            transport.close(segment)
+    assert hashes[0] == hashes[2] != hashes[1]
 
 
 def test_a_task_that_was_changed_on_the_way_is_refused(tiny_job: MakeJob, random_state: RandomState) -> None:
@@ -529,22 +553,22 @@ def test_a_task_whose_process_died_half_way_says_so(job: Job, tmp_path: Path) ->
 
 
 def test_a_worker_keeps_its_segment_until_it_fails_to_answer() -> None:
-    segments = transport.Segments("run")
-    first, other = segments.take(0, 100), segments.take(1, 100)
-    assert segments.take(0, 100) is first is segments.get(0) is not other
-    larger = segments.take(0, 101)
+    segments = transport.Segments({"shm": partial(transport.create, "run")})
+    first, other = segments.take(0, 100, "shm"), segments.take(1, 100, "shm")
+    assert segments.take(0, 100, "shm") is first is segments.get(0) is not other
+    larger = segments.take(0, 101, "shm")
     assert len(larger.memory) == 101
-    late = transport.attach(other.handle(), "run")
+    late = tensors.open_segment(other.handle(), "run", 100)
     segments.drop(1)
     late.memory.fill_(1)  # where nobody reads
     assert segments.get(1) is None
-    assert segments.take(1, 100).memory.sum() == 0
+    assert segments.take(1, 100, "shm").memory.sum() == 0
     for handle in (first.handle(), other.handle()):
         with pytest.raises(SegmentError, match="is gone"):
-            transport.attach(handle, "run")
+            tensors.open_segment(handle, "run", 100)
     segments.close()
     with pytest.raises(SegmentError, match="is gone"):
-        transport.attach(larger.handle(), "run")
+        tensors.open_segment(larger.handle(), "run", 101)
 
 
 # Malformed replies
@@ -589,7 +613,7 @@ def drop_array(name: str) -> Spoil:
 
 def set_handle(**changes: Any) -> Spoil:
     fields: dict[str, Any] = {"name": "twist_fl-x", "pid": 1, "fd": 3, "num_bytes": 8, "checksum": 9, "weights": 8}
-    return lambda content: content.__setitem__("segment", ConfigRecord(fields | changes))
+    return lambda content: content.__setitem__("shm", ConfigRecord(fields | changes))
 
 
 MALFORMED: dict[str, tuple[Spoil, str]] = {
@@ -730,16 +754,16 @@ def test_a_reply_by_a_handle_that_is_not_its_own_is_refused(tiny_job: MakeJob, r
     size = len(reply.params) and Packing.of(job, task.blueprint).segment_bytes
     with new_segment(job, task.blueprint) as segment:
         content = wire.reply_to_records(job, task.blueprint, reply, segment)
-        sent = dict(content.config_records["segment"])
+        sent = dict(content.config_records["shm"])
         for change, reason in (
             ({"name": "twist_fl-other-1"}, f"handle of segment 'twist_fl-other-1', expected '{segment.name}'"),
             ({"num_bytes": 12}, f"has 12 bytes, expected {size}"),
             ({"checksum": 12}, "its handle says 0xc"),
         ):
-            content["segment"] = ConfigRecord(sent | change)
+            content["shm"] = ConfigRecord(sent | change)
             with pytest.raises(ReplyError, match=reason):
                 wire.reply_from_records(job, task.blueprint, content, segment)
-        content["segment"] = ConfigRecord(sent)
+        content["shm"] = ConfigRecord(sent)
         assert same(wire.reply_from_records(job, task.blueprint, content, segment).params, reply.params)
         segment.memory[-1] += 1
         with pytest.raises(ReplyError, match="has checksum"):
@@ -760,15 +784,18 @@ def test_a_reply_of_another_shape_is_not_spread_over_the_buffer(tiny_job: MakeJo
 
 def test_a_node_proves_that_it_reads_the_servers_memory(tiny_job: MakeJob) -> None:
     job = tiny_job()
-    token = transport.make_token(job.run_id)
-    asked = wire.question(job.to_json(), token)
-    place = dict(wire.answer(asked, job.run_id, "3").config_records["node"])
-    assert place == {"partition": "3", "token": transport.token_text(token)}
-    assert transport.token_text(token) != transport.token_text(transport.make_token(job.run_id))
-    assert wire.answer(asked, "another run", "3").config_records["node"]["token"] == ""
-    assert wire.answer(wire.question(job.to_json(), None), job.run_id, "3").config_records["node"]["token"] == ""
-    transport.close(token)
-    assert wire.answer(asked, job.run_id, "3").config_records["node"]["token"] == ""
+    token = transport.make_token(partial(transport.create, job.run_id))
+    asked = wire.question(job.to_json(), [token])
+    found = wire.answer(asked, job.run_id, "3")
+    assert (wire.partition_of(found), wire.token_of(found, "shm")) == (3, transport.token_text(token))
+    assert set(found.config_records["node"]) == {"partition", "shm"}
+    assert transport.token_text(token) != transport.token_text(new_token())
+    assert wire.token_of(wire.answer(asked, "another run", "3"), "shm") == ""
+    assert wire.token_of(wire.answer(wire.question(job.to_json(), []), job.run_id, "3"), "shm") == ""
+    token.close()
+    found = wire.answer(asked, job.run_id, "3")
+    assert wire.token_of(found, "shm") == ""
+    assert "is gone" in wire.why_not(found, "shm")
 
 
 # Why a node failed
@@ -779,7 +806,7 @@ def test_a_node_of_another_flower_says_so_when_it_is_asked(
     there: str, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("twist_fl.federation.wire.version", lambda name: "1.41.0")
-    asked = wire.question("{}", None)
+    asked = wire.question("{}", [])
     monkeypatch.setattr("twist_fl.federation.wire.version", lambda name: there)
     if fits:
         wire.check_flower(asked)

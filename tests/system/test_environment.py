@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from twist_fl.system.children import ray_folder
 from twist_fl.system.environment import private_environment
 
 HOME = Path("/run/flower-1")
@@ -48,3 +52,28 @@ def test_ours_come_before_the_users() -> None:
     assert private["NO_PROXY"] == private["no_proxy"] == "*"
     assert private["RAY_worker_niceness"] == "0"
     assert private["PATH"].endswith(":/usr/bin")
+
+
+LISTENING = """
+import json, sys
+import psutil, ray
+ray.init(include_dashboard=False, num_cpus=1, logging_level="error")
+assert ray.get(ray.remote(lambda: 1).remote()) == 1
+us = psutil.Process()
+sockets = [each for found in (us, *us.children(recursive=True)) for each in found.net_connections("inet")]
+print(json.dumps([each.laddr.ip for each in sockets if each.status == psutil.CONN_LISTEN]))
+ray.shutdown()
+"""
+
+
+def test_ray_listens_on_the_loopback_address_only(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """By default all its ports are open to the network, and whoever reaches them may run code."""
+    home = tmp_path_factory.mktemp("home")
+    environment = private_environment(home) | {"RAY_TMPDIR": str(ray_folder(home))}
+    done = subprocess.run(
+        [sys.executable, "-c", LISTENING], env=environment, capture_output=True, text=True, check=False, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    addresses = json.loads(done.stdout.splitlines()[-1])
+    assert len(addresses) >= 4
+    assert {address.removeprefix("::ffff:") for address in addresses} == {"127.0.0.1"}

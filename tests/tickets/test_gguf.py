@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from small_tickets import ticket
 
 from twist_fl.data.tokenizer import train_tokenizer
@@ -85,7 +84,7 @@ def test_the_file_says_the_sizes_of_every_layer(tokenizer_folder: Path, tmp_path
 
 def test_a_wrong_file_is_found(tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows in transformers' order: what a forgotten permutation gives."""
-    monkeypatch.setattr(gguf_format, "_in_pairs", lambda rows, d_head: rows)
+    monkeypatch.setattr(gguf_format, "in_pairs", lambda rows, d_head: rows)
     with pytest.raises(LaunchError, match=r"the export is not the ticket: .* % off, where at most 0\.1 %"):
         gguf_format.write(ticket(), tmp_path, tokenizer_folder, "float32")
 
@@ -143,8 +142,3 @@ def test_a_missing_package_names_the_extra(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"this needs gguf and xllamacpp: pip install 'twist-fl\[gguf\]'"):
         gguf_format.write(ticket(), tmp_path, tokenizer_folder, "float32")
-
-
-def test_rows_change_places_in_every_head() -> None:
-    rows = torch.arange(12.0)[:, None]
-    assert gguf_format._in_pairs(rows, 6)[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]

@@ -287,7 +287,7 @@ CHECKED: dict[str, tuple[Callable[[State], State], str]] = {
     "inf": (lambda s: s | {BIAS: s[BIAS] / 0}, "ln_f.bias has values that are not finite"),
     "infinite in sum only": (
         lambda s: s | {BIAS: s[BIAS].fill_(3e38)},
-        "ln_f.bias has a value of 3e+38, expected -1e+09 to",
+        "ln_f.bias has a value of 3e+38, expected -",
     ),
     "one that is huge": (
         lambda s: s | {BIAS: torch.tensor([0.1] * 6 + [1e30, -1e30])},
@@ -311,13 +311,20 @@ def test_a_subnet_of_another_size_is_refused(random_state: RandomState) -> None:
         check_state(LAYOUT, small, slice_state(LAYOUT, random_state(LAYOUT), large))
 
 
+@pytest.fixture
+def tiny_job(tiny_job: Callable[..., Job]) -> Callable[..., Job]:
+    """At a learning rate that could have made the random replies below."""
+    return lambda *overrides: tiny_job("train.lr=1", *overrides)
+
+
 def honest(job: Job, task: Task, random_state: RandomState, seed: int = 5) -> Reply:
     def sliced(seed: int) -> State:
         return slice_state(job.layout, random_state(job.layout, seed), task.blueprint)
 
     moments = None
     if job.config.train.optimizer_state == "server":
-        first, second = sliced(seed + 1), {name: value.square() for name, value in sliced(seed + 2).items()}
+        first = sliced(seed + 1)
+        second = {name: first[name].square() + value.square() for name, value in sliced(seed + 2).items()}
         moments = Moments(task.num_batches, {"exp_avg": first, "exp_avg_sq": second})
     return Reply(task.digest, sliced(seed), 3.0, 60, task.num_batches, moments=moments)
 
@@ -353,7 +360,7 @@ BAD_REPLIES: dict[str, tuple[Callable[[Reply], Reply], str]] = {
     "no moments": (lambda reply: replace(reply, moments=None), "moments are missing"),
     "bad moments": (with_moments(lambda value: value * torch.nan), "values that are not finite"),
     "negative squares": (
-        with_moments(lambda value: value - 10),
+        with_moments(lambda value: 0 * value - 10),
         "transformer.wte.weight has a value of -10, expected 0 to",
     ),
     "too many steps": (with_moments(lambda value: value, step=10**6), "moment_step is 1000000, expected 2"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ from twist_fl.model.subnet import State, mask_state, slice_state
 from twist_fl.rounds import RoundMean, dispatch, plan, run, start
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
-from twist_fl.training.aggregate import StreamingMean
+from twist_fl.system.plugins import RULE
+from twist_fl.training.aggregate import Array, Rule, StreamingMean
 from twist_fl.training.client_state import MomentShelf
 from twist_fl.training.interval import adam_step
 from twist_fl.training.job import Job
-from twist_fl.training.rules import median, per_block
+from twist_fl.training.rules import median, per_block, trimmed_mean
 from twist_fl.training.worker import Worker
 
 MakeJob = Callable[..., Job]
@@ -43,10 +45,27 @@ def two(layout, state): ...
 """
 
 
+def middle(values: Array) -> float:
+    """Of the numbers in `values`, by hand: sorted, without a quarter at either end, at least one of three."""
+    found = sorted(float(value) for value in values if not np.isnan(value))
+    cut = max(1, len(found) // 4) if len(found) > 2 else 0
+    kept = found[cut : len(found) - cut]
+    return sum(kept) / len(kept)
+
+
+@pytest.mark.parametrize(
+    ("rule", "by_hand"),
+    [(median, partial(np.apply_along_axis, np.nanmedian)), (trimmed_mean, partial(np.apply_along_axis, middle))],
+)
 @pytest.mark.parametrize("lasts", [True, False])
 @pytest.mark.parametrize("round_", [1, 2, 3])
-def test_the_median_of_each_number_over_those_that_held_it(
-    round_: int, lasts: bool, tiny_job: MakeJob, random_state: Callable[..., State]
+def test_the_middle_of_each_number_over_those_that_held_it(
+    round_: int,
+    lasts: bool,
+    rule: Rule,
+    by_hand: Callable[..., Array],
+    tiny_job: MakeJob,
+    random_state: Callable[..., State],
 ) -> None:
     """NaN where a worker held nothing; of two holders it is their mean, and what nobody held stays."""
     job = tiny_job("blueprint.policy=rolling", "train.workers=3", "blueprint.num_sub=[2,3,1]")
@@ -59,9 +78,9 @@ def test_the_median_of_each_number_over_those_that_held_it(
         of = [np.where(mask, whole[name], np.nan) for mask, whole in zip(held, wholes, strict=True)]
         nobody = ~torch.stack(held).any(0).numpy()
         of[0][nobody] = old[name].numpy()[nobody]
-        seen[name] = torch.from_numpy(np.nanmedian(np.stack(of).astype(np.float32), axis=0))
+        seen[name] = torch.from_numpy(by_hand(arr=np.stack(of).astype(np.float32), axis=0).astype(np.float32))
     place = {name: value.clone() for name, value in old.items()}
-    aggregator = median(job.layout, place, {})
+    aggregator = rule(job.layout, place, {})
     for blueprint, whole in zip(blueprints, wholes, strict=True):
         reply = slice_state(job.layout, whole, blueprint)
         aggregator.add(blueprint, reply, 7, None, lasts)
@@ -168,6 +187,23 @@ def test_a_rule_that_cannot_be_called_is_refused_before_a_run_starts(
     )
 
 
-def test_the_median_does_not_weigh() -> None:
-    with pytest.raises(ConfigError, match=r"aggregate\.rule=median weighs all workers alike"):
-        load_config(overrides=["aggregate.rule=median", "train.weighting=tokens"], strict=True)
+@pytest.mark.parametrize("rule", ["median", "trimmed_mean"])
+def test_a_robust_rule_does_not_weigh(rule: str) -> None:
+    with pytest.raises(ConfigError, match=rf"aggregate\.rule={rule} weighs all workers alike"):
+        load_config(overrides=[f"aggregate.rule={rule}", "train.weighting=tokens"], strict=True)
+
+
+@pytest.mark.parametrize(("num", "liars"), [(3, 1), (4, 1), (5, 1), (8, 2), (13, 3)])
+@pytest.mark.parametrize("rule", ["median", "trimmed_mean"])
+def test_as_many_liars_as_a_rule_bears_move_no_number_beyond_the_honest(
+    rule: str, num: int, liars: int, tiny_job: MakeJob, random_state: Callable[..., State]
+) -> None:
+    job = tiny_job("algorithm=fedavg", f"train.workers={num}", "data.window=8")
+    honest = [random_state(job.layout, seed) for seed in range(num - liars)]
+    lies = [{name: value * 1e6 for name, value in random_state(job.layout, 50 + i).items()} for i in range(liars)]
+    aggregator = RULE.find(rule)(job.layout, random_state(job.layout, 99), {})
+    for blueprint, reply in zip(job.blueprints(1), [*lies, *honest], strict=True):
+        aggregator.add(blueprint, reply, 1, None, True)
+    for name, value in aggregator.finish().items():
+        of = torch.stack([reply[name] for reply in honest])
+        assert bool(((of.min(0).values <= value) & (value <= of.max(0).values)).all()), name

@@ -27,10 +27,11 @@ from twist_fl.rounds import run, start
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
 from twist_fl.training import teacher as module
+from twist_fl.training.fitting import check_teacher
 from twist_fl.training.interval import next_token_loss
 from twist_fl.training.job import Job
 from twist_fl.training.loss import SoftTargets, linear_cross_entropy
-from twist_fl.training.teacher import Teacher, check_teacher, open_teacher
+from twist_fl.training.teacher import Teacher, open_teacher
 
 MakeJob = Callable[..., Job]
 

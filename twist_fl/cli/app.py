@@ -11,10 +11,9 @@ import click
 import typer
 from rich.console import Console
 
-from twist_fl.cli import options
+from twist_fl.cli import federation, options
 from twist_fl.cli.usage import explain, listed_sizes, versions
 from twist_fl.config.schema import load_config, presets
-from twist_fl.federation.joining import node_arguments
 from twist_fl.system.errors import ConfigError, LaunchError
 
 app = typer.Typer(
@@ -65,15 +64,15 @@ def train(
 
 @app.command()
 def demo(
-    directory: Annotated[Path, options.new_folder("Where the two runs and the report go.", "--dir")] = Path(
-        "runs/demo"
-    ),
+    directory: options.DemoFolder = None,
+    model: options.OwnModel = None,
+    prompt: Annotated[str, typer.Option(help="What the devices' tickets go on from.")] = "The module",
     overrides: options.Overrides = None,
 ) -> None:
     """Fine-tune a small model by TwIST and by FedAvg, compare tickets with pruning, deploy three, report. Minutes."""
     from twist_fl.cli.demo import demo as show
 
-    show(console, directory, overrides or [])
+    show(console, directory, overrides or [], model, prompt)
 
 
 @app.command()
@@ -89,22 +88,22 @@ def status(
 
 @app.command()
 def tickets(
-    run: options.RunDir,
+    start: options.Start,
     sizes: options.Sizes = None,
     draws: options.Draws = 20,
     windows: options.Windows = None,
-    places: options.Places = None,
+    words: options.Words = None,
 ) -> None:
-    """Draw random subnets from a trained run and show the distribution of their perplexity."""
+    """Draw random subnets from a run or a model and show the distribution of their perplexity."""
     counts = listed_sizes(sizes)
     from twist_fl.cli import tickets as of_run
 
-    of_run.tickets(console, run, counts, draws, windows, places or [])
+    of_run.tickets(console, start, counts, draws, windows, words or [])
 
 
 @app.command()
 def export(
-    run: options.RunDir,
+    start: options.Start,
     size: options.TicketSize = None,
     format: options.Format = "compact",
     dtype: options.Dtype = "float32",
@@ -112,57 +111,56 @@ def export(
     draw: options.Draw = 0,
     seed: options.RunSeed = None,
     windows: options.CardWindows = None,
-    places: options.Places = None,
+    words: options.Words = None,
 ) -> None:
-    """Write a random ticket of a trained run for transformers, llama.cpp or onnxruntime, and check it there."""
+    """Write a random ticket of a run or a model for transformers, llama.cpp or onnxruntime, and check it there."""
     from twist_fl.cli import tickets as of_run
 
     of_run.export(
-        console, run, size, format, dtype, out, draw=draw, seed=seed, windows=windows, places=places or []
+        console, start, size, format, dtype, out, draw=draw, seed=seed, windows=windows, words=words or []
     )  # fmt: skip
 
 
 @app.command()
 def prune(
-    run: options.RunDir,
-    method: Annotated[
-        str,
-        typer.Option(help="sparsegpt, wanda, zpruner, block, se, se-unscaled, magnitude; several as a,b; or all."),
-    ] = "all",
+    start: options.Start,
+    method: options.Method = "all",
     sizes: options.Sizes = None,
     windows: options.Windows = None,
     calibration: Annotated[int, typer.Option(min=1, help="Training windows to calibrate on.")] = 128,
     draws: options.Draws = 20,
-    out: Annotated[Path | None, options.new_file("The JSON to write; default: pruned.json in the run.")] = None,
+    out: options.PrunedFile = None,
     save: options.Save = None,
-    places: options.Places = None,
+    words: options.Words = None,
 ) -> None:
-    """Prune a trained run after training, by the methods that TwIST is compared with, and show what each costs."""
+    """Prune a run after training, or a model, by the methods that TwIST is compared with, and show what each costs."""
     counts = listed_sizes(sizes)
     from twist_fl.cli.progress import loading
     from twist_fl.pruning.names import chosen_methods
 
     methods = chosen_methods(method)
-    loading(console, run, counts)
+    found = loading(console, start, words or [], counts)
     from twist_fl.cli.prune import prune_run
 
     prune_run(
-        console, run, methods, counts,
-        windows=windows, calibration=calibration, draws=draws, out=out, save=save, places=places or [],
+        console, found, methods, counts,
+        windows=windows, calibration=calibration, draws=draws, out=out, save=save,
     )  # fmt: skip
 
 
 @app.command()
-def deploy(run: options.RunDir, device: options.Devices = None, places: options.Places = None) -> None:
+def deploy(
+    start: options.Start, device: options.Devices = None, out: options.Out = None, words: options.Words = None
+) -> None:
     """Ship to each device the largest ticket that meets its limits, as a small dense model, and measure it there."""
     from twist_fl.cli import commands
 
-    commands.deploy(console, run, device or [], places or [])
+    commands.deploy(console, start, device or [], words or [], out)
 
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Argument(help="A deployed ticket's folder, or a run's.")],
+    start: options.Writer,
     prompt: Annotated[str, typer.Option(help="Text to continue.")] = "The module",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 60,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
@@ -171,11 +169,12 @@ def generate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run the Python code in the model's folder: it can do anything.")
     ] = False,
+    words: options.Words = None,
 ) -> None:
-    """Continue a text with a deployed ticket, or with a trained run."""
+    """Continue a text with a deployed ticket, with a run, or with a model."""
     from twist_fl.cli import tickets as of_run
 
-    of_run.generate(console, model, prompt, new_tokens, temperature, size, seed, trust_remote_code)
+    of_run.generate(console, start, prompt, new_tokens, temperature, size, seed, trust_remote_code, words or [])
 
 
 @app.command()
@@ -197,7 +196,9 @@ def report(
 
 @app.command()
 def cost(
-    preset: Annotated[str, typer.Argument(help="A preset, a YAML file or a run's folder.")] = "gpt2-wikitext103",
+    preset: Annotated[
+        str, typer.Argument(help="A preset, a YAML file, a run's folder, or a model: folder, org/name, GGUF.")
+    ] = "gpt2-wikitext103",
     overrides: options.Overrides = None,
     steps: Annotated[
         int | None,
@@ -249,25 +250,8 @@ def keys() -> None:
     settings.keys(console)
 
 
-@app.command()
-def node(
-    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="The SuperLink's Fleet API.")],
-    insecure: Annotated[bool, typer.Option("--insecure", help="No TLS: for loopback and trusted networks.")] = False,
-    root_certificates: options.RootCertificates = None,
-    auth_supernode_private_key: options.PrivateKey = None,
-    node_config: Annotated[
-        str, typer.Option(help='For example "partition-id=0 num-partitions=2".', show_default=False)
-    ] = "",
-    trusted_entities: options.TrustedEntities = None,
-    data: options.OwnText = None,
-) -> None:
-    """Join a Flower network as a SuperNode whose worker stays warm between rounds; see docs/nodes.md."""
-    arguments = node_arguments(
-        superlink, insecure, root_certificates, auth_supernode_private_key, node_config, trusted_entities, data
-    )
-    from twist_fl.federation.node import run_node
-
-    run_node(arguments)
+app.command()(federation.node)
+app.add_typer(federation.federation, name="federation")
 
 
 def _complain(error: Exception | str) -> None:

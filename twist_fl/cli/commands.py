@@ -13,6 +13,7 @@ from twist_fl.cli.progress import waits_for
 from twist_fl.config.finding import finished_runs
 from twist_fl.report.cells import markdown, terminal_table
 from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.runs.start import find_start
 from twist_fl.system.errors import LaunchError
 from twist_fl.system.files import read_json, write_text
 from twist_fl.tickets.device_limits import parse_devices
@@ -58,24 +59,26 @@ def publish(console: Console, paths: list[Path], target: Path) -> None:
     console.print(f"results, table.md and figures: {target.resolve()}")
 
 
-def deploy(console: Console, path: Path, devices: list[str], places: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Ship tickets to edge clients that this machine plays, and show what they measured."""
-    folder = RunFolder(path)
-    folder.check_run()
+def deploy(
+    console: Console, start: str, devices: list[str], words: Sequence[str] = (), out: Path | None = None
+) -> list[dict[str, Any]]:
+    """Ship tickets to edge clients that this machine plays, and show what they measured; all of it is in `out`."""
     parse_devices(devices)
+    found = find_start(start, words)
+    folder = found.results(out)
     measuring(1)  # loads torch for the measurements while this process loads it to plan
-    waits_for(console, "loading torch and the run")
+    waits_for(console, f"loading torch and the {'run' if found.run else 'model'}")
     from twist_fl.federation.deploy import deploy_here, devices_of, plan_device
     from twist_fl.runs.trained import TrainedRun
 
-    run = TrainedRun(path, places)
-    folder, job = run.folder, run.job
+    run = TrainedRun(found)
+    job = run.job
     wanted = devices_of(job, devices)
     for device in wanted:
         plan_device(job, device)  # refuses an impossible one before anything is written
     first = len(folder.events("device"))
     try:
-        deploy_here(folder, job, wanted, partial(waits_for, console))
+        deploy_here(folder, job, run.state, wanted, partial(waits_for, console))
     except RuntimeError as error:
         raise LaunchError(f"deploying failed: {error}") from error
     finally:

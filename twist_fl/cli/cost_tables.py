@@ -1,4 +1,4 @@
-"""`twist-fl cost`: Appendix C of a setting, and of a run beside what it measured; no Flower here."""
+"""`twist-fl cost`: Appendix C of a setting or of a model, and of a run beside what it measured; no Flower here."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from twist_fl.blueprint.blocks import Layout, make_layout
 from twist_fl.blueprint.cost import PAPER_EXCHANGES, Group, RunCost, groups, run_cost, state_bytes, step_flops
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.moments import moment_layouts
+from twist_fl.config.hub import expanded, is_path
 from twist_fl.config.schema import Config, ModelConfig, load_config
 from twist_fl.config.sizes import make_division, ticket_sizes, workers_per_round
-from twist_fl.model.hf_config import model_config, scratch_fields
+from twist_fl.data.gguf_folder import SUFFIX
+from twist_fl.model.hf_config import pretrained_config, scratch_fields
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.units import count, human_bytes, size_label
+from twist_fl.training.fitting import teacher_fields
 
 GPT2_VOCABULARY = 50_257
 
@@ -28,12 +31,13 @@ GPT2_VOCABULARY = 50_257
 def show_cost(console: Console, preset: str, overrides: list[str], steps: int | None) -> None:
     """A line for every subnet size of a setting, then for its own workers; both countings of communication.
 
-    `preset` may be a run's folder: then what it measured stands beside. `steps`: the run's; of a setting, as many as
-    train.rounds says, or the paper's.
+    `preset` may be a run's folder: then what it measured stands beside; or a model, of which workers hold half.
+    `steps`: the run's; of a setting, as many as train.rounds says, or the paper's.
     """
     folder = RunFolder(Path(preset))
     if not folder.job_file.is_file():
-        config = load_config(preset, overrides)
+        model = [f"model.pretrained={preset}", "blueprint.num_sub=1/2"] if _is_model(preset) else []
+        config = load_config(None if model else preset, [*model, *overrides])
         planned = (config.train.rounds or 0) * config.train.interval
         _show(console, preset, config, _model_dict(config), steps or planned or PAPER_EXCHANGES)
         return
@@ -44,13 +48,19 @@ def show_cost(console: Console, preset: str, overrides: list[str], steps: int | 
     console.print(_measured(folder, len(job.moment_layouts)))
 
 
+def _is_model(name: str) -> bool:
+    """Whether it is a model's folder or file, or org/name on the hub; a word alone is a preset."""
+    path = expanded(name)
+    return path.suffix == SUFFIX or (path / "config.json").is_file() or ("/" in name and not is_path(name))
+
+
 def _model_dict(config: Config) -> dict[str, Any]:
     """The model's sizes without its weights; for the hub's gpt2, which are the defaults, no network is needed."""
     if config.model.pretrained in ("gpt2", "openai-community/gpt2"):
         return scratch_fields(ModelConfig(), GPT2_VOCABULARY)
     if config.model.pretrained is None:
         return scratch_fields(config.model, config.data.vocab_size)
-    return model_config(config).to_dict()
+    return pretrained_config(config.model.pretrained).to_dict()
 
 
 def _show(console: Console, title: str, config: Config, model: Mapping[str, Any], steps: int) -> None:
@@ -105,7 +115,7 @@ def _of_moments(layout: Layout) -> str:
 
 def _of_teacher(config: Config, layout: Layout) -> str:
     """What distillation adds on a worker: each window is read once, forward, and the answer is kept on its disk."""
-    from twist_fl.training.teacher import bytes_per_token, teacher_fields
+    from twist_fl.training.teacher import bytes_per_token
 
     teacher = make_layout(teacher_fields(config.train.teacher or ""))
     window = config.data.window

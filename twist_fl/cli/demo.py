@@ -15,13 +15,18 @@ from twist_fl.cli.train import train_or_go_on
 from twist_fl.config.schema import load_config
 from twist_fl.report.cells import Cells, terminal_table
 from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.runs.start import model_name
 from twist_fl.system.files import write_json
 
 MODEL = files("twist_fl.model") / "demo_model"
 """The trained model that the demo starts from; benchmarks/demo_model.py makes it."""
-BUDGET = ("train.rounds=70", "eval.tickets=10")
+ALIKE = ("blueprint.num_sub=1/3", "eval.tickets=10", "eval.sizes=2/3,1/2,1/3,1/4")
+"""Shares, which a model of any number of blocks has."""
+BUDGET = ("train.rounds=70",)
+OF_A_USER = ("train.rounds=10", "train.lr=3e-4")
+"""For a larger model, of which a round takes long, and which the preset's steps would undo."""
 RUNS = {
-    "twist": ("blueprint.num_sub=[12,6,4,3]", "blueprint.assign=shuffled", "blueprint.common=2"),
+    "twist": ("blueprint.num_sub=1/1,1/2,1/3,1/4", "blueprint.assign=shuffled", "blueprint.common=1/6"),
     "fedavg": ("algorithm=fedavg",),
 }
 """At the preset's learning rate: of those tried the best for FedAvg; for TwIST, 2 x it is better for tickets alone."""
@@ -31,25 +36,34 @@ _CALIBRATION, _DRAWS, _NEW_TOKENS, _TURNS = 128, 10, 16, 15
 _PROMPT = "The module"
 
 
-def demo(console: Console, directory: Path, overrides: list[str]) -> None:
+def demo(
+    console: Console, directory: Path | None, overrides: list[str], model: str | None = None, prompt: str = _PROMPT
+) -> None:
     """TwIST and FedAvg from one trained model on one budget; FedAvg's pruned; three devices; one table, one report.
 
-    What is already there is used: a finished run as it is, an interrupted one from its checkpoint.
+    What is already there is used: a finished run as it is, an interrupted one from its checkpoint. `model`: a folder, a
+    name on the hub or a GGUF file instead of ours; devices allow for shares of its size.
     """
-    configs = {name: load_config("demo", _words(directory, name, overrides)) for name in RUNS}
+    if model is None:
+        directory, start = directory or Path("runs/demo"), [f"model.pretrained={MODEL}", *BUDGET]
+    else:
+        directory = directory or Path(f"runs/demo-{model_name(model)}")
+        start = [f"model.pretrained={model}", *OF_A_USER]
+    words = [*start, *ALIKE, *overrides]
+    configs = {name: load_config("demo", [*words, *own, f"dir={directory / name}"]) for name, own in RUNS.items()}
     console.print(
         "TwIST against FedAvg and pruning: the same trained model, text and batches. Ctrl-C is safe: run it again to "
         "go on."
     )
     runs = [train_or_go_on(console, config, RunFolder(directory / name)) for name, config in configs.items()]
     found = rows_in(runs, DEPLOYED)
-    devices = found or deploy(console, runs[0].path, [])
+    devices = found or deploy(console, str(runs[0].path), [])
     from twist_fl.report.tables import against_pruning_table, device_tables
 
     _show(console, device_tables(found))
     for device in devices:
         console.print(f"{device['name']} writes: ", end="", style="bold")
-        generate(console, runs[0].path / "deployed" / device["name"], _PROMPT, 40, 0.7, None, 0)
+        generate(console, str(runs[0].path / "deployed" / device["name"]), prompt, 40, 0.7, None, 0)
     _show(console, against_pruning_table(rows_in(runs, AGAINST_PRUNING) or _against_pruning(console, *runs)))
     report(console, [run.path for run in runs], directory / "report.html")
 
@@ -57,11 +71,6 @@ def demo(console: Console, directory: Path, overrides: list[str]) -> None:
 def _show(console: Console, tables: dict[str, Cells]) -> None:
     for caption, cells in tables.items():
         console.print(terminal_table(caption, cells))
-
-
-def _words(directory: Path, name: str, overrides: list[str]) -> list[str]:
-    """The user's come last, but for what tells the runs apart."""
-    return [f"model.pretrained={MODEL}", *BUDGET, *overrides, *RUNS[name], f"dir={directory / name}"]
 
 
 def _against_pruning(console: Console, twist: RunFolder, fedavg: RunFolder) -> list[dict[str, Any]]:

@@ -7,19 +7,47 @@ from typing import Annotated, Any
 
 import typer
 
-RunDir = Annotated[Path, typer.Argument(help="Folder of a trained run, for example runs/demo/twist.")]
+Start = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN_OR_MODEL",
+        help="A run's folder, for example runs/demo/twist; or a model as it is: a Hugging Face folder, a name on the "
+        "hub, a GGUF file.",
+    ),
+]
 Runs = Annotated[
     list[Path] | None, typer.Argument(help="Folders of runs, or a folder with runs in it.", show_default="runs")
 ]
 Sizes = Annotated[
-    str | None, typer.Option(help="Ticket sizes, written as --size, as 8,6,4 or 1/2,1/4; default: as the run.")
+    str | None,
+    typer.Option(
+        help="Ticket sizes, written as --size, as 8,6,4 or 1/2,1/4; default: as the run; of a model 1/1,1/2,1/4."
+    ),
 ]
 Draws = Annotated[int, typer.Option(min=1, max=100_000, help="Random tickets per size; prune: for se and se-unscaled.")]
-Windows = Annotated[int | None, typer.Option(min=1, help="Test windows to use; default: as the run.")]
+Windows = Annotated[int | None, typer.Option(min=1, help="Test windows to use; default: as the run; of a model 64.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the ticket and of the sampling.")]
-Places = Annotated[
+Writer = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A deployed ticket's folder, a run's, or a model: folder, name, GGUF.")
+]
+OwnModel = Annotated[
+    str | None,
+    typer.Option(
+        help="A model of yours instead of ours: a Hugging Face folder, a name on the hub, a GGUF file. Text by "
+        "data.path=FOLDER; train.rounds=10 and train.lr=3e-4 unless you give others."
+    ),
+]
+Words = Annotated[
     list[str] | None,
-    typer.Argument(help="data.path=NEW (or data.tokenizer=NEW) if the run's text has moved; its hash is checked."),
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Of a model: settings, for example data.path=FOLDER data.window=128 blueprint.ffn_blocks=12. Of a run, "
+        "whose settings are fixed: data.path=NEW (or data.tokenizer=NEW) if its text has moved; its hash is checked.",
+    ),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(file_okay=False, help="Where results go; default: the run's folder, of a model runs/NAME."),
 ]
 Resume = Annotated[
     Path | None,
@@ -74,6 +102,18 @@ def new_file(text: str) -> Any:
     return typer.Option(dir_okay=False, help=text)
 
 
+DemoFolder = Annotated[
+    Path | None,
+    new_folder(
+        "Where the two runs and the report go. Default: runs/demo, of a model of yours runs/demo-NAME.", "--dir"
+    ),
+]
+Method = Annotated[
+    str, typer.Option(help="sparsegpt, wanda, zpruner, block, se, se-unscaled, magnitude; several as a,b; or all.")
+]
+PrunedFile = Annotated[
+    Path | None, new_file("The JSON to write; default: pruned.json in the run, of a model in runs/NAME.")
+]
 Save = Annotated[
     Path | None,
     new_folder("Also put each pruned model in a folder METHOD-SIZE below this one."),
@@ -90,7 +130,10 @@ Format = Annotated[
 Dtype = Annotated[
     str, typer.Option(help="Numbers of the weights: float32, bfloat16, float16; gguf: also q8_0; onnx: also int8.")
 ]
-ExportFolder = Annotated[Path | None, new_folder("The folder to write; default: exports/SIZE-FORMAT-DTYPE in the run.")]
+ExportFolder = Annotated[
+    Path | None,
+    new_folder("The folder to write; default: exports/SIZE-FORMAT-DTYPE in the run, of a model in runs/NAME."),
+]
 Draw = Annotated[int, typer.Option(min=0, max=100_000, help="Which of the seed's tickets of that size.")]
 RunSeed = Annotated[int | None, typer.Option(min=0, max=2**63 - 1, help="Default: the run's.")]
 CardWindows = Annotated[

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
@@ -15,6 +14,7 @@ from rich.text import Text
 from twist_fl.config.shares import Size
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.events import Event
+from twist_fl.runs.start import Start, find_start
 from twist_fl.runs.story import Follower, lines, round_text, warnings
 from twist_fl.runs.trained import chosen_sizes
 from twist_fl.system.units import duration_text
@@ -42,10 +42,12 @@ def waits_for(console: Console, what: str) -> None:
         console.print(f"{what} ...", style="dim", soft_wrap=True)
 
 
-def loading(console: Console, run: Path, sizes: Sequence[Size] | None) -> None:
-    """What to say before torch is loaded for a run's sake. Raises ConfigError as `chosen_sizes`."""
-    chosen_sizes(RunFolder(run).job(), sizes)
-    waits_for(console, "loading torch and the run")
+def loading(console: Console, start: str, words: Sequence[str], sizes: Sequence[Size] | None) -> Start:
+    """`find_start`, and what to say before its weights are loaded. Raises ConfigError as that and `chosen_sizes`."""
+    found = find_start(start, words)
+    chosen_sizes(found.job, sizes)
+    waits_for(console, f"loading torch and the {'run' if found.run else 'model'}")
+    return found
 
 
 class Running(Protocol):

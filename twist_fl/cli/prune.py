@@ -1,4 +1,4 @@
-"""`twist-fl prune`: what post-training pruning makes of a run, and what it costs. No Flower here."""
+"""`twist-fl prune`: what post-training pruning makes of a run or a model, and what it costs. No Flower here."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from twist_fl.data.corpus import Windows
 from twist_fl.pruning.methods import prune, pruned_perplexities, save_pruned, sparsity
 from twist_fl.report.cells import titled
 from twist_fl.runs.results import portable_config
+from twist_fl.runs.start import Start
 from twist_fl.runs.trained import TrainedRun, chosen_sizes
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import write_json
 from twist_fl.system.provenance import provenance
-from twist_fl.system.units import size_label
+from twist_fl.system.units import perplexity_text, size_label
 from twist_fl.training.job import Job
 
 Row = dict[str, Any]
@@ -30,7 +31,7 @@ _COLUMNS = ("method", "blocks", "perplexity", "sparsity", "seconds", "peak MB", 
 
 def prune_run(
     console: Console,
-    path: Path,
+    start: Start,
     methods: list[str],
     sizes: Sequence[Size] | None,
     *,
@@ -39,14 +40,14 @@ def prune_run(
     draws: int,
     out: Path | None,
     save: Path | None,
-    places: Sequence[str] = (),
 ) -> None:
-    """Prune the newest checkpoint of the run in `path` by every method to every size; a table, and pruned.json."""
-    run = TrainedRun(path, places)
-    folder, job, state, config = run.folder, run.job, run.state, run.job.config
-    chosen = chosen_sizes(job, sizes)
+    """Prune a run's newest checkpoint, or a model, by every method to every size; a table, and pruned.json."""
+    out = out or start.results().path / "pruned.json"
+    run = TrainedRun(start)
+    job, state, config = run.job, run.state, run.job.config
+    chosen = [size for size in chosen_sizes(job, sizes) if sizes or not size.is_whole]
     if all(size.is_whole for size in chosen):
-        whole = chosen[0].row["size"]
+        whole = chosen_sizes(job, ["1/1"])[0].row["size"]
         raise ConfigError(f"--sizes {whole} is the whole layer, which leaves nothing to prune: give sizes below it")
     test = job.corpus.test[: windows or config.eval.max_windows]
     with console.status("the full model"):
@@ -65,10 +66,9 @@ def prune_run(
         "full": full,
         "rows": rows,
     }
-    out = out or folder.path / "pruned.json"
     write_json(results, out)
-    title = f"{path}, round {state.round}: perplexity (lower is better) on {test.size:,} test tokens; "
-    console.print(titled(f"{title}full model {full:.2f}", _table(rows)))
+    title = f"{run.title}: perplexity (lower is better) on {test.size:,} test tokens; "
+    console.print(titled(f"{title}full model {perplexity_text(full)}", _table(rows)))
     console.print(
         "Seconds, peak memory and calibration tokens are spent after training, for each size anew. "
         f"A random ticket (se) costs 0 s and 0 tokens; its perplexity is the mean ± std of {draws} draws.",
@@ -115,11 +115,11 @@ def _table(rows: list[Row]) -> Table:
     for column in _COLUMNS:
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
-        spread = "" if row["std"] is None else f" ± {row['std']:.2f}"
+        spread = "" if row["std"] is None else f" ± {perplexity_text(row['std'])}"
         table.add_row(
             row["method"],
             size_label(row),
-            f"{row['perplexity']:.2f}{spread}",
+            f"{perplexity_text(row['perplexity'])}{spread}",
             f"{row['sparsity']:.4f}",
             f"{row['seconds']:.2f}",
             f"{row['peak_bytes'] / 1e6:.1f}",

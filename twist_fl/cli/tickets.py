@@ -1,4 +1,4 @@
-"""Tickets of a trained run, and text that it writes; no Flower here. `cli/app.py` holds the words of these commands."""
+"""Tickets of a run or a model, and text that they write; no Flower here. `cli/app.py` holds the commands' words."""
 
 from __future__ import annotations
 
@@ -10,31 +10,30 @@ from rich.console import Console
 from rich.table import Table
 
 from twist_fl.cli.progress import loading, waits_for
-from twist_fl.config.finding import no_run, runs_in
+from twist_fl.config.hub import expanded
 from twist_fl.config.shares import Size
 from twist_fl.config.sizes import ticket_size
 from twist_fl.config.suggest import choice
 from twist_fl.report.cells import titled
-from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.runs.start import find_start
 from twist_fl.runs.trained import TrainedRun, chosen_sizes
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.plugins import EXPORT_FORMAT
-from twist_fl.system.units import human_bytes, size_label
+from twist_fl.system.units import human_bytes, perplexity_text, size_label
 
 _COLDEST, _HOTTEST = 0.01, 100
 
 
 def tickets(
     console: Console,
-    path: Path,
+    start: str,
     sizes: Sequence[Size] | None,
     draws: int,
     windows: int | None,
-    places: Sequence[str] = (),
+    words: Sequence[str] = (),
 ) -> None:
     """Perplexity of random tickets of several sizes."""
-    loading(console, path, sizes)
-    run = TrainedRun(path, places)
+    run = TrainedRun(loading(console, start, words, sizes))
     job = run.job
     test = job.corpus.test[: windows or job.config.eval.max_windows]
     table = Table()
@@ -42,16 +41,16 @@ def tickets(
         table.add_column(column, justify="right")
     for size in chosen_sizes(job, sizes):
         with console.status(f"tickets of {size_label(size.row)}"):
-            row = run.tickets(size.row["size"], draws, test).summary()
-        values = [f"{row[key]:.2f}" for key in ("mean", "std", "min", "max")]
+            row: dict[str, Any] = run.tickets(size.row["size"], draws, test).summary()
+        values = [perplexity_text(row[key]) for key in ("mean", "std", "min", "max")]
         table.add_row(size_label(size.row), f"{row['num_params']:,}", *values)
-    title = f"{path}, round {run.state.round}: perplexity (lower is better) of {draws} random tickets a size, "
+    title = f"{run.title}: perplexity (lower is better) of {draws} random tickets a size, "
     console.print(titled(f"{title}on {test.size:,} test tokens", table))
 
 
 def export(
     console: Console,
-    path: Path,
+    start: str,
     size: str | None,
     format: str,
     dtype: str,
@@ -60,34 +59,36 @@ def export(
     draw: int = 0,
     seed: int | None = None,
     windows: int | None = None,
-    places: Sequence[str] = (),
+    words: Sequence[str] = (),
 ) -> None:
     """One ticket as files for a device; the default folder is named after what is in it."""
     EXPORT_FORMAT.check(format, choice)
-    loading(console, path, None)
     EXPORT_FORMAT.find(format)
-    run = TrainedRun(path, places)
+    found = loading(console, start, words, None)
+    target = out or found.results().path / "exports"
+    run = TrainedRun(found)
     row = ticket_size(run.job.layout, run.job.division, size or "1/1", "--size").row
     blueprint = run.blueprint(size, draw, seed)
     name = f"{row['size']}-of-{row['of']}-{format.rpartition(':')[2]}-{dtype}"
     text = run.job.corpus.test[:windows] if windows else None
     with console.status(f"{format}: writing and checking"):
-        found = run.export(blueprint, out or run.folder.path / "exports" / name, format, dtype, text)
-    checked = f"checked in {found.checked}" if found.checked else "the format checks nothing"
-    console.print(f"{found.folder}: {human_bytes(found.num_bytes)}; {checked}", soft_wrap=True, highlight=False)
+        made = run.export(blueprint, out or target / name, format, dtype, text)
+    checked = f"checked in {made.checked}" if made.checked else "the format checks nothing"
+    console.print(f"{made.folder}: {human_bytes(made.num_bytes)}; {checked}", soft_wrap=True, highlight=False)
 
 
 def generate(
     console: Console,
-    path: Path,
+    start: str,
     prompt: str,
     new_tokens: int,
     temperature: float,
     size: Size | None,
     seed: int,
     trust_remote_code: bool = False,
+    words: Sequence[str] = (),
 ) -> None:
-    """Continue `prompt` with an exported ticket's folder or with a run (a random ticket of `size`, or whole).
+    """Continue `prompt` with an exported ticket's folder, or a run or a model (a random ticket of `size`, or whole).
 
     No code of the folder is run unless it is trusted.
     """
@@ -95,11 +96,7 @@ def generate(
         raise ConfigError("the prompt is empty: give --prompt at least one token to continue")
     if temperature and not _COLDEST <= temperature <= _HOTTEST:
         raise ConfigError(f"--temperature {temperature:g} must be 0 (the likeliest token), or {_COLDEST} to {_HOTTEST}")
-    if size is not None and (path / "job.json").is_file():
-        job = RunFolder(path).job()
-        ticket_size(job.layout, job.division, size, "--size")
-    waits_for(console, "loading torch and the model")
-    model, tokenizer = _model_and_tokenizer(path, size, seed, trust_remote_code)
+    model, tokenizer = _model_and_tokenizer(console, start, size, seed, trust_remote_code, words)
     import torch
 
     from twist_fl.model.hf_config import padding_token
@@ -120,19 +117,21 @@ def generate(
     console.print(tokenizer.decode(output[0]), markup=False, highlight=False)
 
 
-def _model_and_tokenizer(path: Path, size: Size | None, seed: int, trust_remote_code: bool) -> tuple[Any, Any]:
-    if (path / "job.json").is_file():
-        run = TrainedRun(path)
-        return run.model(run.blueprint(size, seed=seed)), run.tokenizer()
-    if not path.exists() or runs_in(path):
-        raise no_run(path.resolve())
-    if not ((path / "config.json").is_file() and (path / "tokenizer.json").is_file()):
-        raise ConfigError(f"{path} is neither a run (job.json) nor a folder of a model (config.json, tokenizer.json)")
-    if size is not None:
-        raise ConfigError(f"--size chooses a ticket of a run, and {path} holds one model")
-    from transformers import AutoTokenizer
+def _model_and_tokenizer(
+    console: Console, start: str, size: Size | None, seed: int, trust_remote_code: bool, words: Sequence[str]
+) -> tuple[Any, Any]:
+    """Of a folder of transformers, whatever its architecture, what is in it; else a ticket of a run or a model."""
+    path = expanded(start)
+    if size is None and not words and (path / "config.json").is_file():
+        waits_for(console, "loading torch and the model")
+        from transformers import AutoTokenizer
 
-    from twist_fl.model.saved import open_model
+        from twist_fl.model.saved import open_model
 
-    model = open_model(path, trust_remote_code)
-    return model, AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        model = open_model(path, trust_remote_code)
+        return model, AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    found = find_start(start, words)
+    ticket_size(found.job.layout, found.job.division, size or "1/1", "--size")
+    waits_for(console, "loading torch and the model")
+    run = TrainedRun(found)
+    return run.model(run.blueprint(size, seed=seed)), run.tokenizer()

@@ -54,6 +54,7 @@ _MOST = {
 NODES = "nodes"
 """data.private where each node brings its own text."""
 _NAME = re.compile(r"[\w.+-]*\w[\w.+-]*")
+_HOST = re.compile(r"[\w.-]+|\[[\w:.%]+\]")
 _LONGEST_NAME = 200
 _SMALLEST_VOCABULARY = 257
 _DEVICES = ("auto", "cpu", "cuda", "mps", "xpu", "hpu", "mtia", "npu")
@@ -108,6 +109,7 @@ def check_values(config: Any) -> None:
         given = f"data.path={config.data.path!r} is not read with data.source={config.data.source}"
         raise ConfigError(f"{given}: add data.source=files")
     _check_private(config)
+    _check_flight(config.flower)
     if config.data.tokenizer is None and model.pretrained is None and config.data.vocab_size < _SMALLEST_VOCABULARY:
         raise ConfigError(
             f"data.vocab_size={config.data.vocab_size} must be at least {_SMALLEST_VOCABULARY}: 256 bytes and an end"
@@ -140,6 +142,20 @@ def _check_private(config: Any) -> None:
     for key, value in (("train.variant", train.variant), ("blueprint.policy", config.blueprint.policy)):
         if value in ("hybrid", "importance"):
             raise ConfigError(f"{key}={value} needs text where the server is, and data.source=empty gives it none")
+
+
+def _check_flight(flower: Any) -> None:
+    if flower.flight is None and flower.transport == "flight":
+        raise ConfigError("flower.transport=flight needs flower.flight: the server's HOST:PORT, as nodes name it")
+    if flower.flight is not None:
+        host, _, port = flower.flight.rpartition(":")
+        if not _HOST.fullmatch(host) or not port.isdecimal() or int(port) >= 2**16:
+            raise ConfigError(
+                f"flower.flight={shown(flower.flight)} is not HOST:PORT with a port of 0 to 65535, for example "
+                "localhost:9000"
+            )
+    if (flower.flight_certificate is None) != (flower.flight_key is None):
+        raise ConfigError("flower.flight_certificate and flower.flight_key belong together: give both or neither")
 
 
 def _check_device_name(device: str) -> None:

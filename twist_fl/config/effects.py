@@ -63,9 +63,20 @@ _IDLE: tuple[tuple[str, Reason], ...] = (
         "aggregate.server_lr aggregate.momentum aggregate.beta2 aggregate.tau",
         _if(lambda c: c.aggregate.optimizer == "mean", "aggregate.optimizer=mean has no settings"),
     ),
-    ("train.weighting", _if(lambda c: c.aggregate.rule == "median", "aggregate.rule=median weighs all workers alike")),
+    (
+        "train.weighting",
+        _if(
+            lambda c: c.aggregate.rule in ("median", "trimmed_mean"),
+            "aggregate.rule={0.aggregate.rule} weighs all workers alike",
+        ),
+    ),
     ("eval.watch_windows eval.federated", _if(lambda c: c.eval.every == 0, "eval.every=0 evaluates at the end alone")),
     ("eval.tickets", _if(lambda c: not c.eval.sizes, "eval.sizes=[] draws none")),
+    (
+        "flower.flight",
+        _if(lambda c: c.flower.transport in ("shm", "inline"), "flower.transport={0.flower.transport} does not use it"),
+    ),
+    ("flower.flight_certificate flower.flight_key", _if(lambda c: not c.flower.flight, "flower.flight is not set")),
     ("flower.gpus_per_worker", _if(lambda c: c.train.device == "cpu", "train.device=cpu leaves GPUs alone")),
 )
 

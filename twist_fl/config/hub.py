@@ -15,7 +15,7 @@ from twist_fl.system.errors import ConfigError
 
 _FILES = (
     *(".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".raw", ".tokens"),
-    *(".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".model", ".yaml", ".yml"),
+    *(".bin", ".pt", ".pth", ".ckpt", ".safetensors", ".gguf", ".model", ".yaml", ".yml"),
 )
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 """Of a model or data set on the hub."""

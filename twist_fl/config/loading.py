@@ -66,6 +66,8 @@ def _merge(schema: Any, layers: Sequence[Any]) -> Any:
         if "epochs" in train:
             train.setdefault("rounds", None)  # of the two budgets, the one given last counts
         lay_over(given, plain)
+    if given.get("data", {}).get("path"):
+        given["data"].setdefault("source", "files")
     try:
         # Once for all layers: each merge copies the whole schema.
         return OmegaConf.to_object(OmegaConf.merge(_defaults(schema), OmegaConf.create(given)))

@@ -27,7 +27,8 @@ class ModelConfig:
     """A pretrained checkpoint, or sizes for a model from scratch."""
 
     pretrained: str | None = None
-    """Name on the Hugging Face hub, a folder, or a run's folder (its newest checkpoint); all below is read from it."""
+    """Name on the Hugging Face hub, a folder, a GGUF file (.gguf), or a run's folder (its newest checkpoint); all below
+    is read from it."""
     architecture: str = "gpt2"
     """Of a model from scratch; for a pretrained one of a model_type that is not known, its block table."""
     n_layer: int = 12
@@ -47,8 +48,9 @@ class DataConfig:
     """Text, tokenizer and windows."""
 
     source: str = "builtin"
-    """builtin: the Python documentation this interpreter carries; files: `path`; wikitext: WikiText, whose rows are
-    lines of running text; hub: a data set of the Hugging Face hub; empty: for `private`. Every node reads it itself."""
+    """builtin: the Python documentation this interpreter carries; files: `path`, also where only that is given;
+    wikitext: WikiText, whose rows are lines of running text; hub: a data set of the Hugging Face hub; empty: for
+    `private`. Every node reads it itself."""
     path: str | None = None
     """files, wikitext: a file, a folder or a glob of txt, md, jsonl, json, csv, parquet or arrow, also .gz, or what
     save_to_disk wrote (wikitext: default is the hub's); hub: the name of the data set."""
@@ -167,8 +169,9 @@ class AggregateConfig:
     """What the server makes of a round's replies."""
 
     rule: str = "mean"
-    """What replaces a block, of the replies that held it. mean: theirs; median: of each number (FedMedian), whatever
-    the workers' weights; it keeps all replies in memory. Moments that travel are means. For ddp, of gradients."""
+    """What replaces a block, of the replies that held it. mean: theirs; median: of each number (FedMedian);
+    trimmed_mean: of each number without the quarter at either end, at least one where three hold it. These two weigh
+    all workers alike and keep all replies in memory. Moments that travel are means. For ddp, of gradients."""
     optimizer: Literal["mean", "momentum", "nesterov", "adam"] = "mean"
     """mean: what `rule` gives is the next model; else the outer optimiser whose gradient is what the round has changed
     (FedAvgM, DiLoCo, FedAdam), for each block in the rounds in which somebody held it. Not for ddp."""
@@ -217,9 +220,18 @@ class FlowerConfig:
     """Seconds a node has to read the text and build its worker before the first round."""
     wait_for_nodes: float = 30.0
     """Seconds to wait for as many nodes as workers; after that those present share the workers."""
-    transport: Literal["auto", "shm", "inline"] = "auto"
-    """How tensors travel. shm: memory that server and worker share (Linux); inline: in Flower's messages; auto: shm
-    for every node that shares the server's machine, else inline."""
+    transport: Literal["auto", "shm", "flight", "inline"] = "auto"
+    """How tensors travel. shm: memory that server and worker share (Linux); flight: by Arrow Flight, over TLS; inline:
+    in Flower's messages; auto: shm for every node that shares the server's machine, for others flight where
+    flower.flight is set and the node reaches it, else inline."""
+    flight: str | None = None
+    """HOST:PORT of the server, as nodes name it, for tensors by Arrow Flight; port 0: any free one. The port is opened
+    on loopback alone where HOST is localhost or 127.0.0.1, else on all networks."""
+    flight_certificate: str | None = None
+    """File (PEM) with a certificate for flower.flight's HOST, the SuperLink's for example; null: one is made for the
+    run."""
+    flight_key: str | None = None
+    """File (PEM) with that certificate's private key."""
     wire_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Weights on the way out, and what training has changed on the way back, rounded to nearest; server and workers
     keep float32, and the server what rounding takes away. float16 ends at 65504."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +28,7 @@ from twist_fl.data.progress import Meter
 from twist_fl.data.sources import find_source
 from twist_fl.data.tokenizer import check_vocab_size, identity, load_tokenizer, train_tokenizer
 from twist_fl.system.errors import ConfigError, DamagedError
-from twist_fl.system.files import check_seal, new_folder, read_json, write_json
+from twist_fl.system.files import cache_dir, check_seal, new_folder, read_json, write_json
 
 Windows = npt.NDArray[np.int32]
 _FORMAT = 3
@@ -52,11 +51,6 @@ class Corpus:
     @property
     def tokenizer_folder(self) -> Path:
         return self.folder / "tokenizer"
-
-
-def cache_dir() -> Path:
-    """`TWIST_FL_CACHE`, or ~/.cache/twist_fl."""
-    return Path(os.environ.get("TWIST_FL_CACHE", "~/.cache/twist_fl")).expanduser()
 
 
 def load_corpus(config: DataConfig, num_workers: int = 1, num_test: int = 1) -> Corpus:

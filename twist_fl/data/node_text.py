@@ -12,13 +12,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from twist_fl.config.checks import check_name
 from twist_fl.config.schema import DataConfig
-from twist_fl.data.corpus import Corpus, cache_dir
+from twist_fl.data.corpus import Corpus
 from twist_fl.data.own_text import load_own
 from twist_fl.data.run_text import RunText
 from twist_fl.data.tokenizer import FILES
 from twist_fl.system.errors import ConfigError, DamagedError
-from twist_fl.system.files import check_seal, new_folder, read_json, write_json, write_text
+from twist_fl.system.files import cache_dir, check_seal, new_folder, read_json, write_json, write_text
+from twist_fl.system.untrusted import read_fields
 
 _MOST_CHARACTERS = 2**27
 """Of a tokenizer's files; the largest known have an eighth of it."""
@@ -123,3 +125,13 @@ def kept_tokenizer(digest: str) -> Path:
 
 def _tokenizer(digest: str) -> Path:
     return cache_dir() / "tokenizers" / digest
+
+
+def tokenizer_named(text: str) -> str:
+    """In the job of a message: the hash of the tokenizer for a node's own text, or "" if the run's text is another.
+
+    Raises ValueError."""
+    digest = read_fields(text, {}).get("tokenizer", "")
+    if digest:
+        check_name("tokenizer", str(digest))
+    return str(digest)

@@ -10,7 +10,8 @@ from twist_fl.system.errors import ConfigError, DamagedError
 
 
 class RunText:
-    """The corpus of hash `digest`, from this machine's cache or else from where `config` says the text lies.
+    """The corpus of hash `digest`, from this machine's cache or else from where `config` says the text lies; of the
+    hash "", what lies there when it is first opened.
 
     `num_windows` are the training windows, and `num_test` the others, where they are known without it.
     """
@@ -58,6 +59,8 @@ class RunText:
 
     def open(self) -> Corpus:
         """Raises ConfigError if the text is neither in the cache nor where the configuration says, or is another."""
+        if not self.digest:
+            self.read_again()
         if self._corpus is None:
             try:
                 corpus = find_corpus(self.digest, self.config.window, self._read)

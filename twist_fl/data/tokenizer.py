@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from twist_fl.config.hub import local_path, reachable
+from twist_fl.data.gguf_folder import as_folder
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.files import cache_dir, new_folder
 
 END_OF_TEXT = "<|endoftext|>"
 _CLASS = "PreTrainedTokenizerFast"
@@ -34,7 +36,7 @@ _OF_A_CALL = ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of
 
 
 def load_tokenizer(name: str) -> Any:
-    """A fast tokenizer from a folder (`tokenizer.json` alone is enough) or from the hub by name.
+    """A fast tokenizer from a folder (`tokenizer.json` alone is enough), a GGUF file, or from the hub by name.
 
     Truncation, padding and BPE-dropout that its files ask for are left out, here and in what it saves: text is encoded
     whole, and always the same.
@@ -43,6 +45,7 @@ def load_tokenizer(name: str) -> Any:
     if folder is None:
         with reachable(f"data.tokenizer={name!r}"):
             folder = _downloaded(name)
+    folder = as_folder(folder)
     if not any((folder / file).is_file() for file in _ONE_OF):
         raise ConfigError(
             f"data.tokenizer={name!r} has no tokenizer.json: give a folder that has one, or a name on the hub"
@@ -54,6 +57,16 @@ def load_tokenizer(name: str) -> Any:
     if not loaded.is_fast:
         raise ConfigError(f"data.tokenizer={name!r} has no fast tokenizer (tokenizer.json): choose one that has")
     return loaded
+
+
+def saved_tokenizer(name: str) -> Path:
+    """A folder of the cache with `load_tokenizer` of that name, in its fast form, for `copy_tokenizer`."""
+    loaded = load_tokenizer(name)
+    folder = cache_dir() / "saved_tokenizers" / identity(loaded)[:32]
+    if not folder.is_dir():
+        with new_folder(folder) as making:
+            loaded.save_pretrained(making)
+    return folder
 
 
 def _downloaded(name: str) -> Path:

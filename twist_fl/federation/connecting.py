@@ -1,8 +1,10 @@
-"""Which of Flower's nodes serve a run's workers, and which of them share the server's machine."""
+"""Which of Flower's nodes serve a run's workers, and by which transport each of them can be reached."""
 
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
+from functools import partial
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
@@ -12,6 +14,7 @@ from twist_fl.federation import transport, wire
 from twist_fl.federation.actors import RESTARTS
 from twist_fl.federation.exchange import exchange
 from twist_fl.federation.owners import Owners
+from twist_fl.federation.transport import Maker, Segments
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.untrusted import plain
@@ -36,13 +39,16 @@ class Nodes:
 
     def __init__(self, job: Job, job_json: str, folder: RunFolder) -> None:
         self.ready: list[int] = []
-        self.neighbours: set[int] = set()
-        """Nodes that share this machine."""
+        self.transports: dict[int, str] = {}
+        """How each node's tensors travel: shm, flight or inline."""
         self.sure = False
         """Whether nothing has been lost since they were asked: else the next round looks again for who is there."""
         self._job, self._job_json, self._folder = job, job_json, folder
+        self.segments = Segments({})
+        self._open = ExitStack()  # what `close` ends
         self._owners = Owners(job, folder) if job.config.data.private == NODES else None
         self._asked: set[int] = set()
+        self._fallbacks: list[str] = []  # why a node's tensors go inline, where they need not
 
     def serves(self, worker: int) -> bool:
         """Whether a node of the worker is there; where each has its own text, no other takes its place."""
@@ -67,17 +73,22 @@ class Nodes:
         Raises NoWorkersError, naming the reasons.
         """
         flower, workers = self._job.config.flower, len(self._job.clients)
+        if not self.segments.makers:
+            self._open_segments()
         found = self._wait(grid, round_, workers)
         if found:
             self._folder.log("asked", round=round_, nodes=len(found[:workers]), wanted=workers)
         ready, failed = self._ask(grid, found if self._owners else found[:workers])
         self.ready, self._asked = [node for _, node in sorted(ready)], set(found)
+        ways = list(self.transports.values())
         self._folder.log(
             "nodes",
             round=round_,
             nodes=len(self.ready),
-            shared_memory=len(self.neighbours),
+            shared_memory=ways.count("shm"),
+            flight=ways.count("flight"),
             failed=list(failed.values()),
+            fallbacks=self._fallbacks,
             **(self._owners.report() if self._owners else {}),
         )
         if not self.ready:
@@ -99,13 +110,14 @@ class Nodes:
             time.sleep(flower.poll_interval)
 
     def _ask(self, grid: Grid, nodes: list[int]) -> tuple[list[tuple[int, int]], dict[int, str]]:
-        """Which nodes are ready, with their partitions, and why the others are not. Notes who shares this machine."""
-        flower, token = self._job.config.flower, self._make_token()
-        content = wire.question(self._job_json, token, self._owners.tokenizer() if self._owners else None)
+        """Which nodes are ready, with their partitions, and why the others are not. Notes each one's transport."""
+        flower = self._job.config.flower
+        tokens = {kind: transport.make_token(make) for kind, make in self.segments.makers.items()}
+        content = wire.question(self._job_json, tokens.values(), self._owners.tokenizer() if self._owners else None)
         asked = [Message(content, dst_node_id=node, message_type=MessageType.QUERY) for node in nodes]
         ready: list[tuple[int, int]] = []
         failed: dict[int, str] = {}
-        self.neighbours = set()
+        self.transports, self._fallbacks = {}, []
         if self._owners:
             self._owners.nodes.clear()
         for reply in exchange(grid, asked, flower, flower.connect_timeout):
@@ -115,9 +127,8 @@ class Nodes:
             if reply.has_error():
                 failed[node] = wire.error_of(reply)
                 continue
-            if token is not None and wire.token_of(reply.content) == transport.token_text(token):
-                self.neighbours.add(node)
-            elif flower.transport == "shm":
+            read = [kind for kind in tokens if wire.token_of(reply.content, kind) == transport.token_text(tokens[kind])]
+            if not read and flower.transport == "shm":
                 failed[node] = "flower.transport=shm, but the node cannot read the server's memory: use auto or inline"
                 continue
             place = wire.partition_of(reply.content)
@@ -128,13 +139,30 @@ class Nodes:
                 failed[node] = plain(str(error))
                 continue
             ready.append((place, node))
-        if token is not None:
-            transport.close(token)
+            self.transports[node] = next(iter(read), "inline")
+            if not read and "flight" in tokens:
+                self._fallbacks.append(wire.why_not(reply.content, "flight"))
+        for token in tokens.values():
+            token.close()
         return ready, failed
 
-    def _make_token(self) -> transport.Segment | None:
-        """What a node must read to get its tensors by shared memory; None if no node shall."""
-        chosen = self._job.config.flower.transport
-        if chosen == "shm" and not transport.AVAILABLE:
+    def _open_segments(self) -> None:
+        """Where tensors can go beside Flower's messages. Raises ConfigError if they cannot."""
+        flower, run_id, makers = self._job.config.flower, self._job.run_id, dict[str, Maker]()
+        if flower.transport in ("auto", "shm") and transport.AVAILABLE:
+            makers["shm"] = partial(transport.create, run_id)
+        elif flower.transport == "shm":
             raise ConfigError("flower.transport=shm needs Linux: use auto or inline")
-        return transport.make_token(self._job.run_id) if chosen != "inline" and transport.AVAILABLE else None
+        if flower.transport in ("auto", "flight") and flower.flight:
+            from twist_fl.federation import flight  # loads Arrow Flight, which few runs need
+
+            server = flight.Server(run_id, flower.flight, flower.flight_certificate, flower.flight_key)
+            self._open.callback(server.end)
+            makers["flight"] = server.make
+        self.segments = Segments(makers)
+        self._open.callback(self.segments.close)
+
+    def close(self) -> None:
+        """Give up all memory that was kept from round to round, and the port."""
+        self._open.close()
+        self.segments, self.sure = Segments({}), False

@@ -17,14 +17,14 @@ from twist_fl.blueprint.drawing import draw_ticket
 from twist_fl.config.checks import check_name
 from twist_fl.config.devices import DeviceConfig
 from twist_fl.config.sizes import TicketSize, ticket_sizes
-from twist_fl.data.corpus import cache_dir
 from twist_fl.federation import tensors, wire
 from twist_fl.federation.connecting import NoWorkersError
 from twist_fl.federation.exchange import exchange
 from twist_fl.model.subnet import State
+from twist_fl.rounds import RunState
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
-from twist_fl.system.files import write_json
+from twist_fl.system.files import cache_dir, write_json
 from twist_fl.system.units import size_label
 from twist_fl.system.untrusted import Field, plain, read_exactly, shown
 from twist_fl.tickets import edge_client
@@ -82,8 +82,12 @@ Carry = Callable[[int, DeviceConfig, RecordDict], RecordDict]
 
 
 def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> None:
-    """`_deploy` to the nodes of a Flower network."""
+    """`_deploy` to the nodes of a Flower network, what a run has trained."""
     with folder.lock("server"), folder.failures_logged():
+        state = folder.load()
+        if state is None:
+            raise ConfigError(f"{folder.path} has no checkpoint yet: train first")
+        job = job.scored(state.scores)
         nodes = sorted(grid.get_node_ids())
         if not nodes:
             raise NoWorkersError("no edge client is connected")
@@ -91,10 +95,12 @@ def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> No
         def carry(place: int, device: DeviceConfig, content: RecordDict) -> RecordDict:
             return _by_flower(grid, nodes[place % len(nodes)], job, device, content)
 
-        _deploy(folder, job, devices_of(job, devices.split()), carry)
+        _deploy(folder, job, state, devices_of(job, devices.split()), carry)
 
 
-def deploy_here(folder: RunFolder, job: Job, devices: Sequence[DeviceConfig], say: Callable[[str], None]) -> None:
+def deploy_here(
+    folder: RunFolder, job: Job, state: RunState, devices: Sequence[DeviceConfig], say: Callable[[str], None]
+) -> None:
     """`_deploy` to devices that this process plays, by the same messages."""
 
     def carry(place: int, device: DeviceConfig, content: RecordDict) -> RecordDict:
@@ -102,19 +108,15 @@ def deploy_here(folder: RunFolder, job: Job, devices: Sequence[DeviceConfig], sa
         return receive(job, content)
 
     with folder.lock("server"), folder.failures_logged():
-        _deploy(folder, job, devices, carry)
+        _deploy(folder, job, state, devices, carry)
 
 
-def _deploy(folder: RunFolder, job: Job, devices: Sequence[DeviceConfig], carry: Carry) -> None:
-    """For each device: plan, draw, fold, ship, and log what it measured; writes deployed.json and deployed/NAME/.
+def _deploy(folder: RunFolder, job: Job, state: RunState, devices: Sequence[DeviceConfig], carry: Carry) -> None:
+    """For each device: plan, draw, fold, ship, log what it measured; `folder` gets deployed.json and deployed/NAME/.
 
     Devices are served one after another, so that they do not disturb each other's latency. Raises ConfigError when
     all have been served, if some are too slow with every ticket.
     """
-    state = folder.load()
-    if state is None:
-        raise ConfigError(f"{folder.path} has no checkpoint yet: train first")
-    job = job.scored(state.scores)
     # All are planned before any is served: an impossible device is refused before anything starts.
     plans = [(device, plan_device(job, device)) for device in devices]
     rows, too_slow = [], []

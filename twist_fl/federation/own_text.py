@@ -15,13 +15,14 @@ from twist_fl.data.node_text import (
     keep_tokenizer,
     recall,
     remember,
+    tokenizer_named,
     told_digest,
 )
 from twist_fl.data.own_text import check_batch
 from twist_fl.federation import wire
 from twist_fl.federation.apps import worker_for
 from twist_fl.system.errors import ConfigError
-from twist_fl.training.job import Job, job_from_json, tokenizer_named
+from twist_fl.training.job import Job, job_from_json
 from twist_fl.training.worker import Worker
 
 Settings = Mapping[str, Any]

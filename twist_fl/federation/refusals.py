@@ -12,13 +12,13 @@ _REFUSED = {
     r"\[code: 2004\]": "the SuperLink does not take this node's key: it is not registered (where runs are started: "
     "`flwr supernode register {key} NAME`), or a node with the same key is already online",
     r"Hostname mismatch|IP address mismatch": "the SuperLink's certificate is not for the name in "
-    "--superlink {superlink}: use a name that it has, or make it for this one (subjectAltName, see docs/nodes.md)",
+    "--superlink {superlink}: use a name that it has, or make it for this one (twist-fl federation init --host)",
     r"CERTIFICATE_VERIFY_FAILED": "the SuperLink's certificate is not signed by {ca}: give the CA certificate that it "
     "was signed with, as --root-certificates ca.crt",
     r"[Vv]ersion compatibility check failed|runtime version mismatch": "this node and the SuperLink have different "
     "versions of Flower: install the same on both (here it is {flower})",
     r"Unable to parse the private key file": "--auth-supernode-private-key {private} is not the private key of a node: "
-    "make one with `ssh-keygen -t ecdsa -b 384`",
+    "give the file without .pub; twist-fl federation init makes one",
 }
 _WAITING = r"Connection attempt failed"
 _NO_TLS = "it is not running, cannot be reached, or speaks TLS (then leave out --insecure and give --root-certificates)"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -63,9 +64,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def write_connection(home: Path, address: str) -> None:
-    """Where `flwr` with FLWR_HOME=`home` finds the SuperLink CONNECTION."""
-    (home / "config.toml").write_text(f'[superlink.{CONNECTION}]\naddress = "{address}"\ninsecure = true\n')
+def write_connection(home: Path, address: str, ca: Path | None = None) -> None:
+    """Where `flwr` with FLWR_HOME=`home` finds the SuperLink CONNECTION; with its CA certificate, by TLS."""
+    security = f"root-certificates = {_toml_string(str(ca.absolute()))}" if ca else "insecure = true"
+    text = f'[superlink]\ndefault = "{CONNECTION}"\n[superlink.{CONNECTION}]\naddress = "{address}"\n{security}\n'
+    (home / "config.toml").write_text(text)
 
 
 def write_settings(settings: Mapping[str, str], file: Path) -> Path:
@@ -82,11 +85,14 @@ def start(command: list[str], environment: Mapping[str, str], log: Path) -> subp
         )
 
 
-def wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_until_healthy(address: str, process: subprocess.Popen[bytes], log: Path, ca: Path | None = None) -> None:
+    """Until the SuperLink answers, by TLS if `ca` is given. Raises LaunchError."""
+    context = ssl.create_default_context(cafile=ca) if ca else True
+    url = f"http{'s' if ca else ''}://{address}/health"
     deadline = time.monotonic() + _START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            if httpx.get(f"http://{address}/health", timeout=1, trust_env=False).is_success:
+            if httpx.get(url, timeout=1, trust_env=False, verify=context).is_success:
                 return
         except httpx.HTTPError:
             time.sleep(0.1)

@@ -13,7 +13,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from twist_fl.federation import tensors, transport, wire
+from twist_fl.federation import tensors, wire
 from twist_fl.federation.connecting import Nodes, NoWorkersError
 from twist_fl.federation.evaluating import Evaluation
 from twist_fl.federation.loop import RoundLoop
@@ -31,7 +31,7 @@ from twist_fl.training.job import Job
 from twist_fl.training.worker import Task, Worker
 
 BYTE_KINDS = ("weights", "moments", "other")
-TRANSPORTS = ("shm", "inline")
+TRANSPORTS = ("shm", "flight", "inline")
 
 
 class TwistStrategy(RoundLoop):
@@ -44,7 +44,6 @@ class TwistStrategy(RoundLoop):
         super().__init__(job, folder)
         self.job_json = job.to_json()
         self.nodes = Nodes(job, self.job_json, folder)
-        self._segments = transport.Segments(job.run_id)
         self._mean: RoundMean | None = None  # of the round that is going on
         self._kept: State | None = None  # the round's parameters, where replies say only what has changed
         self._began = 0.0
@@ -86,9 +85,9 @@ class TwistStrategy(RoundLoop):
         for task in tasks:
             node, group = self.nodes.of(task.worker), str(task.worker)
             segment = None
-            if node in self.nodes.neighbours:
+            if (way := self.nodes.transports[node]) != "inline":
                 size = Packing.of(self.job, task.blueprint, kind == MessageType.TRAIN).segment_bytes
-                segment = self._segments.take(task.worker, size)
+                segment = self.nodes.segments.take(task.worker, size, way)
             with threads(usable_cores()):  # until the last worker has its part, the round waits for it
                 content = wire.task_to_records(self.job, self.job_json, task, params, moments, segment, known)
             if config:
@@ -152,7 +151,7 @@ class TwistStrategy(RoundLoop):
                 continue
             self._count(message.content, up)
             try:
-                blueprint, segment = task.blueprint, self._segments.get(worker)
+                blueprint, segment = task.blueprint, self.nodes.segments.get(worker)
                 with threads(self._idle_cores()):
                     reply = wire.reply_from_records(self.job, blueprint, message.content, segment, self._kept)
                     # What lies in a segment stays there until the next task is written.
@@ -164,7 +163,7 @@ class TwistStrategy(RoundLoop):
         report = self._report = mean.report
         self.state = after if report.answered else self.state  # of the round before: it can be saved as that
         for worker in {task.worker for task in self._planned} - set(report.answered):
-            self._segments.drop(worker)  # who is late writes where nobody reads
+            self.nodes.segments.drop(worker)  # who is late writes where nobody reads
             if worker not in report.dropped:
                 report.dropped[worker] = self._why_missing(worker, "train")
         self.folder.log(
@@ -204,7 +203,7 @@ class TwistStrategy(RoundLoop):
         """Cores that no worker on this machine trains on. Only `auto` tells which nodes are elsewhere."""
         config = self.job.config
         pending = [message.metadata.dst_node_id for message in self._pending.values()]
-        busy = [node for node in pending if config.flower.transport != "auto" or node in self.nodes.neighbours]
+        busy = [node for node in pending if config.flower.transport != "auto" or self.nodes.transports[node] == "shm"]
         return usable_cores() - len(busy) * (config.train.threads or 1)
 
     def configure_evaluate(
@@ -239,11 +238,11 @@ class TwistStrategy(RoundLoop):
             self._count(message.content, up)
             evaluation.add(task, message.content)
         for task in evaluation.missing():
-            self._segments.drop(task.worker)
+            self.nodes.segments.drop(task.worker)
             evaluation.drop(task, self._why_missing(task.worker, "evaluate"))
         self.folder.log("federated", round=self.state.round, **evaluation.result(), bytes_down=self._down, bytes_up=up)
         metrics = evaluation.metrics()
         return MetricRecord(metrics) if metrics else None
 
     def close(self) -> None:
-        self._segments.close()
+        self.nodes.close()

@@ -1,8 +1,8 @@
-"""The tensors of a message: in Flower's arrays, or in shared memory with a handle in the message.
+"""The tensors of a message: in Flower's arrays, or in memory elsewhere with a handle in the message.
 
 Inline, a record has one raw little-endian array with all of the worker's own blocks, and one for each parameter held
-whole, identical for all workers, so that Flower's content addressing uploads those once. By shared memory, the message
-carries the segment's handle (`transport.py`). Nothing is pickled, and what arrives is read where it lies.
+whole, identical for all workers, so that Flower's content addressing uploads those once. Else the message carries a
+segment's handle (`transport.py`, `flight.py`). Nothing is pickled, and what arrives is read where it lies.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from twist_fl.blueprint.blocks import Layout
+from twist_fl.federation import transport
 from twist_fl.federation.packing import DTYPES, Packing
-from twist_fl.federation.transport import Handle, Segment, SegmentError
+from twist_fl.federation.transport import FlightHandle, Handle, Segment, SegmentError, SharedHandle
 from twist_fl.model.subnet import Copies, State, copy_all
 from twist_fl.system.untrusted import Field, shown
 from twist_fl.training.aggregate import ReplyError
 from twist_fl.training.interval import Moments
 
-_HANDLE = {
-    "name": Field(str),
-    "pid": Field(int, 1),
-    "fd": Field(int, 0),
-    "num_bytes": Field(int, 1),
-    "checksum": Field(int, 0),
+_ANY_HANDLE = {"name": Field(str), "num_bytes": Field(int, 1), "checksum": Field(int, 0)}
+_HANDLES: dict[str, tuple[type[Handle], dict[str, Field]]] = {
+    "shm": (SharedHandle, _ANY_HANDLE | {"pid": Field(int, 1), "fd": Field(int, 0)}),
+    "flight": (FlightHandle, _ANY_HANDLE | dict.fromkeys(("location", "certificate", "down", "up"), Field(str))),
 }
+"""For each transport, whose name that of a message's record is: what a handle is, and its fields."""
 _STYPE = "raw.little"
 BLOCKS = "blocks"
 """Name of the array with a record's divided parameters; a parameter's name has a dot in it."""
@@ -113,7 +113,7 @@ def put_tensors(
     )
     sizes = {record: packing.num_bytes(record) for record in packing.layouts}
     sizes = {"weights": sizes.pop("params"), "moments": sum(sizes.values())}
-    content["segment"] = ConfigRecord(asdict(segment.handle()) | sizes)
+    put_handle(content, segment, sizes)
 
 
 def _pack(
@@ -192,15 +192,36 @@ def _copy(name: str, value: torch.Tensor, out: torch.Tensor) -> Copies:
         yield value, out
 
 
-def handle_of(content: RecordDict) -> Handle | None:
-    """The handle in a message that goes by shared memory. Raises ValueError if it is malformed."""
-    if "segment" not in content.config_records:
+def put_handle(content: RecordDict, segment: Segment, sizes: Mapping[str, int] = {}) -> None:
+    """`sizes`: bytes of the weights and of the moments in it."""
+    content[segment.kind] = ConfigRecord({**asdict(segment.handle()), **sizes})
+
+
+def handle_of(content: RecordDict, kind: str = "") -> Handle | None:
+    """The handle in a message whose tensors lie elsewhere, of any kind or this one. Raises ValueError if it is
+    malformed."""
+    kind = kind or transport_of(content)
+    if kind not in content.config_records:
         return None
-    fields = dict(content.config_records["segment"])
-    for name, field in _HANDLE.items():
+    handle, expected = _HANDLES[kind]
+    fields = dict(content.config_records[kind])
+    for name, field in expected.items():
         if not field.holds(fields.get(name)):
             raise ValueError(f"segment's {name}={shown(fields.get(name))} is no {field}")
-    return Handle(**{name: fields[name] for name in _HANDLE})  # type: ignore[arg-type]
+    return handle(**{name: fields[name] for name in expected})  # type: ignore[arg-type]
+
+
+def open_segment(handle: Handle, run_id: str, num_bytes: int, probing: bool = False) -> Segment:
+    """The server's segment in a worker. Raises SegmentError if it is not this run's, gone, or not as large as it must
+    be: then no memory is taken for it."""
+    if handle.num_bytes != num_bytes:
+        raise SegmentError(f"segment {handle.name} has {handle.num_bytes} bytes, expected {num_bytes}")
+    if isinstance(handle, SharedHandle):
+        return transport.attach(handle, run_id)
+    assert isinstance(handle, FlightHandle)
+    from twist_fl.federation import flight  # loads Arrow Flight, which few runs need
+
+    return flight.fetch(handle, run_id, probing)
 
 
 # Sizes
@@ -211,7 +232,7 @@ def num_bytes(content: RecordDict) -> dict[str, int]:
     sizes = {name: sum(len(array.data) for array in record.values()) for name, record in content.array_records.items()}
     weights = sizes.pop("params", 0)
     moments = sum(sizes.values())
-    segment = content.config_records.get("segment", ConfigRecord())
+    segment = content.config_records.get(transport_of(content), ConfigRecord())
     weights += _said(segment, "weights")
     moments += _said(segment, "moments")
     other = sum(len(record.deflate()) for record in content.config_records.values())
@@ -225,5 +246,5 @@ def _said(segment: ConfigRecord, name: str) -> int:
 
 
 def transport_of(content: RecordDict) -> str:
-    """How the message's tensors travel: shm or inline."""
-    return "shm" if "segment" in content.config_records else "inline"
+    """How the message's tensors travel: shm, flight or inline."""
+    return next((kind for kind in _HANDLES if kind in content.config_records), "inline")

@@ -1,8 +1,9 @@
-"""Memory that server and worker share: one segment per worker, which its task and then its reply fill in turn.
+"""Memory beside Flower's messages: one segment per worker, which its task and then its reply fill in turn.
 
-A segment is an anonymous memory file of the server (Linux `memfd`). A worker opens it through the server's entry in
-/proc, which only works on the same machine, for the same user. It has no place in any folder, so there is nothing to
-clean up: the kernel frees it when the server has closed it, or died, and no worker maps it any more.
+On one machine they share it: an anonymous memory file of the server (Linux `memfd`). A worker opens it through the
+server's entry in /proc, which only works on the same machine, for the same user. It has no place in any folder, so
+there is nothing to clean up: the kernel frees it when the server has closed it, or died, and no worker maps it any
+more. On two machines (`flight.py`) each has its own.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ import os
 import secrets
 import sys
 import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, TypeVar
 
 import torch
 
@@ -23,7 +27,9 @@ AVAILABLE = sys.platform == "linux"
 """Whether this system has memory files."""
 _PIECE = 4096
 """Bytes summed into one number of a checksum."""
-_TOKEN_BYTES = 32
+TOKEN_BYTES = 32
+KINDS = ("shm", "flight")
+"""Transports that need no room in Flower's messages, the better one first."""
 
 
 class SegmentError(ValueError):
@@ -39,25 +45,45 @@ class Handle:
     """What a message carries instead of its tensors: where they are, and what they add up to."""
 
     name: str
-    pid: int
-    fd: int
     num_bytes: int
     checksum: int
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Shared memory, mapped into this process. `pid` and `fd` are the server's."""
+class SharedHandle(Handle):
+    """Of memory that is open in the server's process: both numbers are the server's."""
 
-    name: str
     pid: int
     fd: int
+
+
+@dataclass(frozen=True)
+class FlightHandle(Handle):
+    """Of memory to be had over the network, and to be written back there."""
+
+    location: str
+    """grpc+tls://HOST:PORT"""
+    certificate: str
+    """The only one that the server may show, PEM."""
+    down: str
+    up: str
+    """Tokens: who has it may fetch the task, and once send the reply."""
+
+
+class Segment(ABC):
+    """One worker's tensors in one piece of memory, as a process sees it."""
+
+    kind: ClassVar[str]
+    """The transport's name."""
+    damage: ClassVar[type[SegmentError]] = SegmentError
+    """What it means that the memory does not add up."""
+    name: str
     memory: torch.Tensor
     """uint8, one entry per byte; the memory stays mapped as long as a tensor looks into it."""
 
+    @abstractmethod
     def handle(self) -> Handle:
         """To be sent once the memory is written."""
-        return Handle(self.name, self.pid, self.fd, len(self.memory), checksum(self.memory))
 
     def check(self, handle: Handle) -> None:
         """Raises SegmentError unless `handle` is of this segment and of what is in it now."""
@@ -66,7 +92,29 @@ class Segment:
         if handle.num_bytes != len(self.memory):
             raise SegmentError(f"segment {self.name} has {len(self.memory)} bytes, its handle says {handle.num_bytes}")
         if (found := checksum(self.memory)) != handle.checksum:
-            raise ChangedError(f"segment {self.name} has checksum {found:#x}, its handle says {handle.checksum:#x}")
+            raise self.damage(f"segment {self.name} has checksum {found:#x}, its handle says {handle.checksum:#x}")
+
+    @abstractmethod
+    def close(self) -> None:
+        """On the server: no worker can open it any more; those that have it keep it to themselves."""
+
+
+@dataclass(frozen=True)
+class SharedSegment(Segment):
+    """Shared memory, mapped into this process. `pid` and `fd` are the server's."""
+
+    kind = "shm"
+    damage = ChangedError
+    name: str
+    pid: int
+    fd: int
+    memory: torch.Tensor
+
+    def handle(self) -> SharedHandle:
+        return SharedHandle(self.name, len(self.memory), checksum(self.memory), self.pid, self.fd)
+
+    def close(self) -> None:
+        os.close(self.fd)
 
 
 def checksum(memory: torch.Tensor) -> int:
@@ -81,26 +129,27 @@ def checksum(memory: torch.Tensor) -> int:
     return zlib.crc32(memory[end:].numpy().data, zlib.crc32(sums.numpy().data))
 
 
-def create(run_id: str, num_bytes: int) -> Segment:
+def create(run_id: str, num_bytes: int) -> SharedSegment:
     """A segment of the run in this process, zeroed. Raises OSError if there is no memory for it."""
     import fcntl  # not on every system
 
-    name = f"{_prefix(run_id)}{secrets.token_hex(8)}"
+    name = new_name(run_id)
     fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.posix_fallocate(fd, 0, num_bytes)
         # Nobody can cut it short: reading what is not there would kill the reader.
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        return Segment(name, os.getpid(), fd, _map(fd, num_bytes))
+        return SharedSegment(name, os.getpid(), fd, _map(fd, num_bytes))
     except OSError:
         os.close(fd)
         raise
 
 
-def attach(handle: Handle, run_id: str) -> Segment:
+def attach(handle: SharedHandle, run_id: str) -> SharedSegment:
     """The server's segment in a worker. Raises SegmentError if it is not this run's, gone or of another size."""
-    if not handle.name.startswith(_prefix(run_id)):
-        raise SegmentError(f"segment {handle.name!r} is not of this run ({run_id})")
+    if not AVAILABLE:
+        raise SegmentError("this system has no memory files")
+    check_run(handle, run_id)
     place = f"/proc/{handle.pid:d}/fd/{handle.fd:d}"
     try:
         _check_link(handle, place)  # opening another file, a device's say, may do something
@@ -111,12 +160,12 @@ def attach(handle: Handle, run_id: str) -> Segment:
         _check_link(handle, f"/proc/self/fd/{fd}")  # the number may since have been given to another file
         if (size := os.fstat(fd).st_size) != handle.num_bytes:
             raise SegmentError(f"segment {handle.name} has {size} bytes, its handle says {handle.num_bytes}")
-        return Segment(handle.name, handle.pid, handle.fd, _map(fd, size))
+        return SharedSegment(handle.name, handle.pid, handle.fd, _map(fd, size))
     finally:
         os.close(fd)
 
 
-def _check_link(handle: Handle, place: str) -> None:
+def _check_link(handle: SharedHandle, place: str) -> None:
     if (found := str(Path(place).readlink())) != f"/memfd:{handle.name} (deleted)":
         raise SegmentError(f"segment {handle.name} is gone: in its place is {found}")
 
@@ -125,20 +174,30 @@ def _prefix(run_id: str) -> str:
     return f"twist_fl-{run_id}-"
 
 
+def new_name(run_id: str) -> str:
+    return f"{_prefix(run_id)}{secrets.token_hex(8)}"
+
+
+def check_run(handle: Handle, run_id: str) -> None:
+    """Raises SegmentError if it is another run's."""
+    if not handle.name.startswith(_prefix(run_id)):
+        raise SegmentError(f"segment {handle.name!r} is not of this run ({run_id})")
+
+
 def _map(fd: int, num_bytes: int) -> torch.Tensor:
     memory = mmap.mmap(fd, num_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def close(segment: Segment) -> None:
-    """On the server: no worker can open it any more; those that have it keep it to themselves."""
-    os.close(segment.fd)
+Maker = Callable[[int], Segment]
+"""Makes a segment of so many bytes."""
+AnySegment = TypeVar("AnySegment", bound=Segment)
 
 
-def make_token(run_id: str) -> Segment:
-    """A segment of random bytes: a node that can name them shares this machine."""
-    segment = create(run_id, _TOKEN_BYTES)
-    segment.memory.copy_(torch.frombuffer(bytearray(secrets.token_bytes(_TOKEN_BYTES)), dtype=torch.uint8))
+def make_token(make: Callable[[int], AnySegment]) -> AnySegment:
+    """A segment of random bytes: a node that can name them can reach the server's memory."""
+    segment = make(TOKEN_BYTES)
+    segment.memory.copy_(torch.frombuffer(bytearray(secrets.token_bytes(TOKEN_BYTES)), dtype=torch.uint8))
     return segment
 
 
@@ -149,26 +208,26 @@ def token_text(segment: Segment) -> str:
 class Segments:
     """The server's segments, one per worker, reused from round to round: fresh memory costs more than the copy."""
 
-    def __init__(self, run_id: str) -> None:
-        self._run_id = run_id
+    def __init__(self, makers: Mapping[str, Maker]) -> None:
+        self.makers = makers
         self._of: dict[int, Segment] = {}
 
     def get(self, worker: int) -> Segment | None:
         return self._of.get(worker)
 
-    def take(self, worker: int, num_bytes: int) -> Segment:
-        """The worker's segment, of exactly this size. Raises OSError if there is no memory for it."""
+    def take(self, worker: int, num_bytes: int, kind: str) -> Segment:
+        """The worker's segment, of just this transport and size. Raises OSError if there is no memory for it."""
         found = self._of.get(worker)
-        if found is not None and len(found.memory) == num_bytes:
+        if found is not None and (found.kind, len(found.memory)) == (kind, num_bytes):
             return found
         self.drop(worker)
-        self._of[worker] = create(self._run_id, num_bytes)
+        self._of[worker] = self.makers[kind](num_bytes)
         return self._of[worker]
 
     def drop(self, worker: int) -> None:
         """Give the segment up: a worker that is late writes where nobody reads."""
         if worker in self._of:
-            close(self._of.pop(worker))
+            self._of.pop(worker).close()
 
     def close(self) -> None:
         for worker in list(self._of):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -18,7 +17,15 @@ from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.config.checks import check_name
 from twist_fl.federation import transport
 from twist_fl.federation.packing import Packing
-from twist_fl.federation.tensors import KnownArrays, get_tensors, handle_of, put_tensors, take_whole
+from twist_fl.federation.tensors import (
+    KnownArrays,
+    get_tensors,
+    handle_of,
+    open_segment,
+    put_handle,
+    put_tensors,
+    take_whole,
+)
 from twist_fl.federation.transport import ChangedError, Segment, SegmentError
 from twist_fl.model.subnet import Copies, State, slice_state, take_slice
 from twist_fl.system.errors import ConfigError
@@ -75,14 +82,13 @@ def job_of(content: RecordDict) -> str:
 # A node's place
 
 
-def question(job_json: str, token: Segment | None, tokenizer: Mapping[str, str] | None = None) -> RecordDict:
-    """Asks a node to build its worker, and with a token whether it shares this machine. `tokenizer` are the files of
-    one, for a node's own text."""
-    content = RecordDict(
-        {"job": ConfigRecord({"json": job_json}), "flower": ConfigRecord({"version": version("flwr")})}
-    )
-    if token is not None:
-        content["segment"] = ConfigRecord(asdict(token.handle()))
+def question(job_json: str, tokens: Iterable[Segment], tokenizer: Mapping[str, str] | None = None) -> RecordDict:
+    """Asks a node to build its worker, and which of the tokens it can read: by those transports tensors can go.
+    `tokenizer` are the files of one, for a node's own text."""
+    flower = ConfigRecord({"version": version("flwr")})
+    content = RecordDict({"job": ConfigRecord({"json": job_json}), "flower": flower})
+    for token in tokens:
+        put_handle(content, token)
     if tokenizer is not None:
         content["tokenizer"] = ConfigRecord(dict(tokenizer))
     return content
@@ -104,17 +110,21 @@ def check_flower(content: RecordDict) -> None:
 
 
 def answer(content: RecordDict, run_id: str, partition: object) -> RecordDict:
-    """A ready node's reply to `question`: the token's bytes prove that it can read the server's memory."""
-    token, handle = "", handle_of(content)
-    if handle is not None and transport.AVAILABLE:
-        with suppress(SegmentError):  # another machine, user or container
-            token = transport.token_text(transport.attach(handle, run_id))
-    return node_record(partition, token)
+    """A ready node's reply to `question`: the tokens' bytes prove that it can read the server's memory."""
+    found = node_record(partition)
+    handles = {kind: handle for kind in transport.KINDS if (handle := handle_of(content, kind)) is not None}
+    for kind, handle in handles.items():
+        try:
+            read = open_segment(handle, run_id, transport.TOKEN_BYTES, probing=True)
+            found.config_records["node"][kind] = transport.token_text(read)
+        except SegmentError as error:  # another machine, user or container; no way through the network
+            found.config_records["node"][f"{kind}-error"] = str(error)
+    return found
 
 
-def node_record(partition: object, token: str = "") -> RecordDict:
-    """A node's answer to `connect`: its place among the nodes, and what it read in the server's memory."""
-    return RecordDict({"node": ConfigRecord({"partition": str(partition), "token": token})})
+def node_record(partition: object) -> RecordDict:
+    """A node's answer to `connect`: its place among the nodes."""
+    return RecordDict({"node": ConfigRecord({"partition": str(partition)})})
 
 
 def tell_text(content: RecordDict, digest: str, num_windows: int, num_test: int) -> None:
@@ -131,17 +141,24 @@ def told_text(content: RecordDict) -> tuple[str, int, int]:
     return fields["digest"], fields["windows"], fields["test"]
 
 
+def _of_node(content: RecordDict, key: str, default: str = "") -> str:
+    return str(content.config_records.get("node", ConfigRecord()).get(key, default))
+
+
 def partition_of(content: RecordDict) -> int:
     """The place a node gave itself; what is not a number comes last."""
-    record = content.config_records.get("node", ConfigRecord())
-    partition = str(record.get("partition", ""))
+    partition = _of_node(content, "partition")
     return int(partition) if _PARTITION.fullmatch(partition) else 2**64
 
 
-def token_of(content: RecordDict) -> str:
-    """What the node read in the server's memory; nothing if it cannot."""
-    record = content.config_records.get("node", ConfigRecord())
-    return str(record.get("token", ""))
+def token_of(content: RecordDict, kind: str) -> str:
+    """What the node read in the server's memory by this transport; nothing if it could not."""
+    return _of_node(content, kind)
+
+
+def why_not(content: RecordDict, kind: str) -> str:
+    """Its own words, if it could not."""
+    return plain(_of_node(content, f"{kind}-error", "it does not say why"))
 
 
 # Tasks
@@ -206,9 +223,9 @@ def _read_task(job: Job, content: RecordDict, trains: bool) -> Parcel:
     task = Task(**fields | {"blueprint": blueprint})
     if task.worker not in job.clients:
         raise ValueError(f"worker={task.worker} is none of the run's clients, {job.clients[0]} to {job.clients[-1]}")
-    handle = handle_of(content)
-    segment = None if handle is None else transport.attach(handle, job.run_id)
-    return Parcel(task, *get_tensors(content, Packing.of(job, task.blueprint, trains), step, segment), segment)
+    handle, packing = handle_of(content), Packing.of(job, task.blueprint, trains)
+    segment = None if handle is None else open_segment(handle, job.run_id, packing.segment_bytes)
+    return Parcel(task, *get_tensors(content, packing, step, segment), segment)
 
 
 # Replies
@@ -274,8 +291,7 @@ def has_died(message: Message) -> bool:
 
 def error_of(message: Message) -> str:
     """Why a reply carries no content, in one line."""
-    # Flower's own form: <class 'ValueError'>:<'text'>, where text may end with a whole traceback (and the class in
-    # a simulation is 'ray.exceptions.RayTaskError(ClientAppException)').
+    # Flower's: <class 'ValueError'>:<'text'>, which may end with a traceback; of Ray, RayTaskError(ClientAppException).
     form = r"<class '(?:[^']*\W)?(\w+)\)?'>:<'(.*)'>"
     reason = re.sub(form, r"\1: \2", (message.error.reason or "").strip(), flags=re.DOTALL)
     lines = [line for line in reason.splitlines() if line.strip()]

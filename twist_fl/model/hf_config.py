@@ -16,6 +16,7 @@ from twist_fl.blueprint.architectures import (
 from twist_fl.config.finding import listed, runs_in
 from twist_fl.config.hub import local_path, reachable
 from twist_fl.config.schema import Config, ModelConfig
+from twist_fl.data.gguf_folder import SUFFIX, as_folder
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.untrusted import Field, plain, read_fields, shown
 
@@ -28,7 +29,7 @@ def model_config(config: Config) -> PreTrainedConfig:
     model, window = config.model, config.data.window
     use_architecture(model.architecture)
     if model.pretrained:
-        loaded = _pretrained(model.pretrained)
+        loaded = pretrained_config(model.pretrained)
     else:
         loaded = config_from_dict(scratch_fields(model, config.data.vocab_size))
     context = loaded.max_position_embeddings
@@ -56,30 +57,32 @@ def padding_token(fields: Mapping[str, Any]) -> int | None:
     return end[0] if isinstance(end, list) else end
 
 
-def _pretrained(name: str) -> PreTrainedConfig:
+def pretrained_config(name: str, what: str = "") -> PreTrainedConfig:
+    """A checkpoint's own; `what` is what errors call it.
+
+    Raises ConfigError if there is none, or if its model cannot be divided."""
+    what = what or f"model.pretrained={name!r}"
     folder = local_path("model.pretrained", name)
     if folder and (runs := runs_in(folder)):
-        raise ConfigError(f"model.pretrained={name!r} holds runs: give {listed(runs)}")
+        raise ConfigError(f"{what} holds runs: give {listed(runs)}")
+    folder = folder and as_folder(folder)
     if folder and not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"model.pretrained={name!r} holds no model (no config.json): give a run that has a checkpoint, one of its "
-            "checkpoints, or another folder of a Hugging Face model"
-        )
+        other = "a run that has a checkpoint, one of its checkpoints, a GGUF file, or a folder of a Hugging Face model"
+        inside = sorted(folder.glob(f"*{SUFFIX}"))
+        raise ConfigError(f"{what} holds no model (no config.json): give {listed(inside) if inside else other}")
     from transformers import AutoConfig, PreTrainedConfig
 
     if folder:
-        loaded: Any = folder_config(f"model.pretrained={name!r}", folder)
+        loaded: Any = folder_config(what, folder)
     else:
-        with reachable(f"model.pretrained={name!r}"):
+        with reachable(what):
             loaded = AutoConfig.from_pretrained(name)
     try:
         architecture_of({"model_type": loaded.model_type})
     except ValueError as error:
-        raise ConfigError(f"model.pretrained={name!r}: {error}") from error
+        raise ConfigError(f"{what}: {error}") from error
     if hasattr(loaded, "heads_per_layer"):
-        raise ConfigError(
-            f"model.pretrained={name!r} is a ticket, whose layers differ in size: give the run it was drawn from"
-        )
+        raise ConfigError(f"{what} is a ticket, whose layers differ in size: give the run it was drawn from")
     assert isinstance(loaded, PreTrainedConfig)
     return loaded
 

@@ -1,6 +1,6 @@
 """The weights of a pretrained model: exactly the parameters that its config says. Nothing is left random.
 
-Read are `model.safetensors` and `pytorch_model.bin`, whole or in shards, from a folder or from the hub.
+Read are `model.safetensors` and `pytorch_model.bin`, whole or in shards, from a folder or from the hub, and GGUF files.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from twist_fl.blueprint.blocks import Layout
 from twist_fl.config.checks import check_name
+from twist_fl.data.gguf_folder import as_folder
 from twist_fl.model.subnet import State
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import SEAL, check_seal
@@ -168,7 +169,7 @@ def _some(names: list[str], how: str) -> str:
 
 def _files(what: str, name: str) -> list[Path]:
     """The model's files of weights."""
-    folder = Path(name).expanduser()
+    folder = as_folder(Path(name).expanduser())
     if folder.is_dir() and (folder / SEAL).exists():
         check_seal(folder)
 

@@ -27,6 +27,10 @@ FREE = ("name", "checkpoint_every", "train.threads", "train.device", "eval.", "d
 NOT_FREE = ("flower.wire_dtype",)
 
 
+class FixedError(ConfigError):
+    """A setting that would make a run another one."""
+
+
 def at_places(job: Job, overrides: Sequence[str]) -> Job:
     """`job` with other PLACES, for a command that only looks at the run. Raises ConfigError for any other key."""
     return _changed(job, overrides, PLACES) if overrides else job
@@ -128,7 +132,7 @@ def _refuse_others(old: Config, new: Config, may_change: Sequence[str]) -> None:
         if value != before[key] and not (free and key not in NOT_FREE):
             named = ", ".join(f"{each}*" if each.endswith(".") else each for each in may_change)
             named += f" (not {', '.join(NOT_FREE)})" * ("flower." in may_change)
-            raise ConfigError(
+            raise FixedError(
                 f"{key}={value} would make it another run: this one has {before[key]}. What may change: {named}"
             )
 

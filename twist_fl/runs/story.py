@@ -193,10 +193,11 @@ def asked_text(event: Event) -> str:
 
 
 def nodes_text(event: Event) -> str:
-    shared = event.get("shared_memory", 0)
+    shared, flight = event.get("shared_memory", 0), event.get("flight", 0)
     own = event.get("windows", {}).values()
     parts = [
         f"{shared} of them on the server's machine" if shared else "",
+        f"tensors of {flight} by Arrow Flight" if flight else "",
         f"each with its own text: {min(own):,} to {max(own):,} windows" if own else "",
     ]
     return ", ".join(filter(None, [f"{count(event['nodes'], 'node')} ready", *parts]))
@@ -277,6 +278,7 @@ def warnings(event: Event) -> Iterator[str]:
     """What an event says that somebody may have to look after."""
     if event["event"] == "nodes":
         yield from (f"a node is not ready: {reason}" for reason in event["failed"])
+        yield from (f"a node's tensors go in Flower's messages: {why}" for why in event.get("fallbacks", []))
         yield from (f"worker {worker}: {note}" for worker, note in event.get("notes", {}).items())
     if event["event"] == "tracker":
         yield f"log.tracker={event['name']!r} failed, the run goes on without: {event['error']}"

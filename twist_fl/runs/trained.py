@@ -1,4 +1,4 @@
-"""A trained run, and what one asks of it: its model, tickets of any size, their perplexity, a folder for a device."""
+"""A model, trained here or not, and what one asks of it: tickets of any size, perplexity, a folder for a device."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.runs.start import Start, find_start
 from twist_fl.system.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,29 +17,36 @@ if TYPE_CHECKING:
     from twist_fl.data.corpus import Windows
     from twist_fl.model.subnet import ModelCache
     from twist_fl.rounds import RunState
+    from twist_fl.runs.checkpoint import RunFolder
     from twist_fl.tickets.evaluate import Tickets
     from twist_fl.tickets.exporting import Exported
     from twist_fl.training.job import Job
 
 
 class TrainedRun:
-    """The newest checkpoint of the run in `path`; `places` (key=value) say where its text is now, if it has moved.
+    """The newest checkpoint of the run in the folder `start`; or the model `start` as it is: a Hugging Face folder, a
+    name on the hub, or a GGUF file.
 
-    Raises ConfigError if there is no run, or no checkpoint yet. Text is read only by what needs it.
+    `words` (key=value) are settings: of a run, where its text is now, if it has moved; of a model, what is not its
+    default, for example data.path=FOLDER and blueprint.ffn_blocks=12. Raises ConfigError if there is no run and no
+    model, or no checkpoint yet. Text is read only by what needs it.
     """
 
-    def __init__(self, path: Path | str, places: Sequence[str] = ()) -> None:
-        self.folder = RunFolder(Path(path))
-        self.folder.check_run()
-        from twist_fl.runs.resume import at_places
+    def __init__(self, start: Path | str | Start, words: Sequence[str] = ()) -> None:
+        self.start = start if isinstance(start, Start) else find_start(start, words)
+        self.job: Job
+        self.state: RunState
+        """`state.params`: the full model, float32; `state.round`: rounds trained, 0 of a model as it is."""
+        self.job, self.state = self.start.load()
 
-        job = at_places(self.folder.job(), places)
-        state = self.folder.load()
-        if state is None:
-            raise ConfigError(f"{self.folder.path} has no checkpoint yet: let it train for checkpoint_every rounds")
-        self.state: RunState = state
-        """`state.params`: the full model, float32; `state.round`: rounds trained."""
-        self.job: Job = job.scored(state.scores)
+    @property
+    def folder(self) -> RunFolder:
+        """Where results go: the run's; of a model, runs/NAME."""
+        return self.start.results()
+
+    @property
+    def title(self) -> str:
+        return f"{self.start.name}, round {self.state.round}" if self.start.run else self.start.name
 
     @cached_property
     def models(self) -> ModelCache:
@@ -75,7 +82,15 @@ class TrainedRun:
         """The checkpoint's own: where the text is does not matter."""
         from twist_fl.data.tokenizer import load_tokenizer
 
-        return load_tokenizer(str(self.folder.checkpoints()[-1]))
+        return load_tokenizer(str(self._tokenizer_folder))
+
+    @cached_property
+    def _tokenizer_folder(self) -> Path:
+        from twist_fl.data.tokenizer import saved_tokenizer
+
+        if self.start.run:
+            return self.start.run.checkpoints()[-1]
+        return saved_tokenizer(str(self.job.config.data.tokenizer))
 
     def perplexity(self, blueprint: Blueprint | None = None, windows: Windows | None = None) -> float:
         """Of one ticket, or of the full model, on `test` or other windows."""
@@ -129,13 +144,13 @@ class TrainedRun:
         )
         base = config.model.pretrained
         source = Source(
-            self.folder.path.resolve().name,
-            self.state.round,
+            Path(self.start.name).resolve().name,
+            self.state.round if self.start.run else None,
             base and (Path(base).name if Path(base).is_absolute() else base),
             licence_of(Path(base).expanduser() if base else None),
             None if windows is None else known_perplexity(self.perplexity(blueprint, windows), windows.size),
         )
-        return export(ticket, folder, format, dtype, self.folder.checkpoints()[-1], source)
+        return export(ticket, folder, format, dtype, self._tokenizer_folder, source)
 
 
 def chosen_sizes(job: Job, given: Sequence[Size] | None) -> list[TicketSize]:

@@ -50,6 +50,7 @@ def private_environment(home: Path, given: Mapping[str, str] = os.environ) -> di
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
         "NO_PROXY": "*",  # nor one that the operating system knows of
         "no_proxy": "*",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # off: Ray listens on the loopback address only, on Linux too
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_worker_niceness": "0",  # Ray's default, 15, starves the workers beside any other job
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -197,3 +197,8 @@ def _names(folder: Path) -> list[str]:
 def _hash(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def cache_dir() -> Path:
+    """What is made again if it is gone: `TWIST_FL_CACHE`, or ~/.cache/twist_fl."""
+    return Path(os.environ.get("TWIST_FL_CACHE", "~/.cache/twist_fl")).expanduser()

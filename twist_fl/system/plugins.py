@@ -124,7 +124,8 @@ POLICY = Plugin(
 RULE = Plugin(
     "aggregate.rule",
     "twist_fl.aggregation_rules",
-    _ours("training.aggregate", mean="StreamingMean") | _ours("training.rules", median="median"),
+    _ours("training.aggregate", mean="StreamingMean")
+    | _ours("training.rules", median="median", trimmed_mean="trimmed_mean"),
     "(layout, state, memory) -> aggregator",
 )
 SOURCE = Plugin(

@@ -17,8 +17,10 @@ from twist_fl.tickets.export import Ticket, keep
 class Source:
     """Where a ticket comes from."""
 
-    run: str
-    rounds: int
+    name: str
+    """Of the run, or of the model."""
+    rounds: int | None
+    """Of training; None of a model as it is."""
     base: str | None
     """The checkpoint that training began with; None from scratch."""
     licence: str | None
@@ -51,8 +53,11 @@ _OPENED_BY = {
 
 def model_card(ticket: Ticket, source: Source, format: str, dtype: str, checked: str | None, size: str) -> str:
     kappa = ", ".join(f"{share:.3g} of {kind}" for kind, share in keep(ticket.blueprint).items())
+    trained = source.rounds is not None
     rows = {
-        "source": f"run `{plain(source.run)}` after {source.rounds} rounds of training with twist_fl {__version__}",
+        "source": f"run `{plain(source.name)}` after {source.rounds} rounds of training with twist_fl {__version__}"
+        if trained
+        else f"`{plain(source.name)}` as it is, drawn with twist_fl {__version__}",
         "base model": plain(source.base) if source.base else "none, trained from scratch",
         "licence": source.licence or ("that of the base model" if source.base else "none was stated"),
         "blocks kept (kappa)": kappa,
@@ -67,9 +72,10 @@ def model_card(ticket: Ticket, source: Source, format: str, dtype: str, checked:
     front += [f"license: {source.licence}"] * bool(source.licence)
     opened = f"\n```\n{_OPENED_BY[format]}\n```\n" if format in _OPENED_BY else ""
     blueprint = json.dumps(json.loads(ticket.blueprint.to_json()))
+    what = "transformer that was trained by TwIST (arXiv 2511.03983)" if trained else "transformer"
     return (
-        f"---\n{chr(10).join(front)}\n---\n\n# A ticket of {plain(source.run)}\n\n"
-        "A random structured subnet of a transformer that was trained by TwIST (arXiv 2511.03983): whole heads and "
+        f"---\n{chr(10).join(front)}\n---\n\n# A ticket of {plain(source.name)}\n\n"
+        f"A random structured subnet of a {what}: whole heads and "
         f"neurons are left out, and what is left is dense.\n{opened}\n| | |\n|---|---|\n{table}\n\n"
         f"Blueprint, the blocks kept of each layer:\n\n```json\n{blueprint}\n```\n"
     )

@@ -1,12 +1,12 @@
 """A ticket as one GGUF file for llama.cpp: its `deci` is Llama with heads and FFN neurons of their own in each layer.
 
-`deci` rotates neighbouring pairs of a head's entries, where transformers pairs the halves: rows of queries and keys
+Both rotate neighbouring pairs of a head's entries, where transformers pairs the halves: rows of queries and keys
 change places, and all is the same. Blueprints hold a block of either kind in every layer, so no layer is without.
+Where all layers are of one size, as in a whole model, the file is plain `llama`, which more programs open.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from twist_fl.blueprint.blocks import make_layout
+from twist_fl.data.gguf_folder import in_pairs
 from twist_fl.data.tokenizer import load_tokenizer
 from twist_fl.system.errors import ConfigError, LaunchError
 from twist_fl.system.plugins import needs
@@ -87,17 +88,18 @@ def _write_file(ticket: Ticket, file: Path, vocabulary: Vocabulary, factors: tor
 
     kinds = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
     wanted = GGMLQuantizationType[kinds[dtype]]
-    writer = GGUFWriter(file, MODEL_ARCH_NAMES[MODEL_ARCH.DECI])
+    arch = MODEL_ARCH.LLAMA if _is_plain(ticket.model_config) else MODEL_ARCH.DECI
+    writer = GGUFWriter(file, MODEL_ARCH_NAMES[arch])
     layout = make_layout(ticket.model_config, ticket.blueprint.num_blocks[1])
     _write_sizes(writer, ticket.model_config, layout.sizes)
     _write_vocabulary(writer, vocabulary)
-    names, narrow = get_tensor_name_map(MODEL_ARCH.DECI, layout.num_layers), 0
+    names, narrow = get_tensor_name_map(arch, layout.num_layers), 0
     if factors is not None:
         writer.add_tensor("rope_freqs.weight", factors.numpy())
     for name, tensor in ticket.params.items():
         values = tensor.detach().float().cpu()
         if ".q_proj." in name or ".k_proj." in name:
-            values = _in_pairs(values, layout.sizes["d_head"])
+            values = in_pairs(values, layout.sizes["d_head"])
         kind = wanted if values.dim() > 1 else GGMLQuantizationType.F32  # norms and biases: few, and all need F32
         if kind == GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:
             kind, narrow = GGMLQuantizationType.F16, narrow + 1
@@ -114,20 +116,23 @@ def _write_file(ticket: Ticket, file: Path, vocabulary: Vocabulary, factors: tor
     return narrow
 
 
-def _in_pairs(rows: torch.Tensor, d_head: int) -> torch.Tensor:
-    """Each head's rows 0, half, 1, half + 1, ...: what transformers rotates together, side by side."""
-    heads = rows.reshape(-1, 2, d_head // 2, math.prod(rows.shape[1:]))
-    return heads.transpose(1, 2).reshape(rows.shape)
+def _is_plain(config: Mapping[str, Any]) -> bool:
+    """Whether it is a Llama of layers of one size. (Qwen2's are not: they have biases, and are not rotated so.)"""
+    alike = all(len(set(config[key])) == 1 for key in ("heads_per_layer", "neurons_per_layer"))
+    return alike and config["model_type"] != "qwen2"
 
 
 def _write_sizes(writer: GGUFWriter, config: Mapping[str, Any], sizes: Mapping[str, int]) -> None:
-    heads, d_head = config["heads_per_layer"], sizes["d_head"]
+    heads, neurons, d_head = config["heads_per_layer"], config["neurons_per_layer"], sizes["d_head"]
+    queries = [held * sizes["d_query"] // d_head for held in heads]
+    if _is_plain(config):
+        (heads, neurons, queries) = (each[0] for each in (heads, neurons, queries))
     writer.add_block_count(sizes["layers"])
     writer.add_context_length(sizes["positions"])
     writer.add_embedding_length(sizes["d_model"])
-    writer.add_head_count([held * sizes["d_query"] // d_head for held in heads])
+    writer.add_head_count(queries)
     writer.add_head_count_kv(heads)
-    writer.add_feed_forward_length(config["neurons_per_layer"])
+    writer.add_feed_forward_length(neurons)
     writer.add_key_length(d_head)
     writer.add_value_length(d_head)
     writer.add_rope_dimension_count(d_head)

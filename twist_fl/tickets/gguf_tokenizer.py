@@ -7,22 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from twist_fl.data.gguf_folder import CUTS, WHOLE_WORDS
 from twist_fl.data.tokenizer import load_tokenizer
 from twist_fl.system.errors import ConfigError
 
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
-_LETTERS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_CUTS: dict[tuple[str, ...], str] = {
-    ("ByteLevel",): "gpt-2",
-    ("Digits", "ByteLevel"): "smollm",
-    (_LETTERS % "{1,3}", "ByteLevel without words"): "llama-bpe",
-    (_LETTERS % "", "ByteLevel without words"): "qwen2",
-}
-"""How text is cut before it is merged, by llama.cpp's names; it knows no rules but its own."""
-_WHOLE_WORDS = "llama-bpe"
-"""Here llama.cpp takes a word that is a token as it is, whatever the merges."""
 
 
 class Vocabulary(NamedTuple):
@@ -44,7 +33,7 @@ def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
     fields = json.loads(tokenizer.backend_tokenizer.to_str())
     model, cut = fields["model"], _cut(fields)
     if model.get("type") != "BPE" or cut is None or not model["merges"]:
-        known = ", ".join(_CUTS.values())
+        known = ", ".join(CUTS.values())
         raise ConfigError(
             "--format gguf: llama.cpp would cut text otherwise than this tokenizer.json does: of byte-level BPE it has "
             f"the rules of {known}; use --format compact, hf or onnx"
@@ -79,9 +68,9 @@ def _cut(fields: Mapping[str, Any]) -> str | None:
     """llama.cpp's name for how the tokenizer cuts text; None if it has none."""
     cut = fields["pre_tokenizer"] or {}
     steps = tuple(map(_step, cut.get("pretokenizers", [cut])))
-    name = _CUTS.get(steps)
+    name = CUTS.get(steps)
     normal = fields["normalizer"] is None or fields["normalizer"]["type"] == "NFC"
-    whole = bool(fields["model"].get("ignore_merges")) == (name == _WHOLE_WORDS)
+    whole = bool(fields["model"].get("ignore_merges")) == (name == WHOLE_WORDS)
     return name if name and normal and whole else None
 
 

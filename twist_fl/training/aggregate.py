@@ -232,11 +232,15 @@ overflows float32 in the next worker's forward pass."""
 
 
 def check_state(
-    layout: Layout, blueprint: Blueprint, state: Mapping[str, torch.Tensor], least: float = -LARGEST
+    layout: Layout,
+    blueprint: Blueprint,
+    state: Mapping[str, torch.Tensor],
+    least: float = -LARGEST,
+    reach: Mapping[str, float] | None = None,
 ) -> None:
     """Raises ReplyError unless names, shapes, dtypes and values are those of the blueprint's subnet.
 
-    `least`: 0 for a mean of squares.
+    `least`: 0 for a mean of squares. `reach`: for each name the largest magnitude that counts, if below LARGEST.
     """
     try:
         layout.check_names({name: tuple(tensor.shape) for name, tensor in state.items()}, blueprint)
@@ -248,9 +252,10 @@ def check_state(
     for name, extremes in ranges(state).items():
         if not all(map(isfinite, extremes)):
             raise ReplyError(f"{name} has values that are not finite")
+        most = min(LARGEST, (reach or {}).get(name, LARGEST))
         for value in extremes:
-            if not least <= value <= LARGEST:
-                raise ReplyError(f"{name} has a value of {value:g}, expected {least:g} to {LARGEST:g}")
+            if not (low := max(least, -most)) <= value <= most:
+                raise ReplyError(f"{name} has a value of {value:g}, expected {low:g} to {most:g}")
 
 
 def coverage_debt(layout: Layout, division: Division, answered: list[Blueprint]) -> Debt:

@@ -16,8 +16,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from twist_fl.blueprint.moments import MOMENTS
-from twist_fl.data.corpus import cache_dir
-from twist_fl.system.files import check_seal, new_folder, save_tensors
+from twist_fl.system.files import cache_dir, check_seal, new_folder, save_tensors
 from twist_fl.training.interval import Moments
 
 _NAME = re.compile(r"worker-(\d{1,18})-round-(\d{1,18})", re.ASCII)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from twist_fl.blueprint.blocks import Layout
 from twist_fl.blueprint.division import Division
 from twist_fl.config.schema import Config
 from twist_fl.config.sizes import smallest_share
 from twist_fl.data.corpus import Corpus
+from twist_fl.data.tokenizer import load_tokenizer
+from twist_fl.model.hf_config import folder_config
 from twist_fl.system.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,3 +49,39 @@ def check_fraction(config: Config, layout: Layout, division: Division) -> None:
         raise ConfigError(
             f"train.fraction={config.train.fraction:g} of {config.train.workers} workers: {error}"
         ) from error
+
+
+def teacher_fields(name: str) -> dict[str, Any]:
+    """The config of the model in train.teacher=`name`. Raises ConfigError where there is none."""
+    if not (Path(name) / "config.json").is_file():
+        raise ConfigError(
+            f"train.teacher={name!r} is no folder of a model: give one with its config.json and weights, or a run; one "
+            "on the hub has to be downloaded first"
+        )
+    fields: dict[str, Any] = folder_config(f"train.teacher={name!r}", Path(name)).to_dict()
+    return fields
+
+
+def check_teacher(config: Config, layout: Layout, tokenizer: Path) -> None:
+    """Raises ConfigError for a teacher of other tokens than those of the folder `tokenizer`, or of a context shorter
+    than a window. A teacher without a tokenizer is taken to have this one."""
+    if not (name := config.train.teacher):
+        return
+    fields = teacher_fields(name)
+    vocabulary, window = layout.sizes["vocab"], config.data.window
+    if fields.get("vocab_size") != vocabulary:
+        raise ConfigError(
+            f"train.teacher={name!r} has a vocabulary of {fields.get('vocab_size')} tokens, and the model one of "
+            f"{vocabulary}: give a teacher with the same tokenizer"
+        )
+    if (Path(name) / "tokenizer.json").is_file():
+        theirs, ours = (load_tokenizer(str(folder)).get_vocab() for folder in (name, tokenizer))
+        if theirs != ours:
+            token = min(theirs.items() ^ ours.items())[0]
+            raise ConfigError(
+                f"train.teacher={name!r} has another tokenizer than the text (token {token!r}: {theirs.get(token)}, "
+                f"here {ours.get(token)}): give a teacher with the same one"
+            )
+    context = fields.get("max_position_embeddings") or fields.get("n_positions") or window
+    if context < window:
+        raise ConfigError(f"train.teacher={name!r} has a context of {context} tokens: use data.window={context}")

@@ -22,7 +22,7 @@ from twist_fl.config.checks import NODES, check_name
 from twist_fl.config.schema import Config, from_yaml, to_yaml
 from twist_fl.config.sizes import make_division, of_workers, ticket_size, workers_per_round
 from twist_fl.data.corpus import Corpus, Shard, Windows
-from twist_fl.data.node_text import NodeText, Place, tokenizer_digest, tokenizer_files
+from twist_fl.data.node_text import NodeText, Place, tokenizer_digest, tokenizer_files, tokenizer_named
 from twist_fl.data.own_text import Own, facts, known_facts, own_texts, read_texts
 from twist_fl.data.run_text import RunText
 from twist_fl.model.hf_config import config_from_dict, model_config
@@ -31,7 +31,7 @@ from twist_fl.system.errors import ConfigError
 from twist_fl.system.plugins import ARCHITECTURE, check_plugins
 from twist_fl.system.untrusted import Field, read_fields
 from twist_fl.training import device
-from twist_fl.training.fitting import check_fraction, fit_batches, fit_vocabulary
+from twist_fl.training.fitting import check_fraction, check_teacher, fit_batches, fit_vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -197,8 +197,7 @@ class Job:
             fields["tokenizer"] = tokenizer_digest(tokenizer_files(self.corpus.tokenizer_folder))
         elif self.own is not None:
             fields["own"] = [facts(text) for text in self.own.values()]
-        fields["run_id"] = self.run_id
-        return json.dumps(fields, sort_keys=True)
+        return json.dumps(fields | {"run_id": self.run_id}, sort_keys=True)
 
 
 def clients(config: Config) -> range:
@@ -208,11 +207,8 @@ def clients(config: Config) -> range:
 def make_job(config: Config) -> Job:
     """Resolve `config`, reading model configuration and text.
 
-    Raises ConfigError before anything starts, and before any text is read if the sizes alone are impossible, or if
-    pretrained weights do not fit them.
+    Raises ConfigError before any text is read if the sizes alone are impossible or pretrained weights do not fit them.
     """
-    from twist_fl.training.teacher import check_teacher
-
     check_plugins(config)
     model = model_config(config)
     layout, _ = _divide(config, model.to_dict())
@@ -230,7 +226,21 @@ def make_job(config: Config) -> Job:
     check_teacher(config, job.layout, text.open().tokenizer_folder)
     if not job.division.by_importance:  # else it draws by scores
         job.blueprints(1)  # what is wrong with a policy shows before anything starts
-    if model.model_type not in ARCHITECTURE.own:
+    return _described(job)
+
+
+def model_job(config: Config, text: RunText) -> Job:
+    """Of a pretrained model that nothing trains; `text` is not read yet. Raises ConfigError if it cannot be divided."""
+    check_plugins(config)
+    _set_threads(config)
+    job = _job(config, model_config(config).to_dict(), text, uuid.uuid4().hex, None, coverage=False)
+    device.check_memory(job.layout.num_params(), "the model")
+    return _described(job)
+
+
+def _described(job: Job) -> Job:
+    """Raises ConfigError if a block table of the user's does not describe the model."""
+    if job.model_fields["model_type"] not in ARCHITECTURE.own:
         from twist_fl.model.subnet_classes import check_architecture
 
         check_architecture(job.model_config, job.layout, draw_ticket(job.layout, job.division, (1, 1), 0, 0))
@@ -248,23 +258,12 @@ def job_from_json(text: str, node: Place | None = None) -> Job:
     for key in ("corpus", "run_id"):
         check_name(key, fields[key])
     config = from_yaml(fields["config"])
-    # Jobs of before windows were counted in them open their text for it.
     run = RunText(config.data, config.train.workers, fields["corpus"], fields.get("windows"))
     own = own_texts(config, run, known_facts(fields.get("own"), config.train.workers))
     if node is not None:
         run = NodeText(config.data, tokenizer_named(text), node)
         own = dict.fromkeys(clients(config), run)
     return _job(config, fields["model"], run, fields["run_id"], own, coverage=False)
-
-
-def tokenizer_named(text: str) -> str:
-    """In the job of a message: the hash of the tokenizer for a node's own text, or "" if the run's text is another.
-
-    Raises ValueError."""
-    digest = read_fields(text, {}).get("tokenizer", "")
-    if digest:
-        check_name("tokenizer", str(digest))
-    return str(digest)
 
 
 def with_config(job: Job, config: Config, text: RunText, own: Own | None) -> Job:

@@ -14,6 +14,8 @@ from twist_fl.model.subnet import State
 from twist_fl.system.errors import ConfigError
 from twist_fl.training.aggregate import Array, HeldReply, Memory, Rule, blocked
 
+ROBUST = ("median", "trimmed_mean")
+"""Of the names of aggregate.rule. Moments that travel are made by these too: one lie in them would last for long."""
 Function = Callable[[Array, list[int]], Array]
 
 
@@ -84,3 +86,16 @@ def _median(values: Array, weights: list[int]) -> Array:
 
 median = per_block(_median)
 """FedMedian (arXiv 1803.01498): of each number, over the workers that held it. Weights do not count."""
+
+
+def _trimmed_mean(values: Array, weights: list[int]) -> Array:
+    """At least the largest and the smallest go where three or more hold a number."""
+    num = len(values)
+    cut = max(1, num // 4) if num > 2 else 0
+    kept: Array = np.partition(values, (cut, num - 1 - cut), axis=0)[cut : num - cut]
+    return kept.mean(axis=0, dtype=np.float64)
+
+
+trimmed_mean = per_block(_trimmed_mean)
+"""Of each number, over the workers that held it, without the quarter at either end (arXiv 1803.01498). Weights do not
+count."""

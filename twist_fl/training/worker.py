@@ -154,9 +154,8 @@ class Worker:
         config = self.job.config.train
         if moments is not None and config.optimizer_state == "factored":
             moments = from_factors(self.job.layout, moments, self.device)
-        first = (task.round - 1) * self.job.batches_per_round  # of the run: a worker may have missed rounds
-        rates = learning_rates(config, first, task.num_batches, self.job.total_batches)
-        return train_interval(model, self.batches(task), config, seed, moments, rates, self.soft_targets(task))
+        soft = self.soft_targets(task)
+        return train_interval(model, self.batches(task), config, seed, moments, rates(self.job, task), soft)
 
     def _moments(self, after: Moments, places: Mapping[str, State]) -> Moments | None:
         """Those that travel."""
@@ -181,6 +180,12 @@ class Worker:
             return self.shelf.load(task.worker, task.round), ""
         except DamagedError:
             return None, "on this machine is damaged"
+
+
+def rates(job: Job, task: Task) -> Iterator[float]:
+    """The learning rate of each of the task's batches."""
+    first = (task.round - 1) * job.batches_per_round  # of the run: a worker may have missed rounds
+    return learning_rates(job.config.train, first, task.num_batches, job.total_batches)
 
 
 def _back(state: State, places: Mapping[str, torch.Tensor]) -> State:
