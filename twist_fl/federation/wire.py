@@ -15,17 +15,9 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from twist_fl.blueprint.blocks import Layout
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.config.checks import check_name
-from twist_fl.federation import transport
+from twist_fl.federation import tensors, transport
 from twist_fl.federation.packing import Packing
-from twist_fl.federation.tensors import (
-    KnownArrays,
-    get_tensors,
-    handle_of,
-    open_segment,
-    put_handle,
-    put_tensors,
-    take_whole,
-)
+from twist_fl.federation.tensors import KnownArrays, get_tensors, handle_of, put_tensors, take_whole
 from twist_fl.federation.transport import ChangedError, Segment, SegmentError
 from twist_fl.model.subnet import Copies, State, slice_state, take_slice
 from twist_fl.system.errors import ConfigError
@@ -88,7 +80,7 @@ def question(job_json: str, tokens: Iterable[Segment], tokenizer: Mapping[str, s
     flower = ConfigRecord({"version": version("flwr")})
     content = RecordDict({"job": ConfigRecord({"json": job_json}), "flower": flower})
     for token in tokens:
-        put_handle(content, token)
+        tensors.put_handle(content, token)
     if tokenizer is not None:
         content["tokenizer"] = ConfigRecord(dict(tokenizer))
     return content
@@ -115,7 +107,7 @@ def answer(content: RecordDict, run_id: str, partition: object) -> RecordDict:
     handles = {kind: handle for kind in transport.KINDS if (handle := handle_of(content, kind)) is not None}
     for kind, handle in handles.items():
         try:
-            read = open_segment(handle, run_id, transport.TOKEN_BYTES, probing=True)
+            read = tensors.open_segment(handle, run_id, transport.TOKEN_BYTES, probing=True)
             found.config_records["node"][kind] = transport.token_text(read)
         except SegmentError as error:  # another machine, user or container; no way through the network
             found.config_records["node"][f"{kind}-error"] = str(error)
@@ -224,7 +216,7 @@ def _read_task(job: Job, content: RecordDict, trains: bool) -> Parcel:
     if task.worker not in job.clients:
         raise ValueError(f"worker={task.worker} is none of the run's clients, {job.clients[0]} to {job.clients[-1]}")
     handle, packing = handle_of(content), Packing.of(job, task.blueprint, trains)
-    segment = None if handle is None else open_segment(handle, job.run_id, packing.segment_bytes)
+    segment = None if handle is None else tensors.open_segment(handle, job.run_id, packing.segment_bytes)
     return Parcel(task, *get_tensors(content, packing, step, segment), segment)
 
 
