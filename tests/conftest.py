@@ -36,14 +36,6 @@ LONGEST = (
     *("test_app.py", "test_resume.py", "test_node.py", "test_network.py", "test_examples.py", "test_readme.py"),
     "test_reproduce.py",
 )
-    "test_app.py",
-    "test_resume.py",
-    "test_node.py",
-    "test_network.py",
-    "test_examples.py",
-    "test_readme.py",
-    "test_reproduce.py",
-)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
