@@ -54,8 +54,8 @@ def test_each_state_has_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network_status, "answers", lambda commands, home: [{"nodes": nodes}, {"runs": [run]}])
     assert list(described(Target("lab:8000", None, {"1": "first"}, None))) == [
         "SuperLink lab:8000: 1 of 3 nodes online",
-        "  node first  online for 1 min 1 s",
         "  node 2      offline since 2026-11-28 08:00:00Z",
         "  node 33     let in, has not joined yet",
+        "  node first  online for 1 min 1 s",
         "  run 5  finished:failed (of memory), 2.0 s, 1.5 kB in, 3.0 MB out",
     ]
