@@ -35,16 +35,29 @@ class Network:
         self.home, self.address = home, address
         self.environment = private_environment(home)
         self.nodes: list[subprocess.Popen[bytes]] = []
+        self.start_node: Callable[[int], None]
+        """Start the node of that place, or another in the place of one that has ended."""
+        self.link: subprocess.Popen[bytes]
 
     def node_log(self, node: int) -> Path:
         return self.home / f"node-{node}.log"
 
-    def run(self, settings: Mapping[str, str], timeout: float, app: Path | None = None) -> str:
-        """`flwr run` to its end; its output."""
+    def _words(self, settings: Mapping[str, str], app: Path | None = None) -> list[str]:
         file = simulation.write_settings(settings, self.home / "settings.toml")
         words = ["flwr", "run", str(app or simulation.stage_app(self.home / "app")), simulation.CONNECTION, "--stream"]
+        return [*words, "--run-config", str(file)] if settings else words
+
+    def begin_run(self, settings: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        """`flwr run`, which goes on; what it says is added to run.log."""
+        with (self.home / "run.log").open("a") as log:
+            return subprocess.Popen(
+                self._words(settings), env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def run(self, settings: Mapping[str, str], timeout: float, app: Path | None = None) -> str:
+        """`flwr run` to its end; its output."""
         done = subprocess.run(
-            [*words, "--run-config", str(file)] if settings else words,
+            self._words(settings, app),
             env=self.environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -64,7 +77,7 @@ def network(home: Path, num_nodes: int, node_command: NodeCommand) -> Iterator[N
     with ExitStack() as stack:
 
         def begin(log: Path, *words: str) -> subprocess.Popen[bytes]:
-            output = stack.enter_context(log.open("w"))
+            output = stack.enter_context(log.open("a"))
             process = subprocess.Popen(
                 words, env=started.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output
             )
@@ -72,9 +85,15 @@ def network(home: Path, num_nodes: int, node_command: NodeCommand) -> Iterator[N
             return process
 
         host, port = started.address.split(":")
-        link = begin(home / "superlink.log", "flower-superlink", "--insecure", "--host", host, "--port", port)
-        simulation.wait_until_healthy(started.address, link, home / "superlink.log")
+        log = home / "superlink.log"
+        started.link = begin(log, "flower-superlink", "--insecure", "--host", host, "--port", port)
+        simulation.wait_until_healthy(started.address, started.link, log)
+
+        def start_node(place: int) -> None:
+            words = node_command(started.address, f"partition-id={place} num-partitions={num_nodes}")
+            started.nodes[place : place + 1] = [begin(started.node_log(place), *words)]
+
+        started.start_node = start_node
         for i in range(num_nodes):
-            words = node_command(started.address, f"partition-id={i} num-partitions={num_nodes}")
-            started.nodes.append(begin(started.node_log(i), *words))
+            start_node(i)
         yield started

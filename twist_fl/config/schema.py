@@ -171,7 +171,7 @@ class AggregateConfig:
     rule: str = "mean"
     """What replaces a block, of the replies that held it. mean: theirs; median: of each number (FedMedian);
     trimmed_mean: of each number without the quarter at either end, at least one where three hold it. These two weigh
-    all workers alike and keep all replies in memory. Moments that travel are means. For ddp, of gradients."""
+    all workers alike, keep all replies in memory and make moments that travel, too. For ddp, of gradients."""
     optimizer: Literal["mean", "momentum", "nesterov", "adam"] = "mean"
     """mean: what `rule` gives is the next model; else the outer optimiser whose gradient is what the round has changed
     (FedAvgM, DiLoCo, FedAdam), for each block in the rounds in which somebody held it. Not for ddp."""
