@@ -47,7 +47,7 @@ TIMEOUT = 3600.0
 FULL = 4096
 """Bytes that a file may have where the disk is full."""
 BLOWS = {"server killed": (0.2, 0.5, 0.8), "disk full": (0.3, 0.7), "network cut": (0.4, 0.6, 0.9)}
-"""When, in shares of the rounds."""
+"""When, in shares of the rounds; a node is killed in most others."""
 MEASURED = ("server_mb", "server_files", "superlink_mb", "superlink_files", "processes")
 KILLED = 0.75
 """Share of the rounds in which a node is killed."""
@@ -173,13 +173,16 @@ def _environment(process: psutil.Process) -> list[str]:
         return []
 
 
-def torment(running: Network, run: Run, relay: Relay, num_rounds: int, seed: int = 0) -> dict[str, Any]:
-    """Until the run is done: what was done to it in which round, and what it took."""
+def schedule(num_rounds: int, seed: int = 0) -> dict[int, str]:
+    """What happens after which round."""
     rng = random.Random(seed)
-    due = {max(1, round(share * num_rounds)): blow for blow, shares in BLOWS.items() for share in shares}
-    done: list[dict[str, Any]] = []
-    samples: list[dict[str, float]] = []
-    seen = 0
+    nodes = {round_: "node killed" for round_ in range(1, num_rounds) if rng.random() < KILLED}
+    return nodes | {max(1, round(share * num_rounds)): blow for blow, shares in BLOWS.items() for share in shares}
+
+
+def torment(running: Network, run: Run, relay: Relay, blows: dict[int, str]) -> list[dict[str, float]]:
+    """Until the run is done. What it took, at the end of each round."""
+    rng, samples, seen = random.Random(0), [], 0
     while not run.done:
         if not run.alive:
             run.begin()
@@ -188,18 +191,16 @@ def torment(running: Network, run: Run, relay: Relay, num_rounds: int, seed: int
         if round_ > seen:
             seen = round_
             samples.append({"round": round_, "time": time.monotonic(), **resources(running, run)})
-            if round_ in due:
-                done.append({"round": round_, "blow": due[round_]})
-                run.hit(due.pop(round_), relay)
-            elif rng.random() < KILLED:
+            if (blow := blows.get(round_)) == "node killed":
                 place = rng.randrange(len(running.nodes))
                 time.sleep(rng.uniform(0, 2.0))  # somewhere in the round
                 running.nodes[place].kill()
                 running.nodes[place].wait()
                 running.start_node(place)
-                done.append({"round": round_, "blow": "node killed"})
+            elif blow:
+                run.hit(blow, relay)
         time.sleep(0.1)
-    return {"blows": done, "samples": samples}
+    return samples
 
 
 def undisturbed(job: Job, intervals: int, scratch: Path) -> tuple[Job, float]:
@@ -220,7 +221,7 @@ def drift(samples: list[dict[str, float]], name: str) -> float:
     return statistics.median(values[-third:]) / statistics.median(values[-2 * third : -third] or values[:1])
 
 
-def chaos(num_rounds: int, num_nodes: int, settings: list[str], scratch: Path) -> dict[str, Any]:
+def chaos(blows: dict[int, str], num_rounds: int, num_nodes: int, settings: list[str], scratch: Path) -> dict[str, Any]:
     words = [*JOB.split(), f"train.workers={num_nodes}", f"train.rounds={num_rounds}", *settings]
     job = make_job(load_config("demo", words))  # reads the text before anything is timed
     folder, relay = RunFolder(scratch / "run"), Relay()
@@ -233,7 +234,7 @@ def chaos(num_rounds: int, num_nodes: int, settings: list[str], scratch: Path) -
     with network(scratch / "flower", num_nodes, through) as running:
         run_ = Run(running, folder, {"preset": "demo", "overrides": " ".join(words), "run-dir": str(folder.path)})
         try:
-            found = torment(running, run_, relay, num_rounds)
+            samples = torment(running, run_, relay, blows)
         finally:
             run_.stop()
         home = str(running.home)
@@ -247,20 +248,21 @@ def chaos(num_rounds: int, num_nodes: int, settings: list[str], scratch: Path) -
         "rounds": num_rounds,
         "nodes": num_nodes,
         "seconds": seconds,
-        "blows": Counter(each["blow"] for each in found["blows"]),
-        "rounds_hurt": len({each["round"] for each in found["blows"]}) / num_rounds,
+        "blows": dict(sorted(blows.items())),
+        "counts": Counter(blows.values()),
         "ends": run_.ends,
-        "rounds_in_log_once": [event["round"] for event in rounds] == list(range(1, num_rounds + 1)),
+        "each_round_once": [event["round"] for event in rounds] == list(range(1, num_rounds + 1)),
         "state_round": ended.round,
+        "losses": [event["loss"] for event in rounds],
         "lost_replies": sum(len(event["dropped"]) for event in rounds),
         "intervals": intervals,
         "processes_left": len(left),
         "perplexity": ours,
         "undisturbed": theirs,
         "ratio": ours / theirs,
-        "drift": {name: drift(found["samples"], name) for name in MEASURED},
-        "samples": found["samples"],
-    }  # fmt: skip
+        "drift": {name: drift(samples, name) for name in MEASURED},
+        "samples": samples,
+    }
 
 
 def main() -> None:
@@ -271,10 +273,10 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", help="key=value settings over those of the job")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        found = chaos(args.rounds, args.nodes, args.settings, Path(scratch))
+        found = chaos(schedule(args.rounds), args.rounds, args.nodes, args.settings, Path(scratch))
     save(found, args.out)
-    show(("what", "found"), [(name, str(value)) for name, value in found.items() if name != "samples"])
-    sys.exit(0 if found["rounds_in_log_once"] and not found["processes_left"] else 1)
+    show(("what", "found"), [(name, str(value)) for name, value in found.items() if name not in ("samples", "losses")])
+    sys.exit(0 if found["each_round_once"] and not found["processes_left"] else 1)
 
 
 if __name__ == "__main__":

@@ -43,6 +43,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
+def fuzz_cases(few: int) -> int:
+    """How many changed inputs a test draws: few, or as many as TWIST_FL_FUZZ says."""
+    return int(os.environ.get("TWIST_FL_FUZZ", few))
+
+
 WORDS = ["the", "a", "worker", "holds", "block", "head", "layer", "that", "server", "sends", "of", "and", "subnet"]
 
 
