@@ -58,5 +58,5 @@ def test_a_wrong_word_is_told_from_the_right_one() -> None:
     done = CliRunner().invoke(app, ["federation", "statsu"], standalone_mode=False)
     assert isinstance(done.exception, click.UsageError)
     assert explain(done.exception, ["federation", "statsu"]).startswith(
-        "No such command 'statsu', did you mean status?"
+        "No such command 'statsu', did you mean 'status'?"
     )

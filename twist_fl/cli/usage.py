@@ -34,7 +34,7 @@ def explain(error: click.UsageError, words: Sequence[str]) -> str:
         case click.BadParameter():
             return f"{_value_of(error)}; see {command} --help"
     if context and isinstance(context.command, click.Group) and message.startswith("No such command"):
-        wrong = message.partition("'")[2].removesuffix("'")
+        wrong = message.split("'")[1]
         names = context.command.list_commands(context)
         return f"No such command {wrong!r}{_command(wrong, names)} There are {', '.join(names)}"
     return f"{message}; see {command} --help"
