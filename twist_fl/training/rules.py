@@ -92,8 +92,9 @@ def _trimmed_mean(values: Array, weights: list[int]) -> Array:
     """At least the largest and the smallest go where three or more hold a number."""
     num = len(values)
     cut = max(1, num // 4) if num > 2 else 0
-    kept: Array = np.partition(values, (cut, num - 1 - cut), axis=0)[cut : num - cut]
-    return kept.mean(axis=0, dtype=np.float64)
+    kept = np.partition(values, (cut, num - 1 - cut), axis=0)[cut : num - cut]
+    mean: Array = kept.mean(axis=0, dtype=np.float64)
+    return mean
 
 
 trimmed_mean = per_block(_trimmed_mean)
