@@ -53,7 +53,7 @@ KILLED = 0.75
 """Share of the rounds in which a node is killed."""
 JOB = """
     train.schedule=constant train.warmup=0 train.lr=2e-3 train.interval=8 train.threads=1 train.device=cpu
-    flower.transport=inline flower.round_timeout=40 flower.wait_for_nodes=30 eval.every=0 eval.max_windows=64
+    train.optimizer_state=reset flower.round_timeout=40 flower.wait_for_nodes=30 eval.every=0 eval.max_windows=64
     blueprint.num_sub=6 eval.sizes=[6] eval.tickets=2 checkpoint_every=1
 """
 
