@@ -471,6 +471,18 @@ def test_keys_lists_and_explains_every_setting(run: Run) -> None:
     assert "  # One of attn, ffn, both.\n  setting: both\n" in output
 
 
+def test_keys_with_a_word_lists_what_has_it_in_its_name(run: Run) -> None:
+    status, output, _ = run("keys", "train.lr", "momentum")
+    assert status == 0
+    assert [line.split(":")[0] for line in output.splitlines() if "#" not in line] == [
+        *("train", "  lr", "aggregate", "  momentum")
+    ]
+    assert "  lr: 0.0001\n" in output
+    status, _, error = run("keys", "learning-rate")
+    assert status == 2
+    assert "no setting has learning-rate in its name" in error
+
+
 def test_tickets_are_those_of_ticket_distribution(run: Run, trained: Path) -> None:
     status, output, _ = run("tickets", trained, "--sizes", "4,2,1", "--draws", 3, "--windows", 6)
     assert status == 0

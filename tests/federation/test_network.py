@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -74,10 +75,13 @@ def test_a_run_from_keys_to_the_end(running: tuple[Path, subprocess.Popen[bytes]
     # The line to paste, with less to do.
     (line,) = re.findall(r"^  (FLWR_HOME=.*)$", said.read_text(), re.MULTILINE)
     less = ("train.workers=2", "train.rounds=1", "eval.every=0", "eval.max_windows=2", "eval.tickets=1")
-    words = " ".join((*tiny, *less))
-    line = line.replace('" run-dir', f' {words}" run-dir')
-    done = subprocess.run(["bash", "-ec", line], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    line = line.replace('" run-dir', f' {" ".join((*tiny, *less))}" run-dir')
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # that `flwr`, as after `source .venv/bin/activate`
+    words = ["bash", "-ec", line]
+    environment = {**os.environ, "PATH": path}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     logs = [done.stdout, done.stderr, *(log.read_text() for log in (folder / "logs").iterdir())]
+    assert done.returncode == 0, "\n".join(logs)
     events = RunFolder(folder / "runs" / "first").events()
     assert events[-1]["event"] == "done", "\n".join(logs)
     (nodes,) = [event for event in events if event["event"] == "nodes"]

@@ -105,7 +105,7 @@ def test_nodes_train_as_one_process_that_has_all_texts(
 
 
 KNOWN = {
-    "query": {"node": {"partition", "token"}, "text": {"json"}},
+    "query": {"node": {"partition"}, "text": {"json"}},
     "train": {"reply": {"json"}},
     "evaluate": {"evaluation": {"loss-sum", "num-tokens"}},
 }
