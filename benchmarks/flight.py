@@ -1,9 +1,11 @@
 """What a round costs beside its training where nodes share no memory: Flower's messages against Arrow Flight over TLS.
 
 A SuperLink and `twist-fl node`s on this machine's loopback, one job after the other. The limit is two plain copies of
-the same bytes by one thread: one on each side.
+the same bytes by one thread: one on each side. With --line the nodes are in a network namespace at the other end of a
+line of so many Mbit/s and of so many ms there and back, which all share (as root): the limit is the line, with the
+tasks' bytes one after the other, then the replies'.
 
-    python benchmarks/flight.py [--nodes 4] [--mb 300] [--rounds 3] [--out FILE]
+    python benchmarks/flight.py [--nodes 4] [--mb 300] [--rounds 3] [--line 1000 20] [--out FILE]
 """
 
 from __future__ import annotations
@@ -13,28 +15,37 @@ import os
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import save, seconds_of, show
+from line import HERE, line
 from loopback import network, warm_node
 from warm_nodes import JOB, TIMEOUT, width_of
 
 from twist_fl.runs.checkpoint import RunFolder
 
-BY_FLIGHT = "flower.transport=flight flower.flight=127.0.0.1:0"
 WAYS = {
     "inline": "flower.transport=inline",
-    "flight": BY_FLIGHT,
-    "flight, bfloat16": f"{BY_FLIGHT} flower.wire_dtype=bfloat16",
+    "flight": "flower.transport=flight",
+    "flight, bfloat16": "flower.transport=flight flower.wire_dtype=bfloat16",
 }
 
 
-def measure(home: Path, nodes: int, overrides: str) -> dict[str, Any]:
-    """Seconds beside training of each round after the first, which builds the models."""
+def measure(home: Path, nodes: int, overrides: str, shape: tuple[float, float] | None) -> dict[str, Any]:
+    """Seconds beside training of each round after the first, which builds the models; `shape`: bits a second and
+    seconds of delay, one way."""
     folder = RunFolder(home / "run")
-    with network(home / "flower", nodes, warm_node) as running:
+    with ExitStack() as stack:
+        prefix, host = (stack.enter_context(line(*shape)), HERE) if shape else ([], "127.0.0.1")
+
+        def node(address: str, node_config: str) -> list[str]:
+            return [*prefix, *warm_node(address, node_config)]
+
+        running = stack.enter_context(network(home / "flower", nodes, node, host))
+        overrides += f" flower.flight={host}:0"
         output = running.run({"preset": "demo", "overrides": overrides, "run-dir": str(folder.path)}, TIMEOUT)
         logs = [running.node_log(i).read_text() for i in range(nodes)]
     if not folder.events("done"):
@@ -42,15 +53,17 @@ def measure(home: Path, nodes: int, overrides: str) -> dict[str, Any]:
     rounds = folder.events("round")
     assert not any(event["dropped"] for event in rounds), rounds
     beside = [event["seconds"] - event["training_seconds"] for event in rounds]
-    return {
+    moved = rounds[-1]["bytes_via"].values()
+    found = {
         "mb_per_worker": rounds[-1]["bytes_down"]["weights"] / nodes / 1e6,
-        "mb_moved": sum(rounds[-1]["bytes_via"].values()) / 1e6,
+        "mb_moved": sum(moved) / 1e6,
         "first": beside[0],
         "later": beside[1:],
         "seconds": statistics.median(beside[1:]),
-        "two_copies": two_copies(sum(rounds[-1]["bytes_via"].values())),
+        "two_copies": two_copies(sum(moved)),
         "load": os.getloadavg(),  # a ratio is worth what the machine's other jobs leave of it
     }
+    return found | ({"line_seconds": 8 * sum(moved) / shape[0]} if shape else {})
 
 
 def two_copies(num_bytes: int) -> float:
@@ -67,21 +80,24 @@ def main() -> None:
     parser.add_argument("--mb", type=float, default=300.0, help="size of a worker's subnet, MB of 10^6 bytes")
     parser.add_argument("--rounds", type=int, default=3, help="the first, which builds the models, is not counted")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--line", nargs=2, type=float, metavar=("MBIT", "MS"), help="between nodes and server")
     parser.add_argument("--out", type=Path, help="file for the results, JSON")
     args = parser.parse_args()
     sizes = f"train.workers={args.nodes} model.n_embd={width_of(args.mb)} train.rounds={args.rounds}"
+    shape = (1e6 * args.line[0], args.line[1] / 2000) if args.line else None
     rows = []
     for name in args.ways:
         with tempfile.TemporaryDirectory() as scratch:
-            found = measure(Path(scratch), args.nodes, f"{' '.join(JOB.split())} {sizes} {WAYS[name]}")
+            found = measure(Path(scratch), args.nodes, f"{' '.join(JOB.split())} {sizes} {WAYS[name]}", shape)
         rows.append({"transport": name, **found})
         print(f"{name}: {found['seconds']:.2f} s a round beside training", flush=True)
         time.sleep(1)  # until the network's processes have left the cores
     first = rows[0]["seconds"]
     rows = [row | {"faster": first / row["seconds"]} for row in rows]
-    save({"num_nodes": args.nodes, "rows": rows}, args.out)
+    save({"num_nodes": args.nodes, "line": args.line, "rows": rows}, args.out)
+    limit, key = ("line", "line_seconds") if shape else ("two copies", "two_copies")
     show(
-        ("transport", "MB a worker", "first s", "later s", "times faster", "two copies s", "s / two copies"),
+        ("transport", "MB a worker", "first s", "later s", "times faster", f"{limit} s", f"s / {limit}"),
         [
             (
                 row["transport"],
@@ -89,8 +105,8 @@ def main() -> None:
                 f"{row['first']:.2f}",
                 f"{row['seconds']:.2f}",
                 f"{row['faster']:.1f}",
-                f"{row['two_copies']:.2f}",
-                f"{row['seconds'] / row['two_copies']:.1f}",
+                f"{row[key]:.2f}",
+                f"{row['seconds'] / row[key]:.2f}",
             )
             for row in rows
         ],
