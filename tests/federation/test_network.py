@@ -75,6 +75,7 @@ def test_a_run_from_keys_to_the_end(running: tuple[Path, subprocess.Popen[bytes]
     # The line to paste, with less to do.
     (line,) = re.findall(r"^  (FLWR_HOME=.*)$", said.read_text(), re.MULTILINE)
     less = ("train.workers=2", "train.rounds=1", "eval.every=0", "eval.max_windows=2", "eval.tickets=1")
+    less = (*less, "flower.transport=flight", "flower.flight=localhost:0")
     line = line.replace('" run-dir', f' {" ".join((*tiny, *less))}" run-dir')
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # that `flwr`, as after `source .venv/bin/activate`
     words = ["bash", "-ec", line]
@@ -84,7 +85,8 @@ def test_a_run_from_keys_to_the_end(running: tuple[Path, subprocess.Popen[bytes]
     assert done.returncode == 0, "\n".join(logs)
     events = RunFolder(folder / "runs" / "first").events()
     assert events[-1]["event"] == "done", "\n".join(logs)
-    (nodes,) = [event for event in events if event["event"] == "nodes"]
+    (nodes,), (round_,) = ([event for event in events if event["event"] == kind] for kind in ("nodes", "round"))
+    assert round_["bytes_via"]["flight"] and not round_["bytes_via"]["inline"]
     assert (nodes["nodes"], nodes["failed"]) == (2, [])
 
     seen = CliRunner().invoke(app, ["federation", "status", str(folder)], catch_exceptions=False)

@@ -332,6 +332,7 @@ def run_isolated(folder: Path, out: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.parametrize("exported", ["half"], indirect=True)
 def test_a_ticket_runs_where_twist_fl_is_not_installed(
     exported: tuple[Ticket, Path], state: State, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
