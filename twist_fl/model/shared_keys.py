@@ -7,6 +7,7 @@ attention with as many KV heads. On a device each head has a copy (`Layout.own_k
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,20 +26,21 @@ class SharedKeys(nn.Linear):
         self.register_buffer("read", torch.zeros(held, dtype=torch.int64, device=device), persistent=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        every = super().forward(hidden).unflatten(-1, (-1, self.d_head))  # (B, T, KV heads, d_head)
-        return every.index_select(-2, self.get_buffer("read")).flatten(-2)
+        every = super().forward(hidden)
+        heads = every.view(*every.shape[:-1], -1, self.d_head)  # (B, T, KV heads, d_head)
+        return heads.index_select(-2, self.get_buffer("read")).flatten(-2)
 
 
 def share_keys(model: nn.Module, layout: Layout, device: str) -> None:
     """Make the keys and values of a model whose heads all have their own shared ones, not initialised."""
+    make: Any = skip_init  # untyped in torch
     for param in layout.params:
         if param.is_shared and param.name.endswith(".weight"):
             name = param.name.removesuffix(".weight")
             own, (outputs, inputs) = model.get_submodule(name), param.shape
             assert isinstance(own, nn.Linear)
             held, bias = own.out_features // param.width, own.bias is not None
-            shared = skip_init(SharedKeys, inputs, outputs, bias, held, param.width, device=device)
-            model.set_submodule(name, shared)
+            model.set_submodule(name, make(SharedKeys, inputs, outputs, bias, held, param.width, device=device))
 
 
 def read_keys(model: nn.Module, layout: Layout, blueprint: Blueprint) -> None:
@@ -56,6 +58,6 @@ def with_copies(layout: Layout, state: Mapping[str, torch.Tensor]) -> dict[str, 
     for param in layout.params:
         shared = state[param.name]
         if (times := param.shape[param.dim] // shared.shape[param.dim]) > 1:
-            heads = shared.unflatten(param.dim, (-1, param.width))
-            copied[param.name] = heads.repeat_interleave(times, param.dim).flatten(param.dim, param.dim + 1)
+            heads = shared.reshape(-1, param.width, *param.shape[1:])
+            copied[param.name] = heads.repeat_interleave(times, 0).flatten(0, 1)
     return copied
