@@ -384,6 +384,16 @@ def test_cost_counts_key_value_groups(run: Run) -> None:
     group = 96 * (2 * 24 + 2 * 8 + 3 * 60)
     sizes = [[f"{n}/4", f"{full - 3 * (4 - n) * group:,}"] for n in (4, 3, 2, 1)]
     assert [row[:2] for row in rows(output)] == [*sizes, ["4 x 4/4", f"{full:,}"], ["all 4", ""]]
+    words = (
+        "demo",
+        "model.architecture=llama",
+        "model.n_kv_head=4",
+        "model.n_inner=240",
+        "blueprint.attn_blocks=heads",
+    )
+    head = 96 * (2 * 8 + 3 * 20)
+    expected = [[f"{n}/12", f"{full - 3 * (12 - n) * head:,}"] for n in range(12, 0, -1)]
+    assert [row[:2] for row in rows(run("cost", *words)[1])][:12] == expected
 
 
 def test_cost_of_unequal_workers_with_moments_apart(run: Run) -> None:

@@ -173,9 +173,8 @@ def test_a_folder_is_used_by_one_command(made: Federation) -> None:
 @pytest.mark.parametrize("num_nodes", range(7))
 def test_the_first_run_can_be_run(num_nodes: int, tmp_path: Path) -> None:
     """Its settings fit as many workers as nodes run here; as there are, if none does."""
-    from twist_fl.blueprint.blocks import make_layout
     from twist_fl.config.schema import load_config
-    from twist_fl.config.sizes import make_division
+    from twist_fl.config.sizes import layout_of, make_division
     from twist_fl.model.hf_config import model_config
 
     names = tuple("abcdef")
@@ -185,5 +184,5 @@ def test_the_first_run_can_be_run(num_nodes: int, tmp_path: Path) -> None:
     config = load_config("demo", found[1].split())
     assert config.train.workers == (num_nodes or 6)
     if config.model.pretrained is None:
-        layout = make_layout(model_config(config).to_dict(), config.blueprint.ffn_blocks)
+        layout = layout_of(config, model_config(config).to_dict())
         make_division(config, layout).check(layout, True)
