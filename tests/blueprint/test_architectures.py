@@ -43,8 +43,7 @@ from twist_fl.rounds import run, start
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.plugins import ARCHITECTURE
 from twist_fl.tickets.checking import ticket_model
-from twist_fl.tickets.edge_client import receive_ticket
-from twist_fl.tickets.export import make_ticket, ticket_memory_bytes
+from twist_fl.tickets.export import export_ticket, make_ticket, ticket_memory_bytes
 from twist_fl.tickets.measuring import quiet_environment
 from twist_fl.training.aggregate import StreamingMean
 from twist_fl.training.interval import next_token_loss, train_interval
@@ -502,7 +501,7 @@ def test_tickets_run_where_twist_fl_is_not_installed(random_state: RandomState, 
         state, blueprint, folder = random_state(LAYOUTS[name]), ticket(name), tmp_path / f"ticket-{number}"
         fields = CONFIGS[name].to_dict() | {"pad_token_id": 0}
         made = make_ticket(LAYOUTS[name], state, fields, blueprint, "sqrt")
-        receive_ticket(made.config_json, made.blueprint.to_json(), made.params, made.digest, folder)
+        export_ticket(made, folder, None)
         expected[str(folder)] = physical_model(name, state, blueprint)(torch.arange(3, 12)[None]).logits
     done = subprocess.run(
         [sys.executable, "-I", "-c", ISOLATED, str(tmp_path / "out.pt"), *expected],

@@ -708,8 +708,6 @@ def test_a_device_that_is_too_slow_gets_a_smaller_ticket(
         kept = json.loads((folder.path / "deployed" / row["name"] / "twist.json").read_text())
         assert kept["digest"] == row["digest"]
         assert len(kept["blueprint"]["attn"][1]) == row["size"]
-        sent = row["bytes_received"] - len(row["tried"]) * row["weight_bytes"]
-        assert sent >= 0 if len(row["tried"]) > 1 else 0 <= sent < 8_192
     assert device_cells(rows)[1][:3] == ["laptop", "99 MB, 5 ms", "4/4"]
     assert [row["limited_by"] for row in rows] == [None, "latency", "latency"]
     assert device_cells(rows)[2][1] == "3 ms, κ 1: latency decides"

@@ -98,10 +98,9 @@ def test_the_learning_rate_is_of_the_round_whoever_was_drawn(
     job = tiny_job(*POOL, "train.schedule=linear")
     seen: list[list[float]] = []
 
-    def heard(*given: Any) -> Any:
-        *before, rates, soft = given
+    def heard(model: Any, batches: Any, config: Any, seed: int, moments: Any, rates: Any, soft: Any) -> Any:
         seen.append(list(rates))
-        return train_interval(*before, iter(seen[-1]), soft)
+        return train_interval(model, batches, config, seed, moments, seen[-1], soft)
 
     monkeypatch.setattr("twist_fl.training.worker.train_interval", heard)
     state = run(job, start(job), tmp_path)

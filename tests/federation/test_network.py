@@ -74,7 +74,13 @@ def test_a_run_from_keys_to_the_end(running: tuple[Path, subprocess.Popen[bytes]
     folder, process, said = running
     # The line to paste, with less to do.
     (line,) = re.findall(r"^  (FLWR_HOME=.*)$", said.read_text(), re.MULTILINE)
-    less = ("train.workers=2", "train.rounds=1", "eval.every=0", "eval.max_windows=2", "eval.tickets=1")
+    less: tuple[str, ...] = (
+        "train.workers=2",
+        "train.rounds=1",
+        "eval.every=0",
+        "eval.max_windows=2",
+        "eval.tickets=1",
+    )
     less = (*less, "flower.transport=flight", "flower.flight=localhost:0")
     line = line.replace('" run-dir', f' {" ".join((*tiny, *less))}" run-dir')
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # that `flwr`, as after `source .venv/bin/activate`

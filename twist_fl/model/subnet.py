@@ -170,7 +170,12 @@ def _multiplier(factor: float | torch.Tensor) -> Callable[[nn.Module, tuple[torc
 
 def fold_scale(layout: Layout, state: Mapping[str, torch.Tensor], blueprint: Blueprint, scale: Scale) -> State:
     """The slice with each scale folded into its output projection's weight: for models without hooks."""
-    folded = slice_state(layout, state, blueprint)
+    return fold_into(layout, slice_state(layout, state, blueprint), blueprint, scale)
+
+
+def fold_into(layout: Layout, sliced: Mapping[str, torch.Tensor], blueprint: Blueprint, scale: Scale) -> State:
+    """`fold_scale` of what `slice_state` gave."""
+    folded = dict(sliced)
     for kind in KINDS:
         for layer in range(layout.num_layers):
             factor = blueprint.factor(kind, layer, scale)
