@@ -25,6 +25,7 @@ from twist_fl.model.saved import open_model
 from twist_fl.model.subnet import load_state
 from twist_fl.rounds import run, start
 from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.runs.resume import go_on
 from twist_fl.system.errors import ConfigError
 from twist_fl.training import teacher as module
 from twist_fl.training.fitting import check_teacher
@@ -46,7 +47,7 @@ def folder(tiny_job: MakeJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def teacher_of(job: Job) -> Teacher:
-    model = open_teacher(job.config.train, "cpu")
+    model = open_teacher(job.config, job.teacher, "cpu")
     return Teacher(model, job.config.train.distill, job.layout.sizes["vocab"], job.windows(0))
 
 
@@ -222,3 +223,21 @@ def test_workers_with_texts_of_their_own_share_the_teacher(
     job = tiny_job(f"data.private={tmp_path}", f"data.tokenizer={tokenizer}", f"train.teacher={folder}", "eval.every=0")
     run(job, start(job), tmp_path.parent / "moments")
     assert opened == [tokenizer]
+
+
+def test_a_run_goes_on_with_the_teacher_it_began_with_wherever_that_is(
+    folder: Path, tiny_job: MakeJob, tmp_path: Path
+) -> None:
+    place, moved, kept = tmp_path / "teacher", tmp_path / "moved", RunFolder(tmp_path / "run")
+    shutil.copytree(max((folder / "checkpoints").iterdir()), place)
+    kept.create(tiny_job(f"train.teacher={place}"))
+    place.rename(moved)
+    with pytest.raises(ConfigError, match=r"^train\.teacher='.*/teacher' is not on this machine"):
+        go_on(kept)
+    assert go_on(kept, [f"train.teacher={moved}"]).job.config.train.teacher == str(moved)
+    model = open_model(moved)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    model.save_pretrained(moved)
+    with pytest.raises(ConfigError, match=r"^train\.teacher='.*/moved' has other weights than when the run began"):
+        go_on(kept)

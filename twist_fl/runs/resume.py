@@ -16,10 +16,11 @@ from twist_fl.runs.trackers import check_trackers
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import write_text
 from twist_fl.system.plugins import check_plugins
+from twist_fl.training.fitting import check_weights
 from twist_fl.training.job import Job, with_config
 from twist_fl.training.schedule import learning_rate
 
-PLACES = ("data.path", "data.private", "data.tokenizer", "model.pretrained")
+PLACES = ("data.path", "data.private", "data.tokenizer", "model.pretrained", "train.teacher")
 """Where things lie: what is found there must be what the run began with."""
 BUDGET = ("train.rounds", "train.epochs")
 FREE = ("name", "checkpoint_every", "train.threads", "train.device", "eval.", "deploy.", "flower.", "log.")
@@ -64,6 +65,7 @@ def go_on(folder: RunFolder, overrides: Sequence[str] = ()) -> Continued:
             f" ({trained / job.rounds_per_interval:g} intervals)" if job.rounds_per_interval > 1 else ""
         )
         raise ConfigError(f"{' '.join(overrides)} is {job.num_rounds} rounds, and {spent} are trained: give more")
+    check_weights(job.config, job.teacher)
     check_plugins(job.config)
     check_trackers(job.config)
     note = ""

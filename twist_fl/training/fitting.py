@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,11 +63,33 @@ def teacher_fields(name: str) -> dict[str, Any]:
     return fields
 
 
-def check_teacher(config: Config, layout: Layout, tokenizer: Path) -> None:
-    """Raises ConfigError for a teacher of other tokens than those of the folder `tokenizer`, or of a context shorter
-    than a window. A teacher without a tokenizer is taken to have this one."""
+def weights_digest(folder: Path) -> str:
+    """SHA-256 of the files that weights may be in, by name."""
+    content = hashlib.sha256()
+    for file in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")):
+        with file.open("rb") as opened:
+            content.update(f"{file.name} {hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return content.hexdigest()
+
+
+def check_weights(config: Config, digest: str | None) -> None:
+    """Raises ConfigError if train.teacher is not here, or has other weights than those of `digest`."""
     if not (name := config.train.teacher):
         return
+    if not Path(name).is_dir():
+        raise ConfigError(f"train.teacher={name!r} is not on this machine: copy it to the same place")
+    if weights_digest(Path(name)) != digest:
+        raise ConfigError(
+            f"train.teacher={name!r} has other weights than when the run began: bring those back, or name the folder "
+            "where they are now"
+        )
+
+
+def check_teacher(config: Config, layout: Layout, tokenizer: Path) -> str | None:
+    """The digest of the teacher's weights, if there is one. Raises ConfigError for a teacher of other tokens than those of the folder `tokenizer`, or of a context shorter
+    than a window. A teacher without a tokenizer is taken to have this one."""
+    if not (name := config.train.teacher):
+        return None
     fields = teacher_fields(name)
     vocabulary, window = layout.sizes["vocab"], config.data.window
     if fields.get("vocab_size") != vocabulary:
@@ -85,3 +108,4 @@ def check_teacher(config: Config, layout: Layout, tokenizer: Path) -> None:
     context = fields.get("max_position_embeddings") or fields.get("n_positions") or window
     if context < window:
         raise ConfigError(f"train.teacher={name!r} has a context of {context} tokens: use data.window={context}")
+    return weights_digest(Path(name))

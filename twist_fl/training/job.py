@@ -53,6 +53,8 @@ class Job:
     """Random name of the run: clients keep its optimiser state under it."""
     own: Own | None = None
     """With data.private, each worker's text; `text` is then the server's."""
+    teacher: str | None = None
+    """With train.teacher, the digest of its weights."""
 
     @property
     def model_config(self) -> PreTrainedConfig:
@@ -197,7 +199,7 @@ class Job:
             fields["tokenizer"] = tokenizer_digest(tokenizer_files(self.corpus.tokenizer_folder))
         elif self.own is not None:
             fields["own"] = [facts(text) for text in self.own.values()]
-        return json.dumps(fields | {"run_id": self.run_id}, sort_keys=True)
+        return json.dumps(fields | {"run_id": self.run_id, "teacher": self.teacher}, sort_keys=True)
 
 
 def clients(config: Config) -> range:
@@ -223,7 +225,7 @@ def make_job(config: Config) -> Job:
         fit_batches(config, text.num_windows)
     _set_threads(config)
     job = _job(config, model.to_dict(), text, uuid.uuid4().hex, own)
-    check_teacher(config, job.layout, text.open().tokenizer_folder)
+    job = replace(job, teacher=check_teacher(config, job.layout, text.open().tokenizer_folder))
     if not job.division.by_importance:  # else it draws by scores
         job.blueprints(1)  # what is wrong with a policy shows before anything starts
     return _described(job)
@@ -263,13 +265,13 @@ def job_from_json(text: str, node: Place | None = None) -> Job:
     if node is not None:
         run = NodeText(config.data, tokenizer_named(text), node)
         own = dict.fromkeys(clients(config), run)
-    return _job(config, fields["model"], run, fields["run_id"], own, coverage=False)
+    return replace(_job(config, fields["model"], run, fields["run_id"], own, False), teacher=fields.get("teacher"))
 
 
 def with_config(job: Job, config: Config, text: RunText, own: Own | None) -> Job:
     """The same run with other settings, of those that leave it the same run. Raises ConfigError if they cannot be."""
     _set_threads(config)
-    return _job(config, job.model_fields, text, job.run_id, own)
+    return replace(_job(config, job.model_fields, text, job.run_id, own), teacher=job.teacher)
 
 
 def _set_threads(config: Config) -> None:

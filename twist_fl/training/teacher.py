@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from twist_fl.config.schema import TrainConfig
+from twist_fl.config.schema import Config
 from twist_fl.data.corpus import Windows
 from twist_fl.model.saved import open_model
-from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import cache_dir
+from twist_fl.training.fitting import check_weights
 from twist_fl.training.loss import SoftTargets
 
 TOP = 64
@@ -55,12 +55,10 @@ class Teacher:
         self._seen[window] = True
 
 
-def open_teacher(config: TrainConfig, device: str) -> Any:
-    """The model in `train.teacher`. Raises ConfigError where it is not."""
-    folder = Path(config.teacher or "")
-    if not folder.is_dir():
-        raise ConfigError(f"train.teacher={str(folder)!r} is not on this machine: copy it to the same place")
-    return open_model(folder).float().to(device).eval()
+def open_teacher(config: Config, digest: str | None, device: str) -> Any:
+    """The model in `train.teacher`. Raises ConfigError where it is not, or is not that of `digest`."""
+    check_weights(config, digest)
+    return open_model(Path(str(config.train.teacher))).float().to(device).eval()
 
 
 def bytes_per_token(vocabulary: int) -> int:

@@ -86,7 +86,7 @@ class Worker:
     @cached_property
     def teacher(self) -> Any:
         """One model for all texts here."""
-        return open_teacher(self.job.config.train, self.device)
+        return open_teacher(self.job.config, self.job.teacher, self.device)
 
     def soft_targets(self, task: Task) -> Iterator[SoftTargets | None]:
         """For each of the task's batches what the run's teacher makes of it, if it has one."""
