@@ -86,8 +86,11 @@ def check_weights(config: Config, digest: str | None) -> None:
 
 
 def check_teacher(config: Config, layout: Layout, tokenizer: Path) -> str | None:
-    """The digest of the teacher's weights, if there is one. Raises ConfigError for a teacher of other tokens than those of the folder `tokenizer`, or of a context shorter
-    than a window. A teacher without a tokenizer is taken to have this one."""
+    """The digest of the teacher's weights, if there is one.
+
+    Raises ConfigError for a teacher of other tokens than those of the folder `tokenizer`, or of a context shorter than
+    a window. A teacher without a tokenizer is taken to have this one.
+    """
     if not (name := config.train.teacher):
         return None
     fields = teacher_fields(name)
