@@ -27,7 +27,7 @@ Run = Callable[..., tuple[int, str, str]]
 """A command in this process: its words to its exit status, standard output and standard error."""
 
 # Deterministic: the same examples on every machine, and no slow-machine failures.
-settings.register_profile("twist", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.register_profile("twist", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("twist")
 
 # Worker.train sets the number of threads to train.threads; bit-for-bit comparisons need one number everywhere.

@@ -170,8 +170,7 @@ LEFT_OUT = {
 }
 
 
-@pytest.mark.parametrize("variant", ["true", "hybrid"])
-@pytest.mark.parametrize("by", ["shm", "inline"])
+@pytest.mark.parametrize(("by", "variant"), [("shm", "true"), ("inline", "hybrid")])
 @pytest.mark.parametrize("kind", LEFT_OUT)
 def test_who_is_left_out_by_a_subclass_has_not_replied(
     kind: type[TwistStrategy], by: str, variant: str, make: Make, tmp_path: Path
@@ -255,8 +254,7 @@ def test_a_hook_that_forgets_its_step_is_named(make: Make) -> None:
 EVALUATED = ("eval.every=1", "eval.watch_windows=20")
 
 
-@pytest.mark.parametrize("by", ["shm", "inline"])
-@pytest.mark.parametrize("variant", ["true", "masked", "hybrid"])
+@pytest.mark.parametrize(("variant", "by"), [("true", "inline"), ("masked", "shm"), ("hybrid", "inline")])
 def test_of_the_full_model_the_workers_find_what_the_server_finds(
     variant: str, by: str, make: Make, tmp_path: Path
 ) -> None:

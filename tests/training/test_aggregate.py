@@ -126,7 +126,7 @@ def test_of_a_state_that_holds_more_only_the_blueprints_blocks_count(random_stat
 def test_identical_replies_are_a_fixed_point(random_state: RandomState, seed: int, weights: list[int]) -> None:
     state = random_state(LAYOUT, seed)
     drawn = draw_round(LAYOUT, DIVISION, seed, 1)
-    for order in permutations(range(3)):
+    for order in ((0, 1, 2), (2, 0, 1)):
         replies = [(drawn[worker], slice_state(LAYOUT, state, drawn[worker])) for worker in order]
         assert same(aggregate(state, replies, weights), state)
         assert same(aggregate({name: value + 1 for name, value in state.items()}, replies, weights), state)
