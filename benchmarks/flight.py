@@ -9,19 +9,14 @@ the same bytes by one thread: one on each side.
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import save, seconds_of, show
-from loopback import network, warm_node
-from warm_nodes import JOB, TIMEOUT, width_of
-
-from twist_fl.runs.checkpoint import RunFolder
+from loopback import warm_node
+from warm_nodes import JOB, measure, width_of
 
 BY_FLIGHT = "flower.transport=flight flower.flight=127.0.0.1:0"
 WAYS = {
@@ -31,29 +26,7 @@ WAYS = {
 }
 
 
-def measure(home: Path, nodes: int, overrides: str) -> dict[str, Any]:
-    """Seconds beside training of each round after the first, which builds the models."""
-    folder = RunFolder(home / "run")
-    with network(home / "flower", nodes, warm_node) as running:
-        output = running.run({"preset": "demo", "overrides": overrides, "run-dir": str(folder.path)}, TIMEOUT)
-        logs = [running.node_log(i).read_text() for i in range(nodes)]
-    if not folder.events("done"):
-        raise SystemExit(output + "".join(logs))
-    rounds = folder.events("round")
-    assert not any(event["dropped"] for event in rounds), rounds
-    beside = [event["seconds"] - event["training_seconds"] for event in rounds]
-    return {
-        "mb_per_worker": rounds[-1]["bytes_down"]["weights"] / nodes / 1e6,
-        "mb_moved": sum(rounds[-1]["bytes_via"].values()) / 1e6,
-        "first": beside[0],
-        "later": beside[1:],
-        "seconds": statistics.median(beside[1:]),
-        "two_copies": two_copies(sum(rounds[-1]["bytes_via"].values())),
-        "load": os.getloadavg(),  # a ratio is worth what the machine's other jobs leave of it
-    }
-
-
-def two_copies(num_bytes: int) -> float:
+def two_copies(num_bytes: float) -> float:
     """Seconds, of the best of three."""
     source = torch.ones(50_000_000)
     target = torch.empty_like(source)
@@ -73,8 +46,9 @@ def main() -> None:
     rows = []
     for name in args.ways:
         with tempfile.TemporaryDirectory() as scratch:
-            found = measure(Path(scratch), args.nodes, f"{' '.join(JOB.split())} {sizes} {WAYS[name]}")
-        rows.append({"transport": name, **found})
+            words = f"{' '.join(JOB.split())} {sizes} {WAYS[name]}"
+            found = measure(Path(scratch), words, warm_node, args.nodes)
+        rows.append({"transport": name, **found, "two_copies": two_copies(1e6 * found["mb_moved"])})
         print(f"{name}: {found['seconds']:.2f} s a round beside training", flush=True)
         time.sleep(1)  # until the network's processes have left the cores
     first = rows[0]["seconds"]
