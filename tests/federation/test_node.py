@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import chaos
 import httpx
 import psutil
 import pytest
@@ -24,6 +25,7 @@ from twist_fl.config.schema import load_config
 from twist_fl.federation import node
 from twist_fl.rounds import run, start
 from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.runs.events import EventLog
 from twist_fl.system.errors import ConfigError, LaunchError
 from twist_fl.training.job import make_job
 
@@ -59,24 +61,35 @@ def until(ready: Callable[[], bool], what: object = "") -> None:
 
 @pytest.fixture(scope="module")
 def trained(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunFolder, Network]]:
-    """Three rounds on two nodes, which still run."""
+    """Five rounds on two nodes, which still run; after the first the server is killed, after the third its disk is
+    full, and the run is begun again."""
     home = tmp_path_factory.mktemp("warm")
-    folder = RunFolder(home / "run")
-    words = (*tiny, "train.workers=2", "train.rounds=3", "eval.every=0", "eval.max_windows=4", "eval.tickets=2")
-    words = (*words, "train.optimizer_state=client")
+    folder, record = RunFolder(home / "run"), EventLog(home / "record.jsonl")
+    words = (*tiny, "train.workers=2", "train.rounds=5", "eval.every=0", "eval.max_windows=4", "eval.tickets=2")
+    words = (*words, "train.optimizer_state=client", "checkpoint_every=1")
     with network(home / "flower", 2, warm_node) as running:
         settings = {"preset": "demo", "overrides": " ".join(words), "run-dir": str(folder.path)}
-        output = running.run(settings, PATIENCE)
-        logs = output + running.node_log(0).read_text() + running.node_log(1).read_text()
+        hurt = chaos.Run(running, folder, settings, record)
+        try:
+            chaos.torment(running, hurt, record, {1: "server killed", 3: "disk full"}.get, seconds=PATIENCE)
+        finally:
+            hurt.stop()
+        logs = running.run_log.read_text() + running.node_log(0).read_text() + running.node_log(1).read_text()
         assert [event["event"] for event in folder.events()][-1:] == ["done"], logs
+        assert [event["why"] for event in record.events("end")] == ["server killed", "disk full"]
+        assert all(event.get("processes", 9) > 4 for event in record.events("sample"))
         yield folder, running
 
 
-def test_warm_nodes_train_as_rounds_run(trained: tuple[RunFolder, Network], tmp_path: Path) -> None:
+def test_warm_nodes_train_as_rounds_run_whatever_ends_the_server(
+    trained: tuple[RunFolder, Network], tmp_path: Path
+) -> None:
     folder, _ = trained
-    assert [(event["answered"], event["dropped"]) for event in folder.events("round")] == [([0, 1], {})] * 3
-    (nodes,) = folder.events("nodes")
-    assert (nodes["nodes"], nodes["shared_memory"], nodes["failed"]) == (2, 2, [])
+    assert [(event["round"], event["answered"]) for event in folder.events("round")] == [
+        (i, [0, 1]) for i in (1, 2, 3, 4)
+    ]
+    for nodes in folder.events("nodes"):
+        assert (nodes["nodes"], nodes["shared_memory"], nodes["failed"]) == (2, 2, [])
     assert all(event["bytes_via"]["shm"] and not event["bytes_via"]["inline"] for event in folder.events("round"))
     job, ended = folder.job(), folder.load()
     assert ended is not None
@@ -84,10 +97,14 @@ def test_warm_nodes_train_as_rounds_run(trained: tuple[RunFolder, Network], tmp_
 
 
 def test_one_process_per_node_answers_every_round(trained: tuple[RunFolder, Network]) -> None:
+    """Of three servers."""
     _, running = trained
     served = [served_by(running.node_log(i)) for i in range(2)]
-    assert [[kind for _, kind in node] for node in served] == [["query", "train", "train", "train"]] * 2
-    pids = [{pid for pid, _ in node} for node in served]
+    for each in served:
+        kinds = [kind for _, kind in each]
+        assert (kinds[0], kinds.count("query")) == ("query", 3)
+        assert 5 <= kinds.count("train") <= 8  # those of rounds that were not saved are trained again
+    pids = [{pid for pid, _ in each} for each in served]
     assert [len(found) for found in pids] == [1, 1]
     assert pids[0] != pids[1]
 
@@ -242,7 +259,7 @@ def ask(running: Network, folder: Path) -> list[dict[str, object] | str]:
     return answers
 
 
-def test_errors_bundles_and_interruption(tmp_path: Path) -> None:
+def test_errors_bundles_another_superlink_and_interruption(tmp_path: Path) -> None:
     """One network for all: a start costs seconds."""
     with network(tmp_path / "flower", 1, warm_node) as running:
         # A message that raises is answered as Flower's executor would, and the process goes on.
@@ -261,13 +278,22 @@ def test_errors_bundles_and_interruption(tmp_path: Path) -> None:
         assert again["pid"] != first["pid"]
         assert not psutil.pid_exists(int(str(first["pid"])))
 
+        # A SuperLink that is started anew knows the node no more: it joins again.
+        running.link.kill()
+        running.link.wait()
+        running.start_link()
+        (joined,) = ask(running, probe(tmp_path / "three", "three", ["ok"]))
+        assert isinstance(joined, dict)
+        assert joined["calls"] == 1
+        assert "does not know this node: joining again" in running.node_log(0).read_text()
+
         # Ctrl-C.
         everyone = family(running.nodes[0])
         assert sorted(map(role, everyone)) == ["executor", "node", "supernode"]
         running.nodes[0].send_signal(signal.SIGINT)
         assert running.nodes[0].wait(PATIENCE) == 130
         assert psutil.wait_procs(everyone, timeout=PATIENCE)[1] == []
-        assert "Traceback" not in running.node_log(0).read_text().rpartition("no such word")[2]
+        assert "Traceback" not in running.node_log(0).read_text().rpartition("joining again")[2]
 
 
 # Before anything starts
@@ -293,6 +319,21 @@ def test_a_supernode_that_is_refused_ends_the_node_with_plain_words(
     with pytest.raises(LaunchError, match=rf"^--auth-supernode-private-key {key} is not the private key of a node: "):
         node.run_node(["--superlink", "127.0.0.1:1", "--auth-supernode-private-key", str(key)])
     assert "Exit Code: 302" in capfd.readouterr().err  # Flower's own words stand above
+
+
+@pytest.mark.parametrize(("seconds", "ends"), [(60, KeyboardInterrupt), (-1, LaunchError)])
+def test_a_node_that_was_forgotten_waits_for_its_key_to_be_let_in(
+    seconds: float, ends: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = iter([node.ForgottenError("forgotten"), LaunchError("not let in"), KeyboardInterrupt()])
+
+    def end(arguments: list[str]) -> None:
+        raise next(errors)
+
+    monkeypatch.setattr(node, "_run_supernode", end)
+    monkeypatch.setattr(node, "_LET_IN_SECONDS", seconds)
+    with pytest.raises(ends):
+        node.run_node([])
 
 
 def test_the_options_are_flowers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
