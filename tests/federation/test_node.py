@@ -85,9 +85,8 @@ def test_warm_nodes_train_as_rounds_run_whatever_ends_the_server(
     trained: tuple[RunFolder, Network], tmp_path: Path
 ) -> None:
     folder, _ = trained
-    assert [(event["round"], event["answered"]) for event in folder.events("round")] == [
-        (i, [0, 1]) for i in (1, 2, 3, 4)
-    ]
+    answered = [(event["round"], event["answered"]) for event in folder.events("round")]
+    assert answered == [(round_, [0, 1]) for round_ in range(1, 6)]
     for nodes in folder.events("nodes"):
         assert (nodes["nodes"], nodes["shared_memory"], nodes["failed"]) == (2, 2, [])
     assert all(event["bytes_via"]["shm"] and not event["bytes_via"]["inline"] for event in folder.events("round"))
