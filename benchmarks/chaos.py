@@ -198,7 +198,7 @@ def full_perplexity(job: Job, params: Any) -> float:
 
 def drift(samples: list[dict[str, Any]], name: str) -> float | None:
     """The median over the last third over that of the second third; 1 is flat."""
-    values = [sample[name] for sample in samples if name in sample]
+    values: list[float] = [sample[name] for sample in samples if name in sample]
     if (third := len(values) // 3) == 0:
         return None
     return statistics.median(values[-third:]) / statistics.median(values[-2 * third : -third])
