@@ -33,6 +33,7 @@ BENCHES = {
     "step": "the chunked loss against the plain one",
     "wire": "perplexity with 16 bits on the wire; needs --data FOLDER_OF_WIKITEXT_2",
     "flight": "what a round costs on a network of nodes, by Flower's messages and by Arrow Flight",
+    "chaos": "a run whose nodes, server, disk and network fail all the time; needs about 20 minutes",
     "warm_nodes": "what a round costs on a network of nodes, stock and warm",
 }
 EVERY = ("round", "ddp", "growth", "server", "transport", "step")

@@ -11,21 +11,16 @@ tasks' bytes one after the other, then the replies'.
 from __future__ import annotations
 
 import argparse
-import os
-import statistics
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from common import save, seconds_of, show
 from line import HERE, line
-from loopback import network, warm_node
-from warm_nodes import JOB, TIMEOUT, width_of
-
-from twist_fl.runs.checkpoint import RunFolder
+from loopback import warm_node
+from warm_nodes import JOB, measure, width_of
 
 WAYS = {
     "inline": "flower.transport=inline",
@@ -34,39 +29,7 @@ WAYS = {
 }
 
 
-def measure(home: Path, nodes: int, overrides: str, shape: tuple[float, float] | None) -> dict[str, Any]:
-    """Seconds beside training of each round after the first, which builds the models; `shape`: bits a second and
-    seconds of delay, one way."""
-    folder = RunFolder(home / "run")
-    with ExitStack() as stack:
-        prefix, host = (stack.enter_context(line(*shape)), HERE) if shape else ([], "127.0.0.1")
-
-        def node(address: str, node_config: str) -> list[str]:
-            return [*prefix, *warm_node(address, node_config)]
-
-        running = stack.enter_context(network(home / "flower", nodes, node, host))
-        overrides += f" flower.flight={host}:0"
-        output = running.run({"preset": "demo", "overrides": overrides, "run-dir": str(folder.path)}, TIMEOUT)
-        logs = [running.node_log(i).read_text() for i in range(nodes)]
-    if not folder.events("done"):
-        raise SystemExit(output + "".join(logs))
-    rounds = folder.events("round")
-    assert not any(event["dropped"] for event in rounds), rounds
-    beside = [event["seconds"] - event["training_seconds"] for event in rounds]
-    moved = rounds[-1]["bytes_via"].values()
-    found = {
-        "mb_per_worker": rounds[-1]["bytes_down"]["weights"] / nodes / 1e6,
-        "mb_moved": sum(moved) / 1e6,
-        "first": beside[0],
-        "later": beside[1:],
-        "seconds": statistics.median(beside[1:]),
-        "two_copies": two_copies(sum(moved)),
-        "load": os.getloadavg(),  # a ratio is worth what the machine's other jobs leave of it
-    }
-    return found | ({"line_seconds": 8 * sum(moved) / shape[0]} if shape else {})
-
-
-def two_copies(num_bytes: int) -> float:
+def two_copies(num_bytes: float) -> float:
     """Seconds, of the best of three."""
     source = torch.ones(50_000_000)
     target = torch.empty_like(source)
@@ -88,7 +51,16 @@ def main() -> None:
     rows = []
     for name in args.ways:
         with tempfile.TemporaryDirectory() as scratch:
-            found = measure(Path(scratch), args.nodes, f"{' '.join(JOB.split())} {sizes} {WAYS[name]}", shape)
+            words, host = f"{' '.join(JOB.split())} {sizes} {WAYS[name]}", HERE if shape else "127.0.0.1"
+            with line(*shape) if shape else nullcontext(list[str]()) as inside:
+
+                def node(address: str, node_config: str, inside: list[str] = inside) -> list[str]:
+                    return [*inside, *warm_node(address, node_config)]
+
+                found = measure(Path(scratch), f"{words} flower.flight={host}:0", node, args.nodes, host)
+        found["two_copies"] = two_copies(1e6 * found["mb_moved"])
+        if shape:
+            found["line_seconds"] = 8e6 * found["mb_moved"] / shape[0]
         rows.append({"transport": name, **found})
         print(f"{name}: {found['seconds']:.2f} s a round beside training", flush=True)
         time.sleep(1)  # until the network's processes have left the cores

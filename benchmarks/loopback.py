@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import select
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from twist_fl.federation import simulation
@@ -38,9 +42,16 @@ class Network:
         self.start_node: Callable[[int], None]
         """Start the node of that place, or another in the place of one that has ended."""
         self.link: subprocess.Popen[bytes]
+        self.start_link: Callable[[], None]
+        """Start the SuperLink, or another in the place of one that has ended."""
 
     def node_log(self, node: int) -> Path:
         return self.home / f"node-{node}.log"
+
+    @property
+    def run_log(self) -> Path:
+        """What each `begin_run` has said."""
+        return self.home / "run.log"
 
     def _words(self, settings: Mapping[str, str], app: Path | None = None) -> list[str]:
         file = simulation.write_settings(settings, self.home / "settings.toml")
@@ -48,8 +59,8 @@ class Network:
         return [*words, "--run-config", str(file)] if settings else words
 
     def begin_run(self, settings: Mapping[str, str]) -> subprocess.Popen[bytes]:
-        """`flwr run`, which goes on; what it says is added to run.log."""
-        with (self.home / "run.log").open("a") as log:
+        """`flwr run`, which goes on."""
+        with self.run_log.open("a") as log:
             return subprocess.Popen(
                 self._words(settings), env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
@@ -68,6 +79,45 @@ class Network:
         return done.stdout + done.stderr
 
 
+class Relay:
+    """Passes bytes on to an address that is told later, until it is cut."""
+
+    def __init__(self) -> None:
+        self.target = ""
+        self._door = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._door.getsockname()[1]}"
+        self._open: set[socket.socket] = set()
+        self._cut_until = 0.0
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def cut(self, seconds: float) -> None:
+        """Every connection breaks, and none is made for so long."""
+        self._cut_until = time.monotonic() + seconds
+        for connection in list(self._open):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _serve(self) -> None:
+        while True:
+            client, _ = self._door.accept()
+            threading.Thread(target=self._pass_on, args=(client,), daemon=True).start()
+
+    def _pass_on(self, client: socket.socket) -> None:
+        host, port = self.target.split(":")
+        with client, suppress(OSError):
+            if time.monotonic() < self._cut_until:
+                return
+            with socket.create_connection((host, int(port))) as server:
+                ends = {client: server, server: client}
+                self._open |= ends.keys()
+                while True:
+                    for ready in select.select(list(ends), [], [])[0]:
+                        if not (content := ready.recv(2**16)):
+                            self._open -= ends.keys()
+                            return
+                        ends[ready].sendall(content)
+
+
 @contextmanager
 def network(home: Path, num_nodes: int, node_command: NodeCommand, host: str = "127.0.0.1") -> Iterator[Network]:
     """`num_nodes` nodes with the partition ids 0, 1, ..., a SuperLink on `host`; leaving the block stops everything."""
@@ -84,16 +134,18 @@ def network(home: Path, num_nodes: int, node_command: NodeCommand, host: str = "
             stack.callback(stop_tree, process)
             return process
 
-        host, port = started.address.split(":")
-        log = home / "superlink.log"
-        started.link = begin(log, "flower-superlink", "--insecure", "--host", host, "--port", port)
-        simulation.wait_until_healthy(started.address, started.link, log)
+        def start_link() -> None:
+            host, port = started.address.split(":")
+            log = home / "superlink.log"
+            started.link = begin(log, "flower-superlink", "--insecure", "--host", host, "--port", port)
+            simulation.wait_until_healthy(started.address, started.link, log)
 
         def start_node(place: int) -> None:
             words = node_command(started.address, f"partition-id={place} num-partitions={num_nodes}")
             started.nodes[place : place + 1] = [begin(started.node_log(place), *words)]
 
-        started.start_node = start_node
+        started.start_link, started.start_node = start_link, start_node
+        start_link()
         for i in range(num_nodes):
             start_node(i)
         yield started

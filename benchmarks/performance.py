@@ -238,6 +238,28 @@ def _flight(found: Row) -> str:
     )
 
 
+def _chaos(found: Row) -> str:
+    blows, drifts = found["blows"], found["drift"]
+    lost = f"{found['lost_replies']} of {found['lost_replies'] + found['intervals']}"
+    again = ", ".join(f"{why}: {number}" for why, number in found["ends"].items())
+    grew = ", ".join(f"{name} {value:.2f}" for name, value in drifts.items() if value is not None)
+    rows = {
+        "rounds done, of those that were wanted": f"{found['rounds_done']:,} of {found['settings']['rounds']:,}",
+        "minutes": f"{found['seconds'] / 60:.0f}",
+        "a round, median, s": number(found["median_round"]),
+        "blows": ", ".join(f"{blow}: {number}" for blow, number in blows.items()),
+        "the server was begun again, because": again or "never",
+        "each round once in the log": "yes" if found["each_round_once"] else "no",
+        "replies that did not count": lost,
+        "processes left at the end": str(found["processes_left"]),
+        "last third / second third": grew or "too short",
+        "perplexity, and undisturbed with as many intervals": f"{found['perplexity']:.2f}, {found['undisturbed']:.2f} "
+        f"({found['ratio']:.3f})",
+    }
+    return table([{"what": what, "found": value} for what, value in rows.items()], ("", lambda r: str(r["what"])),
+                 ("", lambda r: str(r["found"])))  # fmt: skip
+
+
 def _text(found: Row) -> str:
     settings = found["settings"]
     about = f"A byte-level BPE of {settings['vocab']:,} tokens, {settings['cores']} cores.\n\n"
@@ -263,6 +285,7 @@ TABLES: dict[str, dict[str, Callable[[Row], str]]] = {
     "transport": {"transport": _transport},
     "warm_nodes": {"nodes": _warm_nodes},
     "flight": {"flight": _flight},
+    "chaos": {"chaos": _chaos},
     "wire": {"wire": _wire},
     "step": {"step": _step},
     "text": {"text": _text},

@@ -15,9 +15,9 @@ from twist_fl.report.plots import DPI, NO_LINE, figure_of, log_ticks, looks_of, 
 
 
 def draw(found: Found, folder: Path) -> None:
-    """ddp.png and growth.png, of what has run."""
+    """ddp.png, growth.png and chaos.png, of what has run."""
     with styled():
-        for name, drawing in (("ddp", draw_ddp), ("growth", draw_growth)):
+        for name, drawing in (("ddp", draw_ddp), ("growth", draw_growth), ("chaos", draw_chaos)):
             if name in found:
                 drawing(found[name]).savefig(folder / f"{name}.png", format="png", dpi=DPI)
 
@@ -80,6 +80,22 @@ def draw_growth(found: Mapping[str, Any]) -> Figure:
         axes.set_yticks(ticks, [f"{tick:,.10g}" for tick in ticks])
         axes.yaxis.set_minor_locator(NullLocator())
         axes.set_ylim(limits)
+    return figure
+
+
+def draw_chaos(found: Mapping[str, Any]) -> Figure:
+    """Memory and open files of the server and the SuperLink after each round; both begin anew when they are killed."""
+    looks = {name: look | {"marker": ""} for name, look in looks_of(["server", "superlink"]).items()}
+    figure = figure_of(4.6, looks)
+    for axes, unit, label in zip(
+        figure.subplots(2, 1, sharex=True), ("mb", "files"), ("MB", "open files"), strict=True
+    ):
+        for name, look in looks.items():
+            rows = [row for row in found["samples"] if f"{name}_{unit}" in row]
+            axes.plot([row["round"] for row in rows], [row[f"{name}_{unit}"] for row in rows], **look, linewidth=1.2)
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel("round")
     return figure
 
 

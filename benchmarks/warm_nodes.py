@@ -47,18 +47,23 @@ def width_of(megabytes: float) -> int:
         width += HEADS
 
 
-def measure(home: Path, overrides: str, node_command: NodeCommand) -> dict[str, Any]:
-    """Seconds beside training of each round after the first, and what the nodes said of their start-up."""
+def measure(
+    home: Path, overrides: str, node_command: NodeCommand, num_nodes: int = NUM_NODES, host: str = "127.0.0.1"
+) -> dict[str, Any]:
+    """Seconds beside training of each round after the first, which builds the models, and what the nodes said of their
+    start-up."""
     folder = RunFolder(home / "run")
-    with network(home / "flower", NUM_NODES, node_command) as running:
+    with network(home / "flower", num_nodes, node_command, host) as running:
         output = running.run({"preset": "demo", "overrides": overrides, "run-dir": str(folder.path)}, TIMEOUT)
-        logs = [running.node_log(i).read_text() for i in range(NUM_NODES)]
+        logs = [running.node_log(i).read_text() for i in range(num_nodes)]
     if not folder.events("done"):
         raise SystemExit(output + "".join(logs))
     rounds = folder.events("round")
+    assert not any(event["dropped"] for event in rounds), rounds
     beside = [event["seconds"] - event["training_seconds"] for event in rounds]
     return {
-        "mb_per_worker": rounds[-1]["bytes_down"]["weights"] / NUM_NODES / 1e6,
+        "mb_per_worker": rounds[-1]["bytes_down"]["weights"] / num_nodes / 1e6,
+        "mb_moved": sum(rounds[-1]["bytes_via"].values()) / 1e6,
         "first": beside[0],
         "later": beside[1:],
         "seconds": statistics.median(beside[1:]),

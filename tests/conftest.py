@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -21,7 +22,11 @@ from twist_fl.blueprint.blocks import Layout
 from twist_fl.cli import app, train
 from twist_fl.config.schema import load_config
 from twist_fl.model.subnet import State
+from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.training.job import Job, make_job
+
+if TYPE_CHECKING:
+    from twist_fl.federation.strategy import TwistStrategy
 
 Run = Callable[..., tuple[int, str, str]]
 """A command in this process: its words to its exit status, standard output and standard error."""
@@ -120,6 +125,20 @@ def tiny_job(tiny: tuple[str, ...]) -> Callable[..., Job]:
 
     def make(*overrides: str) -> Job:
         return make_job(load_config(overrides=[*tiny, *overrides]))
+
+    return make
+
+
+@pytest.fixture
+def make_strategy(tiny_job: Callable[..., Job], tmp_path: Path) -> Callable[..., TwistStrategy]:
+    """A strategy of the tiny job with overrides, in a run folder of its own."""
+    from twist_fl.federation.strategy import TwistStrategy  # loads Flower
+
+    def make(*overrides: str) -> TwistStrategy:
+        job = tiny_job("model.dropout=0.1", "flower.wait_for_nodes=0.05", "eval.every=0", *overrides)
+        folder = RunFolder(tmp_path / f"run-{job.run_id}")
+        folder.create(job)
+        return TwistStrategy(job, folder)
 
     return make
 

@@ -9,6 +9,7 @@ from uuid import uuid4
 
 import torch
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.server.superlink.linkstate.utils import NODE_UNAVAILABLE_ERROR_REASON
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -73,11 +74,13 @@ class LocalGrid(Grid):
         """Of each partition's node."""
         for place, path in enumerate(data):
             self.settings[place]["data"] = str(path)
+        self.away: set[int] = set()
+        """Partitions whose node is not there; what it is sent, Flower answers."""
         self.served: list[Served] = []
         self._replies: list[Message] = []
 
     def get_node_ids(self) -> Iterable[int]:
-        return list(self.partitions)
+        return [node for node, place in self.partitions.items() if place not in self.away]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         found = []
@@ -90,6 +93,8 @@ class LocalGrid(Grid):
     def _serve(self, message: Message) -> Sequence[Message]:
         node = message.metadata.dst_node_id
         partition = self.partitions[node]
+        if partition in self.away:
+            return [Message(Error(code=5, reason=NODE_UNAVAILABLE_ERROR_REASON), reply_to=message)]
         context = Context(1, node, {**self.settings[partition]}, RecordDict(), {})
 
         def answer() -> Message:

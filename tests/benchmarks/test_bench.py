@@ -65,10 +65,11 @@ def test_files_the_page_names_exist() -> None:
 def test_figures_of_the_published_results(tmp_path: Path) -> None:
     found = performance.read(ROOT / "results" / "performance")
     performance_plots.draw(found, tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"ddp.png", "growth.png"}
+    assert {file.name for file in tmp_path.iterdir()} == {"ddp.png", "growth.png", "chaos.png"}
     for draw in (
         partial(performance_plots.draw_ddp, found["ddp"]),
         partial(performance_plots.draw_growth, found["growth"]),
+        partial(performance_plots.draw_chaos, found["chaos"]),
     ):
         with styled():
             assert_legible(draw())

@@ -15,15 +15,13 @@ from flwr.app import ConfigRecord, Message
 from local_grid import Answer, LocalGrid, assert_same_run, failing
 
 from twist_fl.federation import flight, tensors, transport
-from twist_fl.federation.certificate import make_certificate
+from twist_fl.federation.authority import make_certificate
 from twist_fl.federation.simulation import free_port
 from twist_fl.federation.strategy import TwistStrategy
 from twist_fl.federation.transport import FlightHandle, SegmentError
 from twist_fl.rounds import run, start
-from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.story import warnings
 from twist_fl.system.errors import ConfigError
-from twist_fl.training.job import Job
 from twist_fl.training.worker import Task
 
 SIZE = 3 * flight._PIECE + 17
@@ -291,17 +289,6 @@ def test_what_cannot_listen_says_so(server: flight.Server, tmp_path: Path) -> No
 # A run
 
 BY_FLIGHT = ("flower.transport=flight", "flower.flight=127.0.0.1:0")
-
-
-@pytest.fixture
-def make_strategy(tiny_job: Callable[..., Job], tmp_path: Path) -> Callable[..., TwistStrategy]:
-    def make(*overrides: str) -> TwistStrategy:
-        job = tiny_job("model.dropout=0.1", "flower.wait_for_nodes=0.05", "eval.every=0", *overrides)
-        folder = RunFolder(tmp_path / f"run-{job.run_id}")
-        folder.create(job)
-        return TwistStrategy(job, folder)
-
-    return make
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from twist_fl.federation.exchange import exchange
 from twist_fl.federation.strategy import TwistStrategy
 from twist_fl.federation.transport import SegmentError
 from twist_fl.rounds import RoundMean, RunState, dispatch, plan, run, start
-from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
 from twist_fl.tickets.evaluate import perplexity, subnet_perplexity
 from twist_fl.training.aggregate import coverage_debt
@@ -30,26 +29,11 @@ from twist_fl.training.client_state import MomentShelf
 from twist_fl.training.job import Job
 from twist_fl.training.worker import Task, Worker
 
-MakeJob = Callable[..., Job]
-
 
 @pytest.fixture(autouse=True)
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evaluation takes all cores; here it takes one, as everything that is compared bit for bit."""
     monkeypatch.setattr("os.sched_getaffinity", lambda process: {0})
-
-
-@pytest.fixture
-def make_strategy(tiny_job: MakeJob, tmp_path: Path) -> Callable[..., TwistStrategy]:
-    """A strategy of the tiny job with overrides, in a run folder of its own."""
-
-    def make(*overrides: str) -> TwistStrategy:
-        job = tiny_job("model.dropout=0.1", "flower.wait_for_nodes=0.05", "eval.every=0", *overrides)
-        folder = RunFolder(tmp_path / f"run-{job.run_id}")
-        folder.create(job)
-        return TwistStrategy(job, folder)
-
-    return make
 
 
 def oracle(job: Job, folder: Path, missing: Sequence[tuple[int, int]] = ()) -> RunState:

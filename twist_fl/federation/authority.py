@@ -1,4 +1,4 @@
-"""A certificate authority of one's own, certificates for servers, and keys for nodes."""
+"""A certificate authority of one's own, certificates for servers and for single runs, and keys for nodes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-DAYS = 5 * 365
+DAYS, DAYS_OF_A_RUN = 5 * 365, 365
 _CLOCKS_DIFFER = timedelta(days=1)
 
 
@@ -53,6 +53,20 @@ class Authority:
         return certificate.public_bytes(Encoding.PEM), _private(key)
 
 
+def make_certificate(host: str) -> tuple[bytes, bytes]:
+    """For one run: a self-signed certificate for `host`, a name or an address, and its key, both PEM; in no file.
+
+    Whoever is told the certificate by a trusted message can tell the run's server from any other.
+    """
+    key, nobody = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
+    certificate = (
+        _builder(nobody, nobody, key, DAYS_OF_A_RUN)
+        .add_extension(x509.SubjectAlternativeName([subject(host)]), critical=True)
+        .sign(key, SHA256())
+    )
+    return certificate.public_bytes(Encoding.PEM), _private(key)
+
+
 def node_key(comment: str) -> tuple[bytes, bytes]:
     """A node's private and public key, as `ssh-keygen -t ecdsa -b 384` writes them."""
     key = ec.generate_private_key(ec.SECP384R1())
@@ -61,8 +75,10 @@ def node_key(comment: str) -> tuple[bytes, bytes]:
     return private, public + f" {comment}\n".encode()
 
 
-def _builder(name: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
-    """What both kinds of certificate have. Valid from a day ago: clocks differ."""
+def _builder(
+    name: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: int = DAYS
+) -> x509.CertificateBuilder:
+    """What all certificates have. Valid from a day ago: clocks differ."""
     now = datetime.now(UTC)
     return (
         x509.CertificateBuilder()
@@ -71,7 +87,7 @@ def _builder(name: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - _CLOCKS_DIFFER)
-        .not_valid_after(now + timedelta(days=DAYS))
+        .not_valid_after(now + timedelta(days=days))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
 

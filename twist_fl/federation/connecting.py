@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 
@@ -39,15 +40,17 @@ class Nodes:
 
     def __init__(self, job: Job, job_json: str, folder: RunFolder) -> None:
         self.ready: list[int] = []
+        self.places: dict[int, int] = {}
+        """Their partition ids, by Flower's ids."""
         self.transports: dict[int, str] = {}
         """How each node's tensors travel: shm, flight or inline."""
-        self.sure = False
-        """Whether nothing has been lost since they were asked: else the next round looks again for who is there."""
+        self._connected = False
+        self._lost: set[int] = set()  # which of them have failed since they were asked
         self._job, self._job_json, self._folder = job, job_json, folder
         self.segments = Segments({})
         self._open = ExitStack()  # what `close` ends
         self._owners = Owners(job, folder) if job.config.data.private == NODES else None
-        self._asked: set[int] = set()
+        self._asked: set[int] = set()  # of those that are there
         self._fallbacks: list[str] = []  # why a node's tensors go inline, where they need not
 
     def serves(self, worker: int) -> bool:
@@ -59,68 +62,98 @@ class Nodes:
             return self._owners.nodes[worker]
         return self.ready[self._job.clients.index(worker) % len(self.ready)]
 
+    def place_of(self, worker: int) -> int:
+        """The partition id of the node that serves it."""
+        return self.places[self.of(worker)]
+
+    def lose(self, worker: int) -> None:
+        """Its node has failed: before the next round it is asked again, after all others."""
+        self._lost.add(self.of(worker))
+
     def to_ask(self, grid: Grid) -> bool:
-        """Whether to look for who is there: something was lost, or whom nobody can stand in for may have come back."""
-        if self.sure and not all(map(self.serves, self._job.clients)):
+        """Whether to look for who is there: something was lost, or there is room for nodes that have come."""
+        if self._connected and not self._lost and len(self.ready) < len(self._job.clients):
             here = set(grid.get_node_ids())
             self._asked &= here
             return bool(here - self._asked)
-        return not self.sure
+        return bool(self._lost) or not self._connected
 
     def connect(self, grid: Grid, round_: int) -> None:
         """Find the nodes and have each build its worker; a node's partition id, where it has one, decides its place.
 
-        Raises NoWorkersError, naming the reasons.
+        Those that are known and have not failed are not asked again. Raises NoWorkersError, naming the reasons.
         """
-        flower, workers = self._job.config.flower, len(self._job.clients)
+        flower, workers, before = self._job.config.flower, len(self._job.clients), self.places
         if not self.segments.makers:
             self._open_segments()
-        found = self._wait(grid, round_, workers)
-        if found:
-            self._folder.log("asked", round=round_, nodes=len(found[:workers]), wanted=workers)
-        ready, failed = self._ask(grid, found if self._owners else found[:workers])
-        self.ready, self._asked = [node for _, node in sorted(ready)], set(found)
+        found = self._wait(grid, round_)
+        asked = self._asked & set(found) if self._connected else set[int]()
+        kept = asked & before.keys() - self._lost
+        self.places = {node: place for node, place in before.items() if node in kept}
+        self.transports = {node: way for node, way in self.transports.items() if node in kept}
+        self._fallbacks = []
+        if self._owners:
+            self._owners.keep(kept)
+        if kept < set(found):
+            self._folder.log("asked", round=round_, nodes=min(len(found), workers), wanted=workers)
+        room = len(found) if self._owners else workers - len(kept)
+        new = [node for node in found if node not in asked][:room]
+        self._asked = asked | set(new)
+        failed = self._ask(grid, dict.fromkeys(new, "it"), flower.connect_timeout)
+        # Who has failed may still train, for a round that is over: it does not hold the run up for longer than a round.
+        taken = set(self.places.values())
+        again = [node for node in found if node in asked - kept and before.get(node) not in taken]
+        again = again[: max(0, workers - len(self.places))]
+        names = {node: f"node {before[node]}" if node in before else "it" for node in again}
+        failed += self._ask(grid, names, min(flower.connect_timeout, flower.round_timeout))
+        self.ready = sorted(self.places, key=lambda node: (self.places[node], node))
         ways = list(self.transports.values())
         self._folder.log(
             "nodes",
             round=round_,
             nodes=len(self.ready),
+            gone=sorted(place for node, place in before.items() if node not in self.places),
+            new=sorted(place for node, place in self.places.items() if self._connected and node not in before),
             shared_memory=ways.count("shm"),
             flight=ways.count("flight"),
-            failed=list(failed.values()),
+            failed=failed,
             fallbacks=self._fallbacks,
             **(self._owners.report() if self._owners else {}),
         )
         if not self.ready:
-            reasons = "; ".join(sorted(set(failed.values()))) or f"none connected within {flower.wait_for_nodes:g} s"
-            raise NoWorkersError(f"no node is ready for the run: {reasons}")
-        self.sure = True
+            none = f"none connected within {flower.wait_for_nodes:g} s"
+            raise NoWorkersError(f"no node is ready for the run: {'; '.join(sorted(set(failed))) or none}")
+        self._connected, self._lost = True, set()
 
-    def _wait(self, grid: Grid, round_: int, wanted: int) -> list[int]:
-        """The nodes that are there, when there are enough or flower.wait_for_nodes is over."""
-        flower, told = self._job.config.flower, -1
-        deadline = time.monotonic() + flower.wait_for_nodes
+    def _wait(self, grid: Grid, round_: int) -> list[int]:
+        """The nodes that are there, when there are enough or flower.wait_for_nodes is over.
+
+        At first one for each worker; where some were lost, as many as train in a round; for one that has come, none.
+        """
+        flower, told, wanted = self._job.config.flower, -1, set(self._job.clients)
+        if self._connected:
+            wanted &= set(self._job.sampled(round_ + 1))
+        deadline = time.monotonic() + (flower.wait_for_nodes if self._lost or not self._connected else 0)
         while True:
             found = sorted(grid.get_node_ids())
-            if len(found) >= wanted or time.monotonic() >= deadline:
+            if len(found) >= len(wanted) or time.monotonic() >= deadline:
                 return found
             if len(found) != told:
                 told = len(found)
-                self._folder.log("waiting", round=round_, nodes=told, wanted=wanted)
+                self._folder.log("waiting", round=round_, nodes=told, wanted=len(wanted))
             time.sleep(flower.poll_interval)
 
-    def _ask(self, grid: Grid, nodes: list[int]) -> tuple[list[tuple[int, int]], dict[int, str]]:
-        """Which nodes are ready, with their partitions, and why the others are not. Notes each one's transport."""
-        flower = self._job.config.flower
+    def _ask(self, grid: Grid, nodes: Mapping[int, str], patience: float) -> list[str]:
+        """Notes which of the nodes, given with their names, are ready, each one's place and transport. Why others are
+        not; `patience` is in seconds."""
+        if not nodes:
+            return []
+        transports = self._job.config.flower.transport
         tokens = {kind: transport.make_token(make) for kind, make in self.segments.makers.items()}
         content = wire.question(self._job_json, tokens.values(), self._owners.tokenizer() if self._owners else None)
         asked = [Message(content, dst_node_id=node, message_type=MessageType.QUERY) for node in nodes]
-        ready: list[tuple[int, int]] = []
-        failed: dict[int, str] = {}
-        self.transports, self._fallbacks = {}, []
-        if self._owners:
-            self._owners.nodes.clear()
-        for reply in exchange(grid, asked, flower, flower.connect_timeout):
+        failed = {node: f"{name} did not answer within {patience:g} s" for node, name in nodes.items()}
+        for reply in exchange(grid, asked, self._job.config.flower, patience):
             node = reply.metadata.src_node_id
             if wire.has_died(reply):
                 raise died(wire.error_of(reply))
@@ -128,7 +161,7 @@ class Nodes:
                 failed[node] = wire.error_of(reply)
                 continue
             read = [kind for kind in tokens if wire.token_of(reply.content, kind) == transport.token_text(tokens[kind])]
-            if not read and flower.transport == "shm":
+            if not read and transports == "shm":
                 failed[node] = "flower.transport=shm, but the node cannot read the server's memory: use auto or inline"
                 continue
             place = wire.partition_of(reply.content)
@@ -138,13 +171,14 @@ class Nodes:
             except ValueError as error:
                 failed[node] = plain(str(error))
                 continue
-            ready.append((place, node))
+            del failed[node]
+            self.places[node] = place
             self.transports[node] = next(iter(read), "inline")
             if not read and "flight" in tokens:
                 self._fallbacks.append(wire.why_not(reply.content, "flight"))
         for token in tokens.values():
             token.close()
-        return ready, failed
+        return list(failed.values())
 
     def _open_segments(self) -> None:
         """Where tensors can go beside Flower's messages. Raises ConfigError if they cannot."""
@@ -165,4 +199,4 @@ class Nodes:
     def close(self) -> None:
         """Give up all memory that was kept from round to round, and the port."""
         self._open.close()
-        self.segments, self.sure = Segments({}), False
+        self.segments, self._connected = Segments({}), False

@@ -5,10 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from twist_fl.config.schema import FlowerConfig
+
+_SLACK = 60.0
+"""Seconds more that a message is worth something: sending a round's takes time, and clocks differ."""
 
 
 def exchange(
@@ -21,18 +24,25 @@ def exchange(
     """Push each message as it is made; then the replies as they arrive, until all are in or time is up.
 
     The caller works on a reply while others still train; `pending` shows it, by message id, what has been sent and is
-    not answered. `timeout` is in seconds.
+    not answered. `timeout` is in seconds. After twice that, and a minute, Flower gives the message to nobody any more
+    and takes no reply to it (its default is 12 hours): a node that was away does not begin with rounds that are over.
     Each reply is given as an answer to the message that was sent, whatever it says itself: the errors that Flower
     reports (a message expired, a node gone) lack those fields, and a client's are not to be trusted.
     """
-    pending = {} if pending is None else pending
+    pending, refused = {} if pending is None else pending, []
     for message in messages:
-        pushed = grid.push_messages([message])
-        pending |= dict.fromkeys(pushed, _envelope(message))
-    return _replies(grid, pending, flower, time.monotonic() + timeout)
+        message.metadata.ttl = min(message.metadata.ttl, 2 * timeout + _SLACK)
+        if pushed := list(filter(None, grid.push_messages([message]))):
+            pending |= dict.fromkeys(pushed, _envelope(message))
+        else:
+            refused.append(Message(Error(code=0, reason="the node has left"), reply_to=_envelope(message)))
+    return _replies(grid, pending, refused, flower, time.monotonic() + timeout)
 
 
-def _replies(grid: Grid, pending: dict[str, Message], flower: FlowerConfig, deadline: float) -> Iterator[Message]:
+def _replies(
+    grid: Grid, pending: dict[str, Message], refused: list[Message], flower: FlowerConfig, deadline: float
+) -> Iterator[Message]:
+    yield from refused
     while pending and time.monotonic() < deadline:
         found = [
             (reply, pending.pop(reply.metadata.reply_to_message_id, None)) for reply in grid.pull_messages(pending)

@@ -24,7 +24,7 @@ import pyarrow.flight as fl
 import torch
 from numpy.typing import NDArray
 
-from twist_fl.federation.certificate import make_certificate
+from twist_fl.federation.authority import make_certificate
 from twist_fl.federation.transport import FlightHandle, Handle, Segment, SegmentError, check_run, checksum, new_name
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.untrusted import plain

@@ -20,7 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import httpx
 import psutil
@@ -37,19 +37,39 @@ FLOWER = ("1.41", "1.42")
 """The versions whose internals `executor.py` was run with."""
 _START_SECONDS = 120
 _LOOK_SECONDS = 0.2
+_LET_IN_SECONDS = 60
+"""How long a SuperLink that was started anew may take to let the node's key in."""
 _HOST = "127.0.0.1"
 _SCRIPT = Path(__file__).with_name("executor.py")
+
+
+class ForgottenError(LaunchError):
+    """The SuperLink does not know the node any more."""
 
 
 def run_node(arguments: list[str]) -> None:
     """Serve a SuperNode started with `arguments` of `flower-supernode` until it ends or a signal comes.
 
-    Raises ConfigError if Flower is not the version whose internals `executor.py` uses, LaunchError if the
-    SuperNode ends by itself.
+    A SuperLink that is started anew knows no nodes: then the SuperNode ends, and another joins. Raises ConfigError if
+    Flower is not the version whose internals `executor.py` uses, LaunchError if the SuperNode ends by itself.
     """
     check_flower()
     for name in ("NO_PROXY", "no_proxy"):  # no proxy stands between the three processes
         os.environ[name] = ",".join(filter(None, [_HOST, os.environ.get(name)]))
+    patient_until = 0.0
+    while True:
+        try:
+            _run_supernode(arguments)
+        except ForgottenError as error:
+            print(f"twist_fl: {error}", file=sys.stderr, flush=True)
+            patient_until = time.monotonic() + _LET_IN_SECONDS
+        except LaunchError:
+            if time.monotonic() > patient_until:
+                raise
+            time.sleep(_LOOK_SECONDS)  # its key is not let in yet
+
+
+def _run_supernode(arguments: list[str]) -> NoReturn:
     from twist_fl.federation.executor import TaskSource
 
     with supernode(arguments) as (process, address, secret):
@@ -125,6 +145,8 @@ class Listened:
         """Why it did, once it has."""
         status = self.popen.wait()
         self.heard()
+        if not status and not self._refusal:
+            return ForgottenError("the SuperLink was started anew and does not know this node: joining again")
         return LaunchError(self._refusal or f"the SuperNode ended with status {status}; its own words are above")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 from twist_fl.data.node_text import ToldText, tokenizer_files
@@ -17,6 +18,10 @@ class Owners:
         self._job, self._folder = job, folder
         self.nodes: dict[int, int] = {}
         """By worker."""
+
+    def keep(self, nodes: Container[int]) -> None:
+        """Forget all other nodes."""
+        self.nodes = {worker: node for worker, node in self.nodes.items() if node in nodes}
 
     def tokenizer(self) -> dict[str, str]:
         return tokenizer_files(self._job.corpus.tokenizer_folder)

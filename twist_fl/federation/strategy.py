@@ -147,7 +147,7 @@ class TwistStrategy(RoundLoop):
             task = self._task_of(message, self._clients())
             worker = task.worker
             if message.has_error():
-                mean.drop(worker, self._error_of(message))
+                mean.drop(worker, self._error_of(message, worker))
                 continue
             self._count(message.content, up)
             try:
@@ -181,9 +181,9 @@ class TwistStrategy(RoundLoop):
             raise NoWorkersError(f"round {report.round}: no worker answered: {report.dropped}")
         return None, MetricRecord({"loss": report.loss})
 
-    def _error_of(self, message: Message) -> str:
+    def _error_of(self, message: Message, worker: int) -> str:
         """Why a worker failed; the next round looks again for who is there."""
-        self.nodes.sure = False
+        self.nodes.lose(worker)
         if wire.has_died(message):
             self._dead = wire.error_of(message)
         return wire.error_of(message)
@@ -196,8 +196,8 @@ class TwistStrategy(RoundLoop):
             return f"{type(self).__name__}.aggregate_{step} left its reply out"
         if time.perf_counter() - self._began < self.timeout:
             return f"{type(self).__name__}.aggregate_{step} did not wait for its reply"
-        self.nodes.sure = False
-        return f"no reply within flower.round_timeout={self.timeout:g} s"
+        self.nodes.lose(worker)
+        return f"no reply within flower.round_timeout={self.timeout:g} s, of node {self.nodes.place_of(worker)}"
 
     def _idle_cores(self) -> int:
         """Cores that no worker on this machine trains on. Only `auto` tells which nodes are elsewhere."""
@@ -233,7 +233,7 @@ class TwistStrategy(RoundLoop):
         for message in replies:
             task = self._task_of(message, evaluation.tasks)
             if message.has_error():
-                evaluation.drop(task, self._error_of(message))
+                evaluation.drop(task, self._error_of(message, task.worker))
                 continue
             self._count(message.content, up)
             evaluation.add(task, message.content)

@@ -197,7 +197,11 @@ def asked_text(event: Event) -> str:
 def nodes_text(event: Event) -> str:
     shared, flight = event.get("shared_memory", 0), event.get("flight", 0)
     own = event.get("windows", {}).values()
+    came = [
+        f"{key}: " + ", ".join(f"node {place}" for place in event[key]) for key in ("gone", "new") if event.get(key)
+    ]
     parts = [
+        *came,
         f"{shared} of them on the server's machine" if shared else "",
         f"tensors of {flight} by Arrow Flight" if flight else "",
         f"each with its own text: {min(own):,} to {max(own):,} windows" if own else "",
