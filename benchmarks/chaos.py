@@ -63,10 +63,14 @@ JOB = """
 
 
 class Run:
-    """One run's server, begun again whenever it has ended; every way it ended is in the record."""
+    """A run of so many rounds: its server is begun again whenever it has ended; every way it ended is in the record."""
 
-    def __init__(self, running: Network, folder: RunFolder, settings: dict[str, str], record: EventLog) -> None:
-        self.folder, self._running, self._settings, self._record = folder, running, settings, record
+    def __init__(
+        self, running: Network, folder: RunFolder, num_rounds: int, words: list[str], record: EventLog
+    ) -> None:
+        self.folder, self._num_rounds, self._running, self._record = folder, num_rounds, running, record
+        overrides = " ".join([*words, f"train.rounds={num_rounds}"])
+        self._settings = {"preset": "demo", "overrides": overrides, "run-dir": str(folder.path)}
         self._lock = folder.path / ".server.lock"
         self._follower = Follower(folder.path / "events.jsonl")
         self._client: subprocess.Popen[bytes] | None = None
@@ -89,7 +93,7 @@ class Run:
 
     @property
     def done(self) -> bool:
-        return self.round > 0 and self._follower.story.ended == "done"
+        return self.round >= self._num_rounds and self._follower.story.ended == "done"
 
     def begin(self) -> None:
         if self._client is not None:
@@ -206,8 +210,10 @@ def drift(samples: list[dict[str, Any]], name: str) -> float | None:
 
 def chaos(num_rounds: int, num_nodes: int, settings: list[str], home: Path, minutes: float = inf) -> dict[str, Any]:
     """Hurt the run in `home` until it is done, or so long; what has been found so far."""
-    words = [*JOB.split(), f"train.workers={num_nodes}", f"train.rounds={num_rounds}", *settings]
-    job = make_job(load_config("demo", words))  # reads the text before anything is timed
+    words = [*JOB.split(), f"train.workers={num_nodes}", *settings]
+    job = make_job(
+        load_config("demo", [*words, f"train.rounds={num_rounds}"])
+    )  # reads the text before anything is timed
     folder, relay, record = RunFolder(home / "run"), Relay(), EventLog(home / "record.jsonl")
 
     def through(address: str, node_config: str) -> list[str]:
@@ -217,8 +223,7 @@ def chaos(num_rounds: int, num_nodes: int, settings: list[str], home: Path, minu
     record.write("session")
     with tempfile.TemporaryDirectory() as scratch, network(Path(scratch) / "flower", num_nodes, through) as running:
         began = time.monotonic()
-        words_of_app = {"preset": "demo", "overrides": " ".join(words), "run-dir": str(folder.path)}
-        run_ = Run(running, folder, words_of_app, record)
+        run_ = Run(running, folder, num_rounds, words, record)
         try:
             torment(running, run_, record, relay=relay, seconds=60 * minutes)
         finally:

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import GPT2Config
 
-from twist_fl.blueprint.blocks import make_layout
 from twist_fl.config.schema import load_config
+from twist_fl.config.sizes import layout_of
 from twist_fl.rounds import RoundMean, RunState
 from twist_fl.system.files import write_text
 from twist_fl.training.job import Job, make_job
@@ -43,9 +43,7 @@ def job_without_text(model: GPT2Config, folder: Path, *overrides: str) -> Job:
     sizes = (f"model.n_layer={model.n_layer}", f"model.n_head={model.n_head}", f"model.n_embd={model.n_head}")
     text_of = ("data.source=files", f"data.path={folder}", "data.vocab_size=300", "data.window=16")
     job = make_job(load_config(overrides=[*text_of, *sizes, "eval.sizes=[]", *overrides]))
-    return replace(
-        job, model_fields=model.to_dict(), layout=make_layout(model.to_dict(), job.config.blueprint.ffn_blocks)
-    )
+    return replace(job, model_fields=model.to_dict(), layout=layout_of(job.config, model.to_dict()))
 
 
 def round_mean(job: Job, state: RunState, tasks: list[Task]) -> RoundMean:

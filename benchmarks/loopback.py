@@ -119,10 +119,10 @@ class Relay:
 
 
 @contextmanager
-def network(home: Path, num_nodes: int, node_command: NodeCommand) -> Iterator[Network]:
-    """`num_nodes` nodes with the partition ids 0, 1, ...; leaving the block stops everything."""
+def network(home: Path, num_nodes: int, node_command: NodeCommand, host: str = "127.0.0.1") -> Iterator[Network]:
+    """`num_nodes` nodes with the partition ids 0, 1, ..., a SuperLink on `host`; leaving the block stops everything."""
     home.mkdir(parents=True)
-    started = Network(home, f"127.0.0.1:{simulation.free_port()}")
+    started = Network(home, f"{host}:{simulation.free_port()}")
     simulation.write_connection(home, started.address)
     with ExitStack() as stack:
 

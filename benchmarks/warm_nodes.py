@@ -47,11 +47,17 @@ def width_of(megabytes: float) -> int:
         width += HEADS
 
 
-def measure(home: Path, overrides: str, node_command: NodeCommand, num_nodes: int = NUM_NODES) -> dict[str, Any]:
+def measure(
+    home: Path,
+    overrides: str,
+    node_command: NodeCommand,
+    num_nodes: int = NUM_NODES,
+    host: str = "127.0.0.1",
+) -> dict[str, Any]:
     """Seconds beside training of each round after the first, which builds the models, and what the nodes said of their
     start-up."""
     folder = RunFolder(home / "run")
-    with network(home / "flower", num_nodes, node_command) as running:
+    with network(home / "flower", num_nodes, node_command, host) as running:
         output = running.run({"preset": "demo", "overrides": overrides, "run-dir": str(folder.path)}, TIMEOUT)
         logs = [running.node_log(i).read_text() for i in range(num_nodes)]
     if not folder.events("done"):

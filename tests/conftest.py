@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import count
@@ -41,6 +42,14 @@ LONGEST = (
     *("test_app.py", "test_resume.py", "test_node.py", "test_network.py", "test_examples.py", "test_readme.py"),
     "test_reproduce.py",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Temporary folders in memory, where that is to be had: what is tested flushes all that it writes."""
+    memory = Path("/dev/shm")
+    if memory.is_dir() and not config.option.basetemp and not hasattr(config, "workerinput"):
+        config.option.basetemp = memory / f"twist-fl-tests-{os.getpid()}"
+        config.add_cleanup(lambda: shutil.rmtree(config.option.basetemp, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

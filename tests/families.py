@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import GPT2Config, PreTrainedConfig
 
+from twist_fl.blueprint.architectures import ModelDict
 from twist_fl.blueprint.blocks import Layout, make_layout
 from twist_fl.model.hf_config import config_from_dict
 
@@ -49,15 +50,19 @@ _GPT2: dict[str, Any] = {
     **{"vocab_size": VOCAB, "n_positions": CONTEXT, "n_embd": 24, "n_inner": FFN_BLOCKS * NEURONS},
     **{"n_layer": LAYERS, "n_head": HEADS, **_NO_TOKENS},
 }
+_HEADS = " heads"
+"""In a name: a block of attention is one of 8 query heads."""
 _MODELS: dict[str, dict[str, Any]] = {
     "gpt2": _GPT2,
     "gpt2 untied": _GPT2 | {"tie_word_embeddings": False},
     "llama": _llama(),
     "llama biased tied": _llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=True),
+    "llama biased heads": _llama(attention_bias=True, mlp_bias=True),
     "mistral": _llama(sliding_window=None),
     "qwen2": _llama(hidden_size=48, tie_word_embeddings=True),
     "qwen3": _llama(),
     "qwen3 biased tied": _llama(attention_bias=True, tie_word_embeddings=True),
+    "qwen3 heads": _llama(tie_word_embeddings=True),
     "opt": _opt(),
     "opt projected": _opt(word_embed_proj_dim=10, do_layer_norm_before=False),
     "opt bare untied": _opt(enable_bias=False, layer_norm_elementwise_affine=False, tie_word_embeddings=False),
@@ -67,6 +72,14 @@ _MODELS: dict[str, dict[str, Any]] = {
 CONFIGS: dict[str, PreTrainedConfig] = {
     name: config_from_dict({"model_type": name.split()[0], **fields}) for name, fields in _MODELS.items()
 }
-LAYOUTS: dict[str, Layout] = {name: make_layout(config.to_dict(), FFN_BLOCKS) for name, config in CONFIGS.items()}
+
+
+def layout_of(name: str, fields: ModelDict) -> Layout:
+    """Of the blocks that the name says."""
+    return make_layout(fields, FFN_BLOCKS, "heads" if name.endswith(_HEADS) else "kv_groups")
+
+
+LAYOUTS: dict[str, Layout] = {name: layout_of(name, config.to_dict()) for name, config in CONFIGS.items()}
 FAMILIES = [name for name in CONFIGS if " " not in name]
 """One of each architecture."""
+OF_HEADS = [name for name in CONFIGS if name.endswith(_HEADS)]

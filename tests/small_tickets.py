@@ -14,6 +14,8 @@ from twist_fl.tickets.export import Ticket, make_ticket
 
 UNEVEN = Blueprint((4, 6), ((0, 1, 2, 3), (1, 3), (2,)), ((0, 5), (0, 1, 2, 3, 4, 5), (1, 2, 4)))
 ALIKE = Blueprint((4, 6), ((0, 1), (1, 3), (2, 3)), ((0, 2, 5),) * 3)
+HEADS = Blueprint((8, 6), ((0, 1, 2, 3, 4, 5, 6, 7), (1, 2, 3, 7), (5,)), UNEVEN.ffn)
+"""Blocks of attention are query heads."""
 VOCAB = 320
 """Some more than the tokenizer's, as checkpoints have."""
 
@@ -35,7 +37,7 @@ def fields(model_type: str, **others: Any) -> dict[str, Any]:
 def ticket(model_type: str = "llama", blueprint: Blueprint = UNEVEN, **others: Any) -> Ticket:
     """Large random values, so that no mistake is small; the scale is folded in."""
     config = fields(model_type, **others)
-    layout = make_layout(config, 6)
+    layout = make_layout(config, 6, "heads" if blueprint.num_blocks[0] == 8 else "kv_groups")
     return make_ticket(layout, _state(layout), config, blueprint, "sqrt")
 
 

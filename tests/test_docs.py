@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 import typer
 
-from twist_fl.blueprint.blocks import make_layout
 from twist_fl.cli.app import app
 from twist_fl.config.schema import Config, load_config
-from twist_fl.config.sizes import make_division
+from twist_fl.config.sizes import layout_of, make_division
 from twist_fl.model.hf_config import model_config
 from twist_fl.report.cells import MAX_COLUMNS
 
@@ -108,7 +107,7 @@ def divides(config: Config) -> None:
     reader's policy, which is not here, the reader."""
     if config.model.pretrained is None:
         coverage = config.algorithm == "twist" and ":" not in config.blueprint.policy
-        layout = make_layout(model_config(config).to_dict(), config.blueprint.ffn_blocks)
+        layout = layout_of(config, model_config(config).to_dict())
         make_division(config, layout).check(layout, coverage)
 
 

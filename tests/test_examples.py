@@ -18,6 +18,7 @@ import twist_fl
 from twist_fl import TrainedRun
 from twist_fl.federation.simulation import CONNECTION, free_port, start, wait_until_healthy, write_connection
 from twist_fl.system.children import flower_home, ray_folder
+from twist_fl.system.cores import usable_cores
 from twist_fl.system.environment import private_environment
 
 EXAMPLES = Path(twist_fl.__file__).parents[1] / "examples"
@@ -90,7 +91,7 @@ def test_a_flower_app_of_ones_own(tmp_path: Path) -> None:
         wait_until_healthy(address, superlink, log)
         command = ["flwr", "run", str(EXAMPLES / "flower_app"), CONNECTION, "--stream"]
         command += ["--run-config", f'folder="{tmp_path / "run"}"']
-        command += ["--federation-config", "num-supernodes=2 client-resources-num-cpus=1"]
+        command += ["--federation-config", f"num-supernodes=2 client-resources-num-cpus={usable_cores()}"]
         said = subprocess.run(
             command,
             env=environment,

@@ -17,11 +17,11 @@ import pytest
 import torch
 from conftest import fuzz_cases
 from flwr.app import ConfigRecord
+from shipped import whole_ticket
 
 from twist_fl.blueprint.blueprint import Blueprint
-from twist_fl.config.devices import DeviceConfig
 from twist_fl.config.schema import from_yaml, load_config, to_yaml
-from twist_fl.federation import deploy
+from twist_fl.federation import shipping
 from twist_fl.model.saved import open_model
 from twist_fl.rounds import start
 from twist_fl.runs.events import EventLog
@@ -142,13 +142,12 @@ def ticket_message(job: Job, monkeypatch: pytest.MonkeyPatch) -> Format:
         raise Received
 
     monkeypatch.setattr("twist_fl.tickets.edge_client.measure", measure)
-    ticket = make_ticket(job.layout, start(job).params, job.model_config.to_dict(), job.blueprints(1)[0], "sqrt")
-    records = deploy._to_records(job, DeviceConfig("phone", 3.0), (0, 1), ticket)
+    records = whole_ticket(job, job.blueprints(1)[0])
 
     def read(content: bytes) -> None:
         records["ticket"] = ConfigRecord({"json": content.decode()})
         with pytest.raises(Received):
-            deploy.receive(job, records)
+            shipping.receive(job, records)
 
     return Format(str(records.config_records["ticket"]["json"]).encode(), read, (ValueError,))
 

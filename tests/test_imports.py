@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def _nodes(node: ast.AST) -> Iterator[ast.AST]:
             yield from _nodes(child)
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Modules that the file imports anywhere at run time, inside functions too."""
     found = set()

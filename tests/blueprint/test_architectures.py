@@ -7,16 +7,20 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from families import CONFIGS, CONTEXT, FAMILIES, FFN_BLOCKS, LAYERS, LAYOUTS, VOCAB
+from families import CONFIGS, CONTEXT, FAMILIES, FFN_BLOCKS, LAYERS, LAYOUTS, OF_HEADS, VOCAB, layout_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, BertConfig, PreTrainedModel
 
-from twist_fl.blueprint.architectures import KINDS, use_architecture
+from twist_fl.blueprint import architectures
+from twist_fl.blueprint.architectures import KINDS, Blocks, Row, use_architecture
 from twist_fl.blueprint.blocks import make_layout
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.division import Division
@@ -38,8 +42,8 @@ from twist_fl.model.subnet import (
 from twist_fl.rounds import run, start
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.plugins import ARCHITECTURE
-from twist_fl.tickets.edge_client import receive_ticket
-from twist_fl.tickets.export import make_ticket, ticket_memory_bytes
+from twist_fl.tickets.checking import ticket_model
+from twist_fl.tickets.export import export_ticket, make_ticket, ticket_memory_bytes
 from twist_fl.tickets.measuring import quiet_environment
 from twist_fl.training.aggregate import StreamingMean
 from twist_fl.training.interval import next_token_loss, train_interval
@@ -105,6 +109,13 @@ def gradients(model: PreTrainedModel) -> tuple[torch.Tensor, State]:
     return logits.detach(), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_close_gradients(name: str, ours: State, theirs: State) -> None:
+    """In float64; a norm of keys, which is in float32, sees a key once for every query head."""
+    most = 1e-6 if name == "qwen3 heads" else 1e-10
+    for key, grad in theirs.items():
+        assert (ours[key] - grad).abs().max() <= most * max(1.0, float(grad.abs().max())), key
+
+
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float(((ours - theirs).abs().max() / theirs.abs().max()).detach())
 
@@ -135,8 +146,10 @@ def test_counts_and_shapes_of_a_subnet_are_the_real_models(name: str) -> None:
 
 @every_model
 def test_every_projection_of_a_divided_layer_is_divided(name: str) -> None:
-    """No linear module inside a layer stays whole; only output biases and norms do."""
-    whole = {param.name for param in LAYOUTS[name].params if param.layer == 1 and param.kind is None}
+    """No linear module inside a layer stays whole but shared keys and values; output biases and norms do."""
+    layer = [param for param in LAYOUTS[name].params if param.layer == 1]
+    whole = {param.name for param in layer if param.kind is None and not param.is_shared}
+    assert any(param.is_shared for param in layer) == (name in OF_HEADS)
     outputs = {LAYOUTS[name].outputs[kind].format(layer=1) + ".bias" for kind in KINDS}
     assert all(key in outputs or re.search(r"norm|\.ln_", key) for key in whole)
 
@@ -175,8 +188,7 @@ def test_a_subnet_is_the_masked_model(name: str, random_state: RandomState) -> N
     assert relative(ours, plain_logits(name, state)) > 1e-3
     sliced = slice_state(layout, their_grads, blueprint)
     assert our_grads.keys() == sliced.keys() == layout.by_name.keys()
-    for key, grad in our_grads.items():
-        assert (grad - sliced[key]).abs().max() <= 1e-10 * max(1.0, float(sliced[key].abs().max())), key
+    assert_close_gradients(name, our_grads, sliced)
 
 
 def plain_logits(name: str, state: State) -> torch.Tensor:
@@ -204,7 +216,7 @@ def test_folding_the_scale_replaces_the_hooks(name: str, random_state: RandomSta
 
 @every_model
 def test_what_a_round_sends_out_comes_back_bit_for_bit(name: str, random_state: RandomState) -> None:
-    layout, division = LAYOUTS[name], Division("both", ((2, 3), (3, 3), (2, 4)), 1, 0)
+    layout, division = LAYOUTS[name], Division("both", ((3, 3), (3, 3), (2, 4)), 1, 0)
     state = random_state(layout)
     mean = StreamingMean(layout, {key: torch.zeros_like(value) for key, value in state.items()})
     for blueprint in draw_round(layout, division, seed=0, round_=1):
@@ -233,9 +245,9 @@ def test_whole_windows_need_no_mask_and_no_whole_logits(name: str, random_state:
 
 @every_model
 def test_a_kv_cache_changes_nothing_and_is_as_large_as_planned(name: str, random_state: RandomState) -> None:
-    """Layers with fewer KV groups have narrower caches."""
+    """Layers with fewer blocks have narrower caches."""
     layout, blueprint = LAYOUTS[name], ticket(name)
-    model: Any = physical_model(name, random_state(layout), blueprint)
+    model = ticket_model(make_ticket(layout, random_state(layout), CONFIGS[name].to_dict(), blueprint, "sqrt"))
     prompt = tokens(4)[:1]
     with_cache, without = (
         model.generate(
@@ -253,7 +265,7 @@ def test_a_kv_cache_changes_nothing_and_is_as_large_as_planned(name: str, random
     with torch.inference_mode():
         cache = model(tokens()[:1], use_cache=True).past_key_values
     layers = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
-    assert layers[1] == layers[2] == layers[0] * 3 // 4
+    assert layers[1] == layers[2] == layers[0] * 3 // layout.num_blocks[0]
     assert sum(layers) + sum(p.nbytes for p in model.parameters()) == ticket_memory_bytes(layout, blueprint)
 
 
@@ -277,7 +289,7 @@ def test_a_lent_state_is_trained_as_a_copy_is(name: str, random_state: RandomSta
         assert model.get_output_embeddings().weight is head
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "llama biased heads", "opt", "gpt_neox"])
 def test_a_subnet_compiles_as_one_graph_once_per_shape(
     name: str, random_state: RandomState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,7 +329,61 @@ def test_a_config_survives_json(name: str) -> None:
     received = config_from_dict(json.loads(json.dumps(sent)))
     assert type(received) is type(CONFIGS[name])
     assert received.to_dict() == sent
-    assert make_layout(received.to_dict(), FFN_BLOCKS) == LAYOUTS[name]
+    assert layout_of(name, received.to_dict()) == LAYOUTS[name]
+
+
+# Query heads as blocks
+
+
+@st.composite
+def heads_held(draw: st.DrawFn) -> Blueprint:
+    """Some or all of 8 query heads and of the FFN blocks, in each layer."""
+    rows = [
+        tuple(tuple(sorted(draw(st.sets(st.integers(0, num - 1), min_size=1)))) for _ in range(LAYERS))
+        for num in (8, FFN_BLOCKS)
+    ]
+    return Blueprint((8, FFN_BLOCKS), *rows)
+
+
+@settings(max_examples=12)
+@given(blueprint=heads_held(), name=st.sampled_from(OF_HEADS))
+def test_query_heads_are_one_function_in_training_masked_and_as_a_ticket(
+    blueprint: Blueprint, name: str, random_state: RandomState
+) -> None:
+    """Gradients of keys and values, too; the warm model held the mirrored heads before."""
+    layout, fields = LAYOUTS[name], CONFIGS[name].to_dict()
+    state = random_state(layout, dtype=torch.float64)
+    mirrored = replace(blueprint, attn=tuple(tuple(7 - head for head in reversed(held)) for held in blueprint.attn))
+    models = ModelCache(CONFIGS[name], layout, "sqrt")
+    with_state(models.warm(mirrored), slice_state(layout, state, mirrored))
+    ours, our_grads = gradients(models.load_sliced(blueprint, state))
+    theirs, their_grads = gradients(masked_model(name, state, blueprint))
+    assert relative(ours, theirs) < 1e-10
+    assert_close_gradients(name, our_grads, slice_state(layout, their_grads, blueprint))
+    made = make_ticket(layout, state, fields, blueprint, "sqrt")
+    config, own = config_from_dict(made.model_config), make_layout(made.model_config, FFN_BLOCKS)
+    shipped = with_state(build_model(config, own, made.blueprint, "none"), made.params)
+    assert relative(shipped(tokens()).logits, theirs) < 1e-10
+
+
+@pytest.mark.parametrize("name", OF_HEADS)
+def test_a_ticket_of_query_heads_has_kv_groups_or_a_copy_for_each_head(name: str, random_state: RandomState) -> None:
+    """With all heads it is the ticket of KV groups, to the last bit."""
+    layout, fields, state = LAYOUTS[name], CONFIGS[name].to_dict(), random_state(LAYOUTS[name])
+    grouped, whole = make_layout(fields, FFN_BLOCKS), full_blueprint(layout)
+    for blueprint in (whole, replace(whole, ffn=((0, 2),) * LAYERS)):
+        own, held = layout.own_keys(blueprint)
+        assert (own, held) == (grouped, replace(full_blueprint(grouped), ffn=blueprint.ffn))
+        ours, theirs = (make_ticket(each, state, fields, b, "sqrt") for each, b in ((layout, blueprint), (own, held)))
+        assert ours.digest == theirs.digest
+    copied = make_layout(fields | {"num_key_value_heads": 8}, FFN_BLOCKS)
+    assert layout.own_keys(ticket(name)) == (copied, ticket(name))
+    assert grouped.own_keys(full_blueprint(grouped)) == (grouped, full_blueprint(grouped))
+
+
+def test_query_heads_are_blocks_wherever_each_has_its_own_keys() -> None:
+    assert make_layout(CONFIGS["gpt_neox"].to_dict(), FFN_BLOCKS, "heads") == LAYOUTS["gpt_neox"]
+    assert make_layout(CONFIGS["llama"].to_dict() | {"intermediate_size": 16}, None, "heads").num_blocks == (8, 8)
 
 
 # Refusals
@@ -337,6 +403,14 @@ def test_what_could_not_be_exact_is_refused(case: str) -> None:
     name, change, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         make_layout(CONFIGS[name].to_dict() | change, FFN_BLOCKS)
+
+
+def test_query_heads_that_cannot_be_told_from_keys_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = Row("model.layers.{layer}.self_attn.qkv_proj.weight", (Blocks("attn", "d_qkv"), "d_model"))
+    monkeypatch.setitem(architectures._KNOWN, "llama", replace(use_architecture("llama"), rows=(fused,)))
+    reason = r"attn_blocks=heads: .*qkv_proj\.weight of 'llama' does not have queries apart .*: use kv_groups"
+    with pytest.raises(ValueError, match=reason):
+        make_layout(CONFIGS["llama"].to_dict(), FFN_BLOCKS, "heads")
 
 
 def test_a_sliding_window_as_long_as_the_context_is_no_window(random_state: RandomState) -> None:
@@ -416,23 +490,21 @@ for folder in folders:
     ]
     assert made[0] == made[1], (folder, made)
     with torch.inference_mode():
-        found[type(model).__name__] = model(torch.arange(3, 12)[None]).logits
+        found[folder] = model(torch.arange(3, 12)[None]).logits
 torch.save(found, out)
 """
 
 
 def test_tickets_run_where_twist_fl_is_not_installed(random_state: RandomState, tmp_path: Path) -> None:
     expected = {}
-    for name in FAMILIES:
-        state, blueprint = random_state(LAYOUTS[name]), ticket(name)
+    for number, name in enumerate([*FAMILIES, *OF_HEADS]):
+        state, blueprint, folder = random_state(LAYOUTS[name]), ticket(name), tmp_path / f"ticket-{number}"
         fields = CONFIGS[name].to_dict() | {"pad_token_id": 0}
         made = make_ticket(LAYOUTS[name], state, fields, blueprint, "sqrt")
-        receive_ticket(made.config_json, blueprint.to_json(), made.params, made.digest, tmp_path / name)
-        model = physical_model(name, state, blueprint)
-        expected[type(model).__name__] = model(torch.arange(3, 12)[None]).logits
-    folders = [str(tmp_path / name) for name in FAMILIES]
+        export_ticket(made, folder, None)
+        expected[str(folder)] = physical_model(name, state, blueprint)(torch.arange(3, 12)[None]).logits
     done = subprocess.run(
-        [sys.executable, "-I", "-c", ISOLATED, str(tmp_path / "out.pt"), *folders],
+        [sys.executable, "-I", "-c", ISOLATED, str(tmp_path / "out.pt"), *expected],
         env=quiet_environment(str(tmp_path), 1) | {"PYTHONPATH": ""},
         capture_output=True,
         text=True,

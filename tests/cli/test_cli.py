@@ -384,6 +384,16 @@ def test_cost_counts_key_value_groups(run: Run) -> None:
     group = 96 * (2 * 24 + 2 * 8 + 3 * 60)
     sizes = [[f"{n}/4", f"{full - 3 * (4 - n) * group:,}"] for n in (4, 3, 2, 1)]
     assert [row[:2] for row in rows(output)] == [*sizes, ["4 x 4/4", f"{full:,}"], ["all 4", ""]]
+    words = (
+        "demo",
+        "model.architecture=llama",
+        "model.n_kv_head=4",
+        "model.n_inner=240",
+        "blueprint.attn_blocks=heads",
+    )
+    head = 96 * (2 * 8 + 3 * 20)
+    expected = [[f"{n}/12", f"{full - 3 * (12 - n) * head:,}"] for n in range(12, 0, -1)]
+    assert [row[:2] for row in rows(run("cost", *words)[1])][:12] == expected
 
 
 def test_cost_of_unequal_workers_with_moments_apart(run: Run) -> None:
@@ -469,6 +479,18 @@ def test_keys_lists_and_explains_every_setting(run: Run) -> None:
     assert from_yaml(output) == Config()
     assert "  # Batches between two aggregations; ddp aggregates after every batch.\n  interval: 15\n" in output
     assert "  # One of attn, ffn, both.\n  setting: both\n" in output
+
+
+def test_keys_with_a_word_lists_what_has_it_in_its_name(run: Run) -> None:
+    status, output, _ = run("keys", "train.lr", "momentum")
+    assert status == 0
+    assert [line.split(":")[0] for line in output.splitlines() if "#" not in line] == [
+        *("train", "  lr", "aggregate", "  momentum")
+    ]
+    assert "  lr: 0.0001\n" in output
+    status, _, error = run("keys", "learning-rate")
+    assert status == 2
+    assert "no setting has learning-rate in its name" in error
 
 
 def test_tickets_are_those_of_ticket_distribution(run: Run, trained: Path) -> None:
@@ -686,8 +708,6 @@ def test_a_device_that_is_too_slow_gets_a_smaller_ticket(
         kept = json.loads((folder.path / "deployed" / row["name"] / "twist.json").read_text())
         assert kept["digest"] == row["digest"]
         assert len(kept["blueprint"]["attn"][1]) == row["size"]
-        sent = row["bytes_received"] - len(row["tried"]) * row["weight_bytes"]
-        assert sent >= 0 if len(row["tried"]) > 1 else 0 <= sent < 8_192
     assert device_cells(rows)[1][:3] == ["laptop", "99 MB, 5 ms", "4/4"]
     assert [row["limited_by"] for row in rows] == [None, "latency", "latency"]
     assert device_cells(rows)[2][1] == "3 ms, κ 1: latency decides"

@@ -151,6 +151,8 @@ def test_devices_here_measure_what_devices_behind_flower_do(
     assert status == 0
     assert "laptop" in output
     here, there = (json.loads((each.path / "deployed.json").read_text()) for each in (folder, behind))
+    again = [row.pop("bytes_received") for row in here]  # the same devices, which have it all
+    assert all(sent < 40_000 < row.pop("bytes_received") for sent, row in zip(again, there, strict=True))
     assert here == there
     for name in ("laptop", "phone", "watch"):
         for file in ("model.safetensors", "twist.json", "config.json"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from twist_fl.rounds import plan, run, start
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.story import held_text
 from twist_fl.system.errors import ConfigError
+from twist_fl.training.interval import train_interval
 from twist_fl.training.job import Job
-from twist_fl.training.schedule import learning_rate, learning_rates
+from twist_fl.training.schedule import learning_rate
 
 MakeJob = Callable[..., Job]
 POOL = ("train.workers=5", "train.fraction=0.5", "train.rounds=4", "blueprint.num_sub=2")
@@ -97,11 +98,11 @@ def test_the_learning_rate_is_of_the_round_whoever_was_drawn(
     job = tiny_job(*POOL, "train.schedule=linear")
     seen: list[list[float]] = []
 
-    def heard(*given: Any) -> Iterator[float]:
-        seen.append(list(learning_rates(*given)))
-        return learning_rates(*given)
+    def heard(model: Any, batches: Any, config: Any, seed: int, moments: Any, rates: Any, soft: Any) -> Any:
+        seen.append(list(rates))
+        return train_interval(model, batches, config, seed, moments, seen[-1], soft)
 
-    monkeypatch.setattr("twist_fl.training.worker.learning_rates", heard)
+    monkeypatch.setattr("twist_fl.training.worker.train_interval", heard)
     state = run(job, start(job), tmp_path)
     assert len(set(state.cursors)) > 1  # some have missed more rounds than others
     assert seen == [[learning_rate(job.config.train, 2 * r + i, 8) for i in range(2)] for r in range(4) for _ in "ab"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import signal
@@ -73,14 +74,25 @@ def test_a_run_from_keys_to_the_end(running: tuple[Path, subprocess.Popen[bytes]
     folder, process, said = running
     # The line to paste, with less to do.
     (line,) = re.findall(r"^  (FLWR_HOME=.*)$", said.read_text(), re.MULTILINE)
-    less = ("train.workers=2", "train.rounds=1", "eval.every=0", "eval.max_windows=2", "eval.tickets=1")
-    words = " ".join((*tiny, *less))
-    line = line.replace('" run-dir', f' {words}" run-dir')
-    done = subprocess.run(["bash", "-ec", line], capture_output=True, text=True, timeout=PATIENCE, check=False)
+    less: tuple[str, ...] = (
+        "train.workers=2",
+        "train.rounds=1",
+        "eval.every=0",
+        "eval.max_windows=2",
+        "eval.tickets=1",
+    )
+    less = (*less, "flower.transport=flight", "flower.flight=localhost:0")
+    line = line.replace('" run-dir', f' {" ".join((*tiny, *less))}" run-dir')
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # that `flwr`, as after `source .venv/bin/activate`
+    words = ["bash", "-ec", line]
+    environment = {**os.environ, "PATH": path}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     logs = [done.stdout, done.stderr, *(log.read_text() for log in (folder / "logs").iterdir())]
+    assert done.returncode == 0, "\n".join(logs)
     events = RunFolder(folder / "runs" / "first").events()
     assert events[-1]["event"] == "done", "\n".join(logs)
-    (nodes,) = [event for event in events if event["event"] == "nodes"]
+    (nodes,), (round_,) = ([event for event in events if event["event"] == kind] for kind in ("nodes", "round"))
+    assert round_["bytes_via"]["flight"] and not round_["bytes_via"]["inline"]
     assert (nodes["nodes"], nodes["failed"]) == (2, [])
 
     seen = CliRunner().invoke(app, ["federation", "status", str(folder)], catch_exceptions=False)
@@ -167,9 +179,8 @@ def test_a_folder_is_used_by_one_command(made: Federation) -> None:
 @pytest.mark.parametrize("num_nodes", range(7))
 def test_the_first_run_can_be_run(num_nodes: int, tmp_path: Path) -> None:
     """Its settings fit as many workers as nodes run here; as there are, if none does."""
-    from twist_fl.blueprint.blocks import make_layout
     from twist_fl.config.schema import load_config
-    from twist_fl.config.sizes import make_division
+    from twist_fl.config.sizes import layout_of, make_division
     from twist_fl.model.hf_config import model_config
 
     names = tuple("abcdef")
@@ -179,5 +190,5 @@ def test_the_first_run_can_be_run(num_nodes: int, tmp_path: Path) -> None:
     config = load_config("demo", found[1].split())
     assert config.train.workers == (num_nodes or 6)
     if config.model.pretrained is None:
-        layout = make_layout(model_config(config).to_dict(), config.blueprint.ffn_blocks)
+        layout = layout_of(config, model_config(config).to_dict())
         make_division(config, layout).check(layout, True)

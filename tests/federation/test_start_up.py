@@ -18,11 +18,14 @@ LARGE = ("torch", "transformers", "flwr", "datasets", "ray", "matplotlib", "pand
 SPY = f"""
 import json, sys
 from twist_fl.cli import app as cli
-sys.argv = ["twist-fl", *sys.argv[1:]]
-try:
-    cli.main()
-finally:
-    print("\\n" + json.dumps(sorted(set({LARGE!r}) & sys.modules.keys())))
+found = []
+for words in json.loads(sys.argv.pop()):
+    sys.argv = ["twist-fl", *words.split()]
+    try:
+        cli.main()
+    except SystemExit as end:
+        found.append([words, end.code or 0, sorted(set({LARGE!r}) & sys.modules.keys())])
+print("\\n" + json.dumps(found))
 """
 
 
@@ -34,60 +37,56 @@ def finished(tiny_job: Callable[..., Job], tmp_path_factory: pytest.TempPathFact
     return folder.path
 
 
-def loaded(words: list[str], folder: Path) -> tuple[int, list[str]]:
-    """The command's status, and what it has loaded of LARGE."""
-    done = subprocess.run([sys.executable, "-c", SPY, *words], cwd=folder, capture_output=True, text=True, check=False)
-    return done.returncode, json.loads(done.stdout.splitlines()[-1])
+def loaded(lines: list[str], finished: Path, folder: Path) -> list[list[object]]:
+    """Each command line, one after the other in one process: its status, and what is loaded of LARGE by then."""
+    given = json.dumps([line.replace("RUN", str(finished)) for line in lines])
+    done = subprocess.run([sys.executable, "-c", SPY, given], cwd=folder, capture_output=True, text=True, check=False)
+    found: list[list[object]] = json.loads(done.stdout.splitlines()[-1])
+    return [[line, *rest] for line, (_, *rest) in zip(lines, found, strict=True)]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "--help",
-        "--version",
-        "keys",
-        "train --help",
-        "cost",
-        "cost demo train.lr=1",
-        "cost demo model.architecture=llama",
-        "cost RUN",
-        "status RUN",
-        "train --resume RUN",
-    ],
-)
-def test_what_only_reads_loads_nothing_large(words: str, finished: Path, tmp_path: Path) -> None:
-    status, found = loaded([str(finished) if word == "RUN" else word for word in words.split()], tmp_path)
-    assert (status, found) == (0, [])
+READING = [
+    "--help",
+    "--version",
+    "keys",
+    "train --help",
+    "cost",
+    "cost demo train.lr=1",
+    "cost demo model.architecture=llama",
+    "cost RUN",
+    "status RUN",
+    "train --resume RUN",
+]
+MISTAKES = [
+    "trian",
+    "train --lr 1e-3",
+    "train demoo",
+    "train demo train.lrr=1",
+    "train demo train.lr=fast",
+    "train demo train.workers=0",
+    "train demo seed",
+    "train --resume nowhere",
+    "train --resume RUN seed=1",
+    "train demo dir=RUN",
+    "tickets ./nowhere",
+    "tickets RUN --sizes two",
+    "prune ./nowhere",
+    "deploy ./nowhere",
+    "deploy RUN --device phone=big",
+    "generate ./nowhere",
+    "report nowhere",
+    "cost demoo",
+    "demo train.lrr=1",
+]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "trian",
-        "train --lr 1e-3",
-        "train demoo",
-        "train demo train.lrr=1",
-        "train demo train.lr=fast",
-        "train demo train.workers=0",
-        "train demo seed",
-        "train --resume nowhere",
-        "train --resume RUN seed=1",
-        "train demo dir=RUN",
-        "tickets ./nowhere",
-        "tickets RUN --sizes two",
-        "prune ./nowhere",
-        "deploy ./nowhere",
-        "deploy RUN --device phone=big",
-        "generate ./nowhere",
-        "report nowhere",
-        "cost demoo",
-        "demo train.lrr=1",
-    ],
-)
-def test_a_mistake_loads_nothing_large(words: str, finished: Path, tmp_path: Path) -> None:
-    status, found = loaded([word.replace("RUN", str(finished)) for word in words.split()], tmp_path)
-    assert (status, found) == (2, [])
+def test_help_and_what_only_reads_load_nothing_large(finished: Path, tmp_path: Path) -> None:
+    assert loaded(READING, finished, tmp_path) == [[line, 0, []] for line in READING]
+
+
+def test_a_mistake_loads_nothing_large(finished: Path, tmp_path: Path) -> None:
+    assert loaded(MISTAKES, finished, tmp_path) == [[line, 2, []] for line in MISTAKES]
 
 
 def test_a_report_loads_what_draws_and_no_more(finished: Path, tmp_path: Path) -> None:
-    assert loaded(["report", str(finished)], tmp_path) == (0, ["matplotlib"])
+    assert loaded(["report RUN"], finished, tmp_path) == [["report RUN", 0, ["matplotlib"]]]

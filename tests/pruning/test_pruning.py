@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from twist_fl.blueprint.division import Scores
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
 from twist_fl.cli import app
+from twist_fl.model.saved import open_model
 from twist_fl.model.subnet import State, get_state, load_state
 from twist_fl.pruning import magnitude, sparsegpt, wanda, zpruner
 from twist_fl.pruning.calibrate import Inputs, divided_matrices, draw_windows, layer_inputs
@@ -691,6 +692,21 @@ def test_a_pruned_model_loads_by_itself(
     if method == "sparsegpt":
         assert type(loaded).__name__ == "GPT2LMHeadModel"
         assert (loaded.transformer.h[1].attn.c_attn.weight == 0).sum() == 3 * 512
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "block"])
+def test_query_heads_are_pruned_and_keys_that_they_share_are_left(
+    method: str, tiny_job: MakeJob, random_state: Callable[..., State], tmp_path: Path
+) -> None:
+    job = tiny_job("model.architecture=llama", "model.n_kv_head=2", "blueprint.attn_blocks=heads")
+    state = random_state(job.layout)
+    found = pruned(job, state, method, 3)
+    assert sparsity(job, found) == 0.25
+    assert not [name for name in zeros(job, found) if "k_proj" in name or "v_proj" in name]
+    save_pruned(job, found, tmp_path / "model")
+    windows = job.corpus.test[:8]
+    opened = perplexity(open_model(tmp_path / "model"), windows, 4)
+    assert opened == pytest.approx(pruned_perplexity(job, found, windows, 4), rel=1e-5)
 
 
 @pytest.fixture

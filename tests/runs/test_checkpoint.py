@@ -259,8 +259,7 @@ def check_events(folder: RunFolder) -> None:
     assert [event["round"] for event in folder.events("eval")] == [2, 4, 5]
 
 
-@pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize("optimizer_state", ["reset", "client", "server", "factored"])
+@pytest.mark.parametrize(("optimizer_state", "every"), [("client", 1), ("server", 2), ("factored", 1)])
 def test_a_run_resumed_from_any_checkpoint_ends_the_same(
     optimizer_state: str, every: int, tiny_job: MakeJob, tmp_path: Path
 ) -> None:

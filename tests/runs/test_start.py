@@ -17,10 +17,12 @@ from twist_fl import TrainedRun
 from twist_fl.config.schema import load_config
 from twist_fl.data.tokenizer import train_tokenizer
 from twist_fl.model.hf_config import config_from_dict
+from twist_fl.model.saved import open_model
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.start import find_start
 from twist_fl.system.errors import ConfigError
 from twist_fl.tickets import gguf_format
+from twist_fl.tickets.evaluate import perplexity
 from twist_fl.training.job import make_job
 
 WORDS = ("blueprint.undivided_first=1", "blueprint.undivided_last=0", "eval.batch_size=4", "eval.max_windows=6")
@@ -77,6 +79,20 @@ def test_a_model_a_file_and_a_run_from_it_are_the_same(
     assert [run.title for run in starts] == ["my-llama", "my-gguf", f"{begun.path}, round 0"]
 
 
+def test_query_heads_are_blocks_of_a_model_as_it_is(model: Path, text_folder: Path, tmp_path: Path) -> None:
+    """The whole model is the same whatever its blocks are, and what is exported is what was evaluated."""
+    words = (*WORDS, f"data.path={text_folder}")
+    run = TrainedRun(model, (*words, "blueprint.attn_blocks=heads", "blueprint.ffn_blocks=6", "blueprint.common=1+2"))
+    assert run.job.layout.num_blocks == (8, 6)
+    assert run.perplexity() == TrainedRun(model, words).perplexity()
+    for size, held in (("1/3", (3, 2)), ("3+6", (3, 6)), ("5", (5, 4)), ("8+2", (8, 2))):
+        ticket = run.blueprint(size)
+        assert (len(ticket.attn[1]), len(ticket.ffn[1])) == held
+        assert ticket.attn[1][0] == 0
+        opened = open_model(run.export(ticket, tmp_path / size.replace("/", "-")).folder)
+        assert perplexity(opened, run.test, 4) == pytest.approx(run.perplexity(ticket), rel=1e-5)
+
+
 def test_every_command_says_of_a_model_what_it_says_of_a_run(
     run: Run, model: Path, gguf: Path, begun: RunFolder, text_folder: Path, tmp_path: Path
 ) -> None:
@@ -115,7 +131,8 @@ def test_every_command_says_of_a_model_what_it_says_of_a_run(
 def test_cost_is_on_paper(run: Run, model: Path, gguf: Path) -> None:
     said = [run("cost", start, *WORDS[:2], "train.lr=1") for start in (model, gguf)]
     assert [status for status, _, _ in said] == [0, 0]
-    assert said[0][1].split("\n", 1)[1] == said[1][1].split("\n", 1)[1]
+    below = [text[text.index("┏") :] for _, text, _ in said]  # above stand their names, in one line or two
+    assert below[0] == below[1]
     assert "4 x 2/4" in said[0][1]
 
 

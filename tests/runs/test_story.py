@@ -88,6 +88,11 @@ NODES = event("nodes", round=0, nodes=2, shared_memory=1, failed=[])
           "round 1 of 10  loss 4.000  sent 1.5 kB, received 1.0 MB (1.0 kB of both in shared memory)  1.50 s  "
           "1 reply lost  13.5 s left"]),
         ([event("eval", round=2, full=1234.5, subnets=61.234)], ["round 2: perplexity 1,234 (subnets 61.23)"]),
+        ([BEGUN, event("eval", round=1, full=60.0), round_event(1)],
+         ["round 1 of 10  loss 4.000  perplexity 60.00  sent 1.5 kB, received 1.0 MB  1.50 s  13.5 s left"]),
+        ([BEGUN, event("eval", round=1, full=60.0), round_event(2)],
+         ["round 2 of 10  loss 4.000  perplexity 60.00 after round 1  sent 1.5 kB, received 1.0 MB  1.50 s  "
+          "12.0 s left"]),
         ([event("saved", round=2)], ["round 2: checkpoint saved"]),
         ([event("ticket", size=3)], ["evaluating tickets of size 3"]),
         ([event("ticket", size=3), event("ticket", size=3)], []),

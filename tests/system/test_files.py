@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,12 @@ def test_what_fails_leaves_the_old_and_nothing_else(tmp_path: Path) -> None:
     check_seal(folder)
     assert file.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    file = tmp_path / ("b" * 252)  # with a process id it is too long
+    with pytest.raises(OSError, match=re.escape(f"'{file}'")), new_file(file):
+        pass
 
 
 def test_what_a_killed_process_had_begun_is_removed_and_nothing_else(tmp_path: Path) -> None:

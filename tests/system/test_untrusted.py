@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
+from shipped import ship, whole_ticket
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from twist_fl.blueprint.drawing import full_blueprint
-from twist_fl.config.devices import DeviceConfig
-from twist_fl.federation import deploy
+from twist_fl.federation import shipping
 from twist_fl.federation.connecting import NoWorkersError
 from twist_fl.model.saved import open_model
 from twist_fl.pruning.methods import prune
@@ -31,9 +31,7 @@ NAMES = ("../x", "/tmp/x", "", ".", "..", "a/b", "a\0b", "x" * 5000, "a\n")
 @pytest.fixture
 def content(tiny_job: MakeJob) -> tuple[Job, RecordDict]:
     job = tiny_job()
-    params = start(job).params
-    ticket = make_ticket(job.layout, params, job.model_config.to_dict(), full_blueprint(job.layout), "sqrt")
-    return job, deploy._to_records(job, DeviceConfig("phone", 3.0), (0, 1), ticket)
+    return job, whole_ticket(job, full_blueprint(job.layout))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -47,7 +45,7 @@ def test_a_device_leads_nowhere_outside_its_folder(
     fields = json.loads(str(records.config_records["ticket"]["json"])) | {"device": name}
     records["ticket"] = ConfigRecord({"json": json.dumps(fields)})
     with pytest.raises(ConfigError, match="is no name for a folder"):
-        deploy.receive(job, records)
+        shipping.receive(job, records)
     assert list(tmp_path.rglob("*")) == [tmp_path / "cache", victim.parent, victim]
 
 
@@ -113,11 +111,12 @@ def test_a_folder_whose_weights_do_not_fit_is_not_opened(tmp_path: Path) -> None
         open_model(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "[" * 100_000, "{}", '{"num_params": true}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[" * 100_000, "{}", '{"num_params": true}', '{"missing": []}', '{"missing": ["x"]}', '{"missing": [[]]}'],
+)
 def test_a_report_that_is_none_is_named(text: str, content: tuple[Job, RecordDict]) -> None:
     job, _ = content
-    params = start(job).params
-    ticket = make_ticket(job.layout, params, job.model_config.to_dict(), full_blueprint(job.layout), "sqrt")
     answer = RecordDict({"report": ConfigRecord({"json": text})})
     with pytest.raises(NoWorkersError, match=r"^device phone sent a malformed report: (ValueError|JSONDecodeError)"):
-        deploy._ship(lambda sent: answer, job, DeviceConfig("phone", 3.0), (0, 1), ticket)
+        ship(job, lambda sent: answer, full_blueprint(job.layout))

@@ -25,10 +25,10 @@ from twist_fl.config.schema import load_config
 from twist_fl.config.sizes import TicketSize, ticket_sizes
 from twist_fl.data.tokenizer import train_tokenizer
 from twist_fl.model.hf_config import model_config
-from twist_fl.model.subnet import ModelCache, State, get_state
+from twist_fl.model.subnet import ModelCache, State, get_state, slice_state
 from twist_fl.system.errors import ConfigError
 from twist_fl.tickets import edge_client, export
-from twist_fl.tickets.edge_client import EdgeReport, Measurement, decode, measure, measure_here, receive_ticket
+from twist_fl.tickets.edge_client import EdgeReport, Measurement, decode, measure, measure_here
 from twist_fl.tickets.evaluate import perplexity
 from twist_fl.tickets.export import (
     Ticket,
@@ -40,6 +40,7 @@ from twist_fl.tickets.export import (
     ticket_memory_bytes,
 )
 from twist_fl.tickets.measuring import quiet_environment
+from twist_fl.tickets.parts import Shelf, parts_of, put_together, take_parts
 
 CONFIG = GPT2Config(
     vocab_size=300, n_positions=32, n_embd=24, n_layer=5, n_head=6, n_inner=72, bos_token_id=0, eos_token_id=0
@@ -259,36 +260,39 @@ def test_labels_with_integer_keys_do_not_change_the_digest(state: State) -> None
     assert ticket.digest == ticket_digest(ticket.blueprint.to_json(), json.dumps(sent, sort_keys=True), ticket.params)
 
 
-def test_a_ticket_is_received_as_it_was_sent(state: State, tmp_path: Path) -> None:
-    sent, folder = ticket_of(state, (3, 4)), tmp_path / "ticket"
-    received = receive_ticket(sent.config_json, sent.blueprint.to_json(), sent.params, sent.digest, folder)
-    assert (received.blueprint, received.model_config) == (sent.blueprint, sent.model_config)
-    about = json.loads((folder / "twist.json").read_text())
-    assert about["digest"] == sent.digest
-    assert Blueprint.from_json(json.dumps(about["blueprint"])) == sent.blueprint
-    assert about["num_params"] == sent.num_params
+def test_parts_put_together_are_the_slice(state: State) -> None:
+    for size in SUBNETS.values():
+        blueprint = ticket_of(state, size).blueprint
+        names = dict(parts_of(LAYOUT, blueprint))
+        parts = take_parts(LAYOUT, state, names)
+        assert {name: tuple(part.shape) for name, part in parts.items()} == names
+        made, expected = put_together(LAYOUT, blueprint, parts), slice_state(LAYOUT, state, blueprint)
+        assert made.keys() == expected.keys()
+        assert all(torch.equal(made[name], expected[name]) for name in made)
 
 
-def test_an_altered_ticket_is_refused_and_leaves_nothing(state: State, tmp_path: Path) -> None:
-    sent = ticket_of(state, (3, 4))
-    params = sent.params | {"transformer.ln_f.bias": sent.params["transformer.ln_f.bias"] + 1}
-    actual = ticket_digest(sent.blueprint.to_json(), sent.config_json, params)
-    with pytest.raises(ValueError, match=f"SHA-256 is {actual}, expected {sent.digest}"):
-        receive_ticket(sent.config_json, sent.blueprint.to_json(), params, sent.digest, tmp_path / "ticket")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_tensors_that_are_not_the_blueprints_are_refused(state: State, tmp_path: Path) -> None:
-    sent, other = ticket_of(state, (3, 4)), ticket_of(state, (1, 1))
-    digest = ticket_digest(other.blueprint.to_json(), sent.config_json, sent.params)
-    with pytest.raises(ValueError, match=r"transformer\.h\.1\.attn\.c_attn\.weight has shape \(24, 36\)"):
-        receive_ticket(sent.config_json, other.blueprint.to_json(), sent.params, digest, tmp_path / "ticket")
+def test_a_shelf_keeps_parts_of_one_state_and_drops_what_is_damaged(state: State, tmp_path: Path) -> None:
+    blueprint = ticket_of(state, (3, 4)).blueprint
+    names = [name for name, _ in parts_of(LAYOUT, blueprint)]
+    shelf = Shelf(tmp_path, "a")
+    assert shelf.missing(LAYOUT, blueprint) == names
+    for some in (names[:5], names[5:]):
+        shelf.put(LAYOUT, blueprint, take_parts(LAYOUT, state, some))
+    assert Shelf(tmp_path, "a").missing(LAYOUT, blueprint) == []
+    first = min((tmp_path / "a").iterdir())
+    first.write_bytes(first.read_bytes()[:-1])
+    assert shelf.missing(LAYOUT, blueprint) == names[:5]
+    assert Shelf(tmp_path, "b").missing(LAYOUT, blueprint) == names
+    assert not (tmp_path / "a").exists()
+    for name, part in (("transformer.wte.bias", torch.zeros(3)), (names[0], torch.zeros(3))):
+        with pytest.raises(ValueError, match=f"part '{name}' of shape \\(3,\\) is none of the ticket's"):
+            shelf.put(LAYOUT, blueprint, {name: part})
 
 
 def test_no_code_that_a_message_names_is_run(state: State, tmp_path: Path) -> None:
     fields = FIELDS | {"auto_map": {"AutoModelForCausalLM": "someone/else--code.Model", "AutoConfig": "code.Config"}}
     ticket = make_ticket(LAYOUT, state, fields, full_blueprint(LAYOUT), "sqrt")
-    receive_ticket(ticket.config_json, ticket.blueprint.to_json(), ticket.params, ticket.digest, tmp_path / "ticket")
+    export_ticket(ticket, tmp_path / "ticket", None)
     written = json.loads((tmp_path / "ticket" / "config.json").read_text())
     assert written["auto_map"] == {
         "AutoConfig": "modeling_subnet.SubnetGPT2Config",
@@ -332,6 +336,7 @@ def run_isolated(folder: Path, out: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=out.parent, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.parametrize("exported", ["half"], indirect=True)
 def test_a_ticket_runs_where_twist_fl_is_not_installed(
     exported: tuple[Ticket, Path], state: State, tokenizer_folder: Path, tmp_path: Path
 ) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_tickets import ticket
+from small_tickets import HEADS, UNEVEN, ticket
 
 from twist_fl.data.tokenizer import train_tokenizer
 from twist_fl.system.errors import ConfigError, LaunchError
@@ -24,6 +24,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama 3": ("llama", {"rope_parameters": LLAMA3}),
     "llama linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}}),
     "mistral": ("mistral", {"sliding_window": None}),
+    "qwen2 heads": ("qwen2", {}),
     "qwen2": ("qwen2", {}),
 }
 
@@ -46,7 +47,8 @@ def _off(words: str) -> float:
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_says_what_the_ticket_says(name: str, tokenizer_folder: Path, tmp_path: Path) -> None:
     model_type, others = MODELS[name]
-    words = gguf_format.write(ticket(model_type, **others), tmp_path, tokenizer_folder, "float32")
+    given = ticket(model_type, HEADS if name.endswith(" heads") else UNEVEN, **others)
+    words = gguf_format.write(given, tmp_path, tokenizer_folder, "float32")
     assert words.startswith("llama.cpp: 47 of 47 likeliest tokens are the ticket's")
     assert _off(words) < 0.01
     assert [file.name for file in tmp_path.iterdir()] == ["model.gguf"]

@@ -1,11 +1,12 @@
 """Folders for transformers: with the ticket's own class, and for the classes that all have."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from small_tickets import ALIKE, UNEVEN, ticket
+from small_tickets import ALIKE, HEADS, UNEVEN, ticket
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from twist_fl.blueprint.blueprint import Blueprint
@@ -15,6 +16,8 @@ from twist_fl.tickets import hf_formats
 from twist_fl.tickets.checking import Probe, distributions
 from twist_fl.tickets.export import in_dtype
 
+HEADS_ALIKE = replace(HEADS, attn=((0, 1, 4, 7), (2, 3, 4, 5), (0, 2, 5, 6)), ffn=ALIKE.ffn)
+THREE_HEADS = replace(HEADS_ALIKE, attn=((0, 1, 7),) * 3)
 FEWER_NEURONS = Blueprint((4, 6), ((0, 1, 2, 3),) * 3, ((0, 2), (1, 3), (4, 5)))
 
 
@@ -23,6 +26,9 @@ FEWER_NEURONS = Blueprint((4, 6), ((0, 1, 2, 3),) * 3, ((0, 2), (1, 3), (4, 5)))
     [
         ("llama", ALIKE, True),
         ("llama", UNEVEN, False),
+        ("llama", HEADS_ALIKE, True),
+        ("llama", THREE_HEADS, False),  # which do not divide the width
+        ("qwen3", HEADS, False),
         ("qwen2", ALIKE, True),
         ("gpt2", FEWER_NEURONS, True),
         ("gpt2", ALIKE, False),  # its heads fill the width of the model

@@ -23,6 +23,7 @@ from twist_fl.training.precision import check_precision, product_precision
 from twist_fl.training.worker import Worker
 
 MakeJob = Callable[..., Job]
+ONE_LAYER = ("model.n_layer=1", "blueprint.undivided_first=0", "blueprint.undivided_last=0")
 
 
 def params_of(job: Job, folder: Path) -> State:
@@ -142,7 +143,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_run_compiles_once_per_shape(compilations: list[int], tiny_job: MakeJob, tmp_path: Path) -> None:
     """Three workers, two of one size, over three rounds: new weights and new blueprints compile nothing."""
-    overrides = ("blueprint.num_sub=[2,2,3]", "train.rounds=3", "train.eps=1e-3")
+    overrides = ("blueprint.num_sub=[2,2,3]", "train.rounds=3", "train.eps=1e-3", *ONE_LAYER)
     compiled = params_of(tiny_job(*overrides, "train.compile=true"), tmp_path)
     assert len(compilations) == 2
     plain = params_of(tiny_job(*overrides), tmp_path)
@@ -152,13 +153,13 @@ def test_a_run_compiles_once_per_shape(compilations: list[int], tiny_job: MakeJo
 
 def test_more_shapes_than_torch_expects_are_all_compiled(compilations: list[int], tiny_job: MakeJob) -> None:
     """Torch gives up after 8 compilations of one piece of code."""
-    job = tiny_job("train.compile=true", "train.workers=12", 
-                   "blueprint.num_sub=1+1,2+1,3+1,4+1,1+2,2+2,3+2,4+2,1+3,2+3,3+3,4+3")  # fmt: skip
+    job = tiny_job("train.compile=true", "train.workers=9", *ONE_LAYER,
+                   "blueprint.num_sub=1+1,2+1,3+1,4+1,1+2,2+2,3+2,4+2,1+3")  # fmt: skip
     models, state = job.models(compile=True), job.initial_state()
     windows = torch.zeros((1, 16), dtype=torch.int64)
     for blueprint in job.blueprints(1):
         models.load_sliced(blueprint, state)(windows, use_cache=False)
-    assert len(compilations) == 12
+    assert len(compilations) == 9
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
@@ -166,7 +167,7 @@ def test_more_shapes_than_torch_expects_are_all_compiled(compilations: list[int]
 def test_compiled_training_is_training(tiny_job: MakeJob, tmp_path: Path) -> None:
     """The real compiler and the scale hooks: the same step to rounding, and twice the same bits."""
     torch._dynamo.reset()
-    overrides = ("model.n_layer=1", "blueprint.undivided_first=0", "blueprint.undivided_last=0", "train.eps=1e-3")
+    overrides = (*ONE_LAYER, "train.eps=1e-3")
     found = []
     for compile in ("true", "true", "false"):
         job = tiny_job(*overrides, f"train.compile={compile}")

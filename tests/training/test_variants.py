@@ -103,6 +103,7 @@ def test_a_state_lent_to_a_model_is_no_copy_and_trains_the_state_in_place(tiny_j
 
 
 VARIANTS = ("true", "masked", "hybrid")
+QUERY_HEADS = ("model.architecture=llama", "model.n_kv_head=2", "blueprint.attn_blocks=heads")
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,7 @@ VARIANTS = ("true", "masked", "hybrid")
         ("train.optimizer_state=server", "blueprint.ffn_blocks=8", "blueprint.num_sub=2+3"),
         ("train.optimizer_state=factored",),
         ("blueprint.num_sub=[1,4,2]", "blueprint.setting=ffn", "blueprint.assign=shuffled"),
+        QUERY_HEADS,
     ],
 )
 def test_weights_after_three_rounds(overrides: tuple[str, ...], tiny_job: MakeJob, tmp_path: Path) -> None:
@@ -128,6 +130,22 @@ def test_weights_after_three_rounds(overrides: tuple[str, ...], tiny_job: MakeJo
             for name, value in values.items():
                 assert ours.moments is not None
                 torch.testing.assert_close(ours.moments.values[moment][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_keys_and_values_that_query_heads_share_are_the_mean_of_all_workers(tiny_job: MakeJob, tmp_path: Path) -> None:
+    job = tiny_job(*QUERY_HEADS)
+    worker, state = Worker(job, MomentShelf(tmp_path)), start(job)
+    tasks, replies = plan(job, state), list[State]()
+    mean = RoundMean(job, state, tasks)
+    for task in tasks:
+        reply = worker.train(task, *dispatch(job, state, task))
+        replies.append({name: value.clone() for name, value in reply.params.items()})
+        mean.add(task, reply)
+    after, shared = mean.finish().params, [param.name for param in job.layout.params if param.is_shared]
+    assert len(shared) == 2 * 5
+    assert set(shared) < job.always_whole(0)
+    for name in shared:
+        torch.testing.assert_close(after[name], torch.stack([each[name] for each in replies]).mean(0), msg=name)
 
 
 @pytest.mark.parametrize("optimizer_state", ["server", "factored"])

@@ -14,6 +14,8 @@ from twist_fl.system.plugins import ARCHITECTURE
 
 Kind = Literal["attn", "ffn"]
 KINDS: tuple[Kind, Kind] = ("attn", "ffn")
+AttnBlocks = Literal["kv_groups", "heads"]
+"""What an attention block is where several query heads read the keys and values of one: all of them, or one head."""
 ModelDict = Mapping[str, Any]
 """A Hugging Face config as a dict."""
 When = Callable[[ModelDict], bool]
@@ -30,6 +32,10 @@ class Blocks:
     kind: Kind
     width: str
     sections: int = 1
+
+
+QUERIES, KEYS = Blocks("attn", "d_query"), Blocks("attn", "d_head")
+"""How queries, and keys and values, are tagged where they are projections of their own."""
 
 
 @dataclass(frozen=True)
@@ -66,25 +72,30 @@ class Architecture:
     """The first version of transformers that has it, or the first that was tried."""
 
 
-def sizes_of(architecture: Architecture, config: ModelDict) -> dict[str, int]:
-    """The sizes that dimensions are named after. `heads` counts attention blocks: KV groups where queries share keys.
+def sizes_of(architecture: Architecture, config: ModelDict, attn_blocks: AttnBlocks = "kv_groups") -> dict[str, int]:
+    """The sizes that dimensions are named after. `heads` counts attention blocks: as many as `kv_heads` or, where a
+    block is a query head, more.
 
     Raises ValueError for a config that cannot be divided.
     """
     keys = architecture.keys
     d_model, query_heads = config[keys["n_embd"]], config[keys["n_head"]]
-    heads = config.get(keys.get("n_kv_head", "")) or query_heads
-    if query_heads % heads:
+    kv_heads = config.get(keys.get("n_kv_head", "")) or query_heads
+    if query_heads % kv_heads:
         legal = [n for n in range(1, query_heads + 1) if query_heads % n == 0]
         raise ValueError(
-            f"{heads} key/value heads (model.n_kv_head) do not divide {query_heads} heads: use one of {legal}"
+            f"{kv_heads} key/value heads (model.n_kv_head) do not divide {query_heads} heads: use one of {legal}"
         )
     for reason in filter(None, (refuse(config) for refuse in architecture.refuse)):
         raise ValueError(f"a {config['model_type']!r} model with {reason}")
+    heads = query_heads if attn_blocks == "heads" else kv_heads
+    if heads != kv_heads:
+        _check_queries_apart(architecture)
     d_head = config.get(keys.get("d_head", "")) or d_model // query_heads
     return {
         "layers": config[keys["n_layer"]],
         "heads": heads,
+        "kv_heads": kv_heads,
         "d_model": d_model,
         "d_embed": config.get("word_embed_proj_dim") or d_model,
         "d_head": d_head,
@@ -95,6 +106,18 @@ def sizes_of(architecture: Architecture, config: ModelDict) -> dict[str, int]:
         "positions": config[keys["n_positions"]],
         "positions_and_2": config[keys["n_positions"]] + 2,
     }
+
+
+def _check_queries_apart(architecture: Architecture) -> None:
+    """Raises ValueError where a query head cannot be told from the keys and values that others read, too."""
+    for row in architecture.rows:
+        for dim, size in enumerate(row.dims):
+            known = size == QUERIES or (size == KEYS and dim == 0)
+            if isinstance(size, Blocks) and size.kind == "attn" and not known:
+                raise ValueError(
+                    f"blueprint.attn_blocks=heads: {row.name} of {architecture.model_type!r} does not have queries "
+                    "apart from keys and values: use kv_groups"
+                )
 
 
 _KNOWN: dict[str, Architecture] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from twist_fl.blueprint.architectures import Architecture, Blocks, ModelDict, Row, When
+from twist_fl.blueprint.architectures import KEYS, QUERIES, Architecture, Blocks, ModelDict, Row, When
 
 
 def _never(config: ModelDict) -> bool:
@@ -62,8 +62,7 @@ def _cross_attention(config: ModelDict) -> str | None:
 
 # The architectures
 
-_HEADS = Blocks("attn", "d_head")
-_QUERIES = Blocks("attn", "d_query")
+_HEADS = KEYS  # of heads that each have their own
 _NEURONS = Blocks("ffn", "ffn_width")
 _KEYS = {
     "n_layer": "num_hidden_layers",
@@ -121,16 +120,17 @@ def _llama(
     qk_norm: When | None = _never,
     scratch: ModelDict | None = None,
 ) -> Architecture:
-    """LLaMA and what was made after it: an attention block is a KV group, its queries included; the FFN is gated."""
+    """LLaMA and what was made after it: the FFN is gated; an attention block is a KV group with its queries, or by
+    blueprint.attn_blocks one query head."""
     layer = "model.layers.{layer}."
     return Architecture(
         model_type,
         rows=(
             Row("model.embed_tokens.weight", ("vocab", "d_model")),
-            *_linear(layer + "self_attn.q_proj", _QUERIES, "d_model", qkv_bias),
-            *_linear(layer + "self_attn.k_proj", _HEADS, "d_model", qkv_bias),
-            *_linear(layer + "self_attn.v_proj", _HEADS, "d_model", qkv_bias),
-            *_linear(layer + "self_attn.o_proj", "d_model", _QUERIES, o_bias),
+            *_linear(layer + "self_attn.q_proj", QUERIES, "d_model", qkv_bias),
+            *_linear(layer + "self_attn.k_proj", KEYS, "d_model", qkv_bias),
+            *_linear(layer + "self_attn.v_proj", KEYS, "d_model", qkv_bias),
+            *_linear(layer + "self_attn.o_proj", "d_model", QUERIES, o_bias),
             Row(layer + "self_attn.q_norm.weight", ("d_head",), qk_norm),
             Row(layer + "self_attn.k_norm.weight", ("d_head",), qk_norm),
             *_linear(layer + "mlp.gate_proj", _NEURONS, "d_model", mlp_bias),

@@ -7,11 +7,21 @@ aggregation, counting, bytes and export. Pure Python: neither torch nor Flower.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
-from twist_fl.blueprint.architectures import KINDS, Blocks, Kind, ModelDict, Row, architecture_of, sizes_of
+from twist_fl.blueprint.architectures import (
+    KEYS,
+    KINDS,
+    AttnBlocks,
+    Blocks,
+    Kind,
+    ModelDict,
+    Row,
+    architecture_of,
+    sizes_of,
+)
 from twist_fl.blueprint.blueprint import Blueprint
 
 
@@ -26,6 +36,11 @@ class Param:
     dim: int = 0
     sections: int = 1
     width: int = 0
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it is keys or values that several blocks read: held whole, `width` entries a head."""
+        return self.kind is None and self.width > 0
 
     def index(self, held: Sequence[int]) -> list[int]:
         """Positions along `dim` of the blocks `held`, in the order in which a subnet stores them."""
@@ -104,6 +119,33 @@ class Layout:
         """Parameters of the subnet, or of the full model; a tied head is counted once (Appendix C)."""
         return sum(prod(self.shape(param, blueprint)) for param in self.params)
 
+    def own_keys(self, blueprint: Blueprint) -> tuple[Layout, Blueprint]:
+        """The same subnet in blocks that share no keys and values: as devices have it.
+
+        Where blocks are query heads of which several read the same: KV groups if all are held in every layer, else each
+        head with a copy.
+        """
+        heads, kv_heads = self.sizes["heads"], self.sizes["kv_heads"]
+        if heads == kv_heads:
+            return self, blueprint
+        if set(blueprint.shape[0]) == {heads}:
+            groups = (tuple(range(kv_heads)),) * self.num_layers
+            return self._of_groups(kv_heads), Blueprint((kv_heads, self.num_blocks[1]), groups, blueprint.ffn)
+        return self._of_groups(heads), blueprint
+
+    def _of_groups(self, number: int) -> Layout:
+        """Attention blocks of as many KV heads, each with the queries that read it."""
+        d_head = self.sizes["d_head"]
+        d_query = d_head * self.sizes["heads"] // number
+
+        def own(param: Param) -> Param:
+            if param.is_shared:
+                return replace(param, kind="attn", shape=(number * d_head, *param.shape[1:]))
+            return replace(param, width=d_query) if param.kind == "attn" else param
+
+        sizes = {**self.sizes, "heads": number, "kv_heads": number, "d_query": d_query}
+        return replace(self, params=tuple(map(own, self.params)), num_blocks=(number, self.num_blocks[1]), sizes=sizes)
+
     def check_blueprint(self, blueprint: Blueprint) -> None:
         """Raises ValueError unless `blueprint` is of a model of these sizes."""
         found = blueprint.num_blocks, len(blueprint.attn)
@@ -125,15 +167,20 @@ class Layout:
                 raise ValueError(f"{param.name} has shape {tuple(shapes[param.name])}, expected {expected}")
 
 
-def make_layout(model_config: ModelDict, ffn_blocks: int | None = None) -> Layout:
+def make_layout(
+    model_config: ModelDict, ffn_blocks: int | None = None, attn_blocks: AttnBlocks = "kv_groups"
+) -> Layout:
     """Layout of the model that a Hugging Face config (as a dict) describes.
 
-    `ffn_blocks` (R) defaults to the number of attention blocks, as in the paper's experiments. Raises ValueError for
-    an architecture that has no table, a model that cannot be divided, or an R that does not divide d_inner.
+    `ffn_blocks` (R) defaults to the number of attention blocks, as in the paper's experiments. With
+    `attn_blocks="heads"` a block is a query head, and keys and values that several read are not divided. Raises
+    ValueError for an architecture that has no table, a model that cannot be divided, or an R that does not divide
+    d_inner.
     """
     architecture = architecture_of(model_config)
-    sizes = _with_ffn_blocks(sizes_of(architecture, model_config), ffn_blocks)
+    sizes = _with_ffn_blocks(sizes_of(architecture, model_config, attn_blocks), ffn_blocks)
     num_blocks = {"attn": sizes["heads"], "ffn": sizes["ffn_blocks"]}
+    shares = sizes["heads"] != sizes["kv_heads"]
 
     def resolve(row: Row, layer: int | None) -> Param:
         shape: list[int] = []
@@ -141,14 +188,16 @@ def make_layout(model_config: ModelDict, ffn_blocks: int | None = None) -> Layou
         for dim, size in enumerate(row.dims):
             if isinstance(size, Blocks):
                 tag = dim, size
-                shape.append(size.sections * num_blocks[size.kind] * sizes[size.width])
+                number = sizes["kv_heads"] if size == KEYS else num_blocks[size.kind]
+                shape.append(size.sections * number * sizes[size.width])
             else:
                 shape.append(sizes[size])
         name = row.name.format(layer=layer)
         if tag is None:
             return Param(name, tuple(shape), layer)
         dim, blocks = tag
-        return Param(name, tuple(shape), layer, blocks.kind, dim, blocks.sections, sizes[blocks.width])
+        kind = None if shares and blocks == KEYS else blocks.kind
+        return Param(name, tuple(shape), layer, kind, dim, blocks.sections, sizes[blocks.width])
 
     params: list[Param] = []
     rows = [row for row in architecture.rows if row.when is None or row.when(model_config)]

@@ -243,11 +243,13 @@ def reproduce(
 
 
 @app.command()
-def keys() -> None:
+def keys(
+    words: Annotated[list[str] | None, typer.Argument(help="Only settings with one of these in their names.")] = None,
+) -> None:
     """List every setting with its default and what it means, as YAML to begin a preset from."""
     from twist_fl.cli import keys as settings
 
-    settings.keys(console)
+    settings.keys(console, words or [])
 
 
 app.command()(federation.node)

@@ -17,7 +17,7 @@ from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.moments import moment_layouts
 from twist_fl.config.hub import expanded, is_path
 from twist_fl.config.schema import Config, ModelConfig, load_config
-from twist_fl.config.sizes import make_division, ticket_sizes, workers_per_round
+from twist_fl.config.sizes import layout_of, make_division, ticket_sizes, workers_per_round
 from twist_fl.data.gguf_folder import SUFFIX
 from twist_fl.model.hf_config import pretrained_config, scratch_fields
 from twist_fl.runs.checkpoint import RunFolder
@@ -73,7 +73,7 @@ def _show(console: Console, title: str, config: Config, model: Mapping[str, Any]
             f"round: use --steps {most} at most"
         )
     try:
-        layout = make_layout(model, config.blueprint.ffn_blocks)
+        layout = layout_of(config, model)
         division = make_division(config, layout)
         division.check(layout, coverage=config.algorithm == "twist")
         travel = {} if ddp else moment_layouts(config.train.optimizer_state, layout)

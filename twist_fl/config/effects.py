@@ -26,6 +26,10 @@ _IDLE: tuple[tuple[str, Reason], ...] = (
         _if(lambda c: c.blueprint.setting == "attn", "blueprint.setting=attn leaves the FFN whole"),
     ),
     (
+        "blueprint.attn_blocks",
+        _if(lambda c: c.blueprint.setting == "ffn", "blueprint.setting=ffn leaves attention whole"),
+    ),
+    (
         "blueprint.score blueprint.score_every blueprint.score_windows",
         _if(lambda c: c.blueprint.policy != "importance", "only blueprint.policy=importance scores blocks"),
     ),

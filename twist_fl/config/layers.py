@@ -82,13 +82,14 @@ def read_yaml(file: Path) -> Layer:
 def parse_yaml(text: str, name: str) -> Layer:
     """The mapping that `text` is; `name` is what an error calls it."""
     try:
-        if isinstance(yaml.safe_load(text), str):
+        plain = OmegaConf.to_container(OmegaConf.create(text))
+        # Of a text that is one word OmegaConf makes a key without a value.
+        if isinstance(plain, dict) and list(plain.values()) == [None] and isinstance(yaml.safe_load(text), str):
             raise ConfigError(f"{name!r} holds no settings: a configuration is a mapping of keys to values")
-        made = OmegaConf.create(text)
     except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split()) if isinstance(error, yaml.YAMLError) else "it is nested too deep"
         raise ConfigError(f"{name!r} is not YAML: {reason}") from error
-    return as_mapping(OmegaConf.to_container(made), name)
+    return as_mapping(plain, name)
 
 
 def as_mapping(plain: Any, name: str = "") -> Layer:

@@ -5,7 +5,7 @@ A configuration is these, then a preset of `conf/` (which holds only what differ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 from omegaconf import OmegaConf
@@ -34,7 +34,7 @@ class ModelConfig:
     n_layer: int = 12
     n_head: int = 12
     n_kv_head: int | None = None
-    """Key/value heads, each an attention block with the queries that read it; null: as many as n_head."""
+    """Key/value heads; null: as many as n_head."""
     n_embd: int = 768
     n_inner: int | None = None
     """FFN neurons per layer; null: 4 * n_embd."""
@@ -90,8 +90,11 @@ class BlueprintConfig:
     assign: Literal["fixed", "shuffled", "drawn"] = "fixed"
     """fixed: worker s holds num_sub[s]; shuffled: the list is dealt out anew every round; drawn: every worker draws
     its size from the list, of any length, every round."""
+    attn_blocks: Literal["kv_groups", "heads"] = "kv_groups"
+    """Where queries share keys and values. kv_groups: a block is a key/value head with its queries; heads: one query
+    head, and all workers hold all keys and values."""
     ffn_blocks: int | None = None
-    """FFN blocks per layer (R); null: as many as attention blocks (heads, or key/value heads)."""
+    """FFN blocks per layer (R); null: as many as attention blocks."""
     undivided_first: int = 2
     undivided_last: int = 2
     common: Size = 0
@@ -288,7 +291,7 @@ def load_config(
 
 
 def to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
 def from_yaml(text: str) -> Config:

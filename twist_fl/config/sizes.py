@@ -9,12 +9,17 @@ from functools import cached_property
 from math import floor
 from typing import Any
 
-from twist_fl.blueprint.architectures import KINDS, Kind
-from twist_fl.blueprint.blocks import Layout
+from twist_fl.blueprint.architectures import KINDS, Kind, ModelDict
+from twist_fl.blueprint.blocks import Layout, make_layout
 from twist_fl.blueprint.division import Division, Setting, Sizes
 from twist_fl.config.schema import BlueprintConfig, Config
 from twist_fl.config.shares import Size, read_size
 from twist_fl.system.errors import ConfigError
+
+
+def layout_of(config: Config, model: ModelDict) -> Layout:
+    """Of a model's Hugging Face config, as `config.blueprint` divides it. Raises ValueError as `make_layout`."""
+    return make_layout(model, config.blueprint.ffn_blocks, config.blueprint.attn_blocks)
 
 
 def make_division(config: Config, layout: Layout) -> Division:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from twist_fl.system.units import human_bytes
+
 _PATIENCE = 2.0
 _LINE_SECONDS = 10.0
 """Without a terminal: seconds between two lines."""
@@ -36,8 +38,8 @@ class Meter:
             now = time.monotonic()
             if now - begin < _PATIENCE:
                 return
-            rate = (at - done) / (now - begin) / 1e6
-            note = f"{at / 1e6:,.0f}{f' of {total / 1e6:,.0f}' if total else ''} MB, {rate:.1f} MB/s"
+            rate = human_bytes((at - done) / (now - begin))
+            note = f"{human_bytes(at)}{f' of {human_bytes(total)}' if total else ''}, {rate}/s"
             if self.console.is_terminal:
                 if not shown:
                     bar.start()

@@ -64,7 +64,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def receive(message: Message, context: Context) -> Message:
     """Build the shipped ticket's small dense model, check its hash, measure it on local text."""
-    from twist_fl.federation import deploy, own_text
+    from twist_fl.federation import own_text, shipping
 
     worker = own_text.worker_of(message.content, context.node_config)
-    return Message(deploy.receive(worker.job, message.content), reply_to=message)
+    return Message(shipping.receive(worker.job, message.content), reply_to=message)

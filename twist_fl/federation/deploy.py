@@ -1,38 +1,35 @@
-"""Ship tickets of a trained run to edge clients through Flower, and collect what they measured."""
+"""Which tickets of a trained run edge clients get, through Flower or in this process, and what they measured."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from functools import partial
 from math import ceil
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, RecordDict
+import torch
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.drawing import draw_ticket
-from twist_fl.config.checks import check_name
 from twist_fl.config.devices import DeviceConfig
 from twist_fl.config.sizes import TicketSize, ticket_sizes
-from twist_fl.federation import tensors, wire
+from twist_fl.federation import wire
 from twist_fl.federation.connecting import NoWorkersError
 from twist_fl.federation.exchange import exchange
+from twist_fl.federation.shipping import TIMES, Shipment, receive
 from twist_fl.model.subnet import State
 from twist_fl.rounds import RunState
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
-from twist_fl.system.files import cache_dir, write_json
+from twist_fl.system.files import write_json
 from twist_fl.system.units import size_label
-from twist_fl.system.untrusted import Field, plain, read_exactly, shown
-from twist_fl.tickets import edge_client
 from twist_fl.tickets.device_limits import parse_devices
 from twist_fl.tickets.export import (
     Ticket,
     export_ticket,
-    in_dtype,
     limit_of_size,
     make_ticket,
     next_sizes,
@@ -42,22 +39,6 @@ from twist_fl.tickets.export import (
 from twist_fl.training.job import Job
 
 MESSAGE_TYPE = "query.ticket"
-TIMES = ("latency_ms", "prompt_ms")
-"""Limits that only the device itself can measure."""
-
-
-_TICKET = {
-    **dict.fromkeys(("device", "config", "blueprint", "digest"), Field(str)),
-    **dict.fromkeys(TIMES, Field(float, 0, or_null=True)),
-    "context": Field(int, 2),
-    "text": Field(list),
-}
-_REPORT = {
-    **dict.fromkeys(("num_params", "weight_bytes", "context_tokens", "threads", "bytes_received"), Field(int, 1)),
-    **dict.fromkeys(("peak_memory_bytes", "perplexity_memory_bytes"), Field(int)),
-    "perplexity": Field(float, or_null=True),
-    **dict.fromkeys(("seconds_per_token", "seconds_per_prompt", "prompt_tokens_per_second"), Field(float, 0)),
-}
 
 
 def default_devices(job: Job) -> list[DeviceConfig]:
@@ -104,7 +85,8 @@ def deploy_here(
     """`_deploy` to devices that this process plays, by the same messages."""
 
     def carry(place: int, device: DeviceConfig, content: RecordDict) -> RecordDict:
-        say(f"{device.name}: device {place + 1} of {len(devices)} measures its ticket")
+        if "params" not in content:
+            say(f"{device.name}: device {place + 1} of {len(devices)} gets its ticket and measures it")
         return receive(job, content)
 
     with folder.lock("server"), folder.failures_logged():
@@ -121,9 +103,11 @@ def _deploy(folder: RunFolder, job: Job, state: RunState, devices: Sequence[Devi
     plans = [(device, plan_device(job, device)) for device in devices]
     rows, too_slow = [], []
     for place, (device, tickets) in enumerate(plans):
-        ship = partial(_ship, partial(carry, place, device), job, device, (place, len(plans)))
+        params = {name: tensor.to(getattr(torch, device.dtype)) for name, tensor in state.params.items()}
+        text = (place, len(plans))
+        ship = Shipment(job, device, text, params, _context(job, device), partial(carry, place, device)).ship
         try:
-            ticket, row = settle(job, state.params, device, tickets, ship)
+            ticket, row = settle(job, params, device, tickets, ship)
         except ConfigError as error:
             too_slow.append(str(error))
             continue
@@ -160,7 +144,7 @@ def settle(
     params: State,
     device: DeviceConfig,
     tickets: dict[TicketSize, Blueprint],
-    ship: Callable[[Ticket], dict[str, Any]],
+    ship: Callable[[Blueprint, Ticket], dict[str, Any]],
 ) -> tuple[Ticket, dict[str, Any]]:
     """`ship` the largest of `tickets` and, while the device is slower with it than its limit, a smaller one.
 
@@ -171,10 +155,8 @@ def settle(
     while True:
         blueprint = tickets[sizes[0]]
         ticket = make_ticket(job.layout, params, job.model_config.to_dict(), blueprint, job.config.blueprint.scale)
-        if device.dtype != "float32":
-            ticket = in_dtype(ticket, device.dtype)
         planned_mb = ticket_memory_bytes(job.layout, blueprint, device.context, device.dtype) / 1e6
-        tried.append({**sizes[0].row, "planned_mb": planned_mb, "digest": ticket.digest, **ship(ticket)})
+        tried.append({**sizes[0].row, "planned_mb": planned_mb, "digest": ticket.digest, **ship(blueprint, ticket)})
         took = {"latency_ms": tried[-1]["ms_per_token"], "prompt_ms": tried[-1]["ms_per_prompt"]}
         limits = {key: limit for key in TIMES if (limit := getattr(device, key)) is not None}
         slowest = max(limits, key=lambda key: took[key] / limits[key], default=None)
@@ -201,25 +183,6 @@ def _row(device: DeviceConfig, tried: list[dict[str, Any]], limited_by: str | No
     }
 
 
-def _ship(
-    carry: Callable[[RecordDict], RecordDict], job: Job, device: DeviceConfig, text: tuple[int, int], ticket: Ticket
-) -> dict[str, Any]:
-    """What the device measured; `text` is its place among the devices, and their number: each has its own test text."""
-    answer = carry(_to_records(job, device, text, ticket))
-    try:
-        measured = read_exactly(str(answer.config_records["report"]["json"]), _REPORT)
-    except (KeyError, ValueError) as error:
-        reason = plain(f"{type(error).__name__}: {error}")
-        raise NoWorkersError(f"device {device.name} sent a malformed report: {reason}") from error
-    return {
-        "weight_mb": measured["weight_bytes"] / 1e6,
-        "ms_per_token": 1000 * measured["seconds_per_token"],
-        "ms_per_prompt": 1000 * measured["seconds_per_prompt"],
-        "peak_mb": measured["peak_memory_bytes"] / 1e6,
-        **measured,
-    }
-
-
 def _by_flower(grid: Grid, node: int, job: Job, device: DeviceConfig, content: RecordDict) -> RecordDict:
     message = Message(content, dst_node_id=node, message_type=MESSAGE_TYPE)
     replies = list(exchange(grid, [message], job.config.flower, job.config.flower.round_timeout))
@@ -228,46 +191,3 @@ def _by_flower(grid: Grid, node: int, job: Job, device: DeviceConfig, content: R
     if replies[0].has_error():
         raise NoWorkersError(f"device {device.name} failed: {wire.error_of(replies[0])}")
     return replies[0].content
-
-
-def _to_records(job: Job, device: DeviceConfig, text: tuple[int, int], ticket: Ticket) -> RecordDict:
-    fields = {
-        "device": device.name,
-        "config": ticket.config_json,
-        "blueprint": ticket.blueprint.to_json(),
-        "digest": ticket.digest,
-        **{key: getattr(device, key) for key in TIMES},
-        "context": _context(job, device),
-        "text": text,
-    }
-    return RecordDict(
-        {
-            "job": ConfigRecord({"json": job.to_json()}),
-            "ticket": ConfigRecord({"json": json.dumps(fields)}),
-            "params": tensors.to_arrays(ticket.params),
-        }
-    )
-
-
-def receive(job: Job, content: RecordDict) -> RecordDict:
-    """On the edge client: check the hash, write the dense model, measure it on local text in a fresh process."""
-    fields = read_exactly(str(content.config_records["ticket"]["json"]), _TICKET)
-    check_name("device", fields["device"])
-    if len(fields["text"]) != 2 or not all(Field(int, 0).holds(number) for number in fields["text"]):
-        raise ValueError(f"text={shown(fields['text'])} is no place and number of devices")
-    place, of = fields["text"]
-    if place >= of:
-        raise ValueError(f"text={[place, of]} is a place beyond the number of devices")
-    windows = job.corpus.test[place::of][: job.config.deploy.windows]
-    if not len(windows):
-        raise ConfigError(f"device {fields['device']} has no test text to measure a ticket on: give the run more of it")
-    params = tensors.from_arrays(content.array_records["params"])
-    folder = cache_dir() / "tickets" / job.run_id / fields["device"]
-    edge_client.receive_ticket(
-        fields["config"], fields["blueprint"], params, fields["digest"], folder, job.corpus.tokenizer_folder
-    )
-    limits = {key: fields[key] for key in TIMES}
-    asked = edge_client.Measurement(job.config.deploy.new_tokens, fields["context"], **limits)
-    measured = asdict(edge_client.measure(folder, windows, asked))
-    measured["bytes_received"] = sum(tensors.num_bytes(content).values())
-    return RecordDict({"report": ConfigRecord({"json": json.dumps(measured)})})

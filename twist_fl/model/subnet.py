@@ -22,7 +22,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from twist_fl.blueprint.architectures import KINDS
 from twist_fl.blueprint.blocks import Layout, Param, runs
 from twist_fl.blueprint.blueprint import Blueprint, Scale
-from twist_fl.model.subnet_classes import model_class, subnet_sizes
+from twist_fl.model.shared_keys import read_keys, share_keys
+from twist_fl.model.subnet_classes import model_class, subnet_fields
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.threads import for_each, pieces
 
@@ -128,7 +129,8 @@ def build_model(
 
     The full blueprint gives the plain full model, without any hook.
     """
-    sized = type(config)(**config.to_dict() | subnet_sizes(layout, blueprint))
+    own, held = layout.own_keys(blueprint)
+    sized = type(config)(**subnet_fields(config.to_dict(), own, held))
     with no_init_weights(), torch.device("meta"):  # drawing numbers that nobody sees takes most of the time
         model: PreTrainedModel = model_class(config.model_type)(sized)
     model.to_empty(device=device)
@@ -136,6 +138,9 @@ def build_model(
         if next(module.buffers(recurse=False), None) is not None:  # rotary frequencies: no parameters, so not loaded
             model.set_submodule(name, type(module)(sized).to(device))
     model.tie_weights()
+    if own.sizes["kv_heads"] != layout.sizes["kv_heads"]:
+        share_keys(model, layout, device)
+        read_keys(model, layout, blueprint)
     attach_factors(model, layout, lambda kind, layer: blueprint.factor(kind, layer, scale))
     return model
 
@@ -165,7 +170,12 @@ def _multiplier(factor: float | torch.Tensor) -> Callable[[nn.Module, tuple[torc
 
 def fold_scale(layout: Layout, state: Mapping[str, torch.Tensor], blueprint: Blueprint, scale: Scale) -> State:
     """The slice with each scale folded into its output projection's weight: for models without hooks."""
-    folded = slice_state(layout, state, blueprint)
+    return fold_into(layout, slice_state(layout, state, blueprint), blueprint, scale)
+
+
+def fold_into(layout: Layout, sliced: Mapping[str, torch.Tensor], blueprint: Blueprint, scale: Scale) -> State:
+    """`fold_scale` of what `slice_state` gave."""
+    folded = dict(sliced)
     for kind in KINDS:
         for layer in range(layout.num_layers):
             factor = blueprint.factor(kind, layer, scale)
@@ -205,6 +215,7 @@ class ModelCache:
         """The model of `blueprint`'s shape, holding whatever it held last."""
         if blueprint.shape not in self._models:
             self._models[blueprint.shape] = self._build(blueprint)
+        read_keys(self._models[blueprint.shape], self.layout, blueprint)
         return self._models[blueprint.shape]
 
     def load_sliced(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,22 +51,24 @@ def model_class(model_type: str) -> Any:
 
 def check_architecture(config: PreTrainedConfig, layout: Layout, ticket: Blueprint) -> None:
     """Raises ConfigError unless the model of `config`, and its subnet `ticket`, have the block table's parameters."""
-    sized = type(config)(**config.to_dict() | subnet_sizes(layout, ticket))
+    own, held = layout.own_keys(ticket)
+    sized = type(config)(**subnet_fields(config.to_dict(), own, held))
     try:
         with torch.device("meta"):
             whole: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
             subnet = model_class(config.model_type)(sized)
         layout.check_names({name: tuple(each.shape) for name, each in whole.named_parameters()})
-        layout.check_names({name: tuple(each.shape) for name, each in subnet.named_parameters()}, ticket)
+        own.check_names({name: tuple(each.shape) for name, each in subnet.named_parameters()}, held)
     except (AttributeError, KeyError, ValueError) as error:
         raise ConfigError(f"the block table of {config.model_type!r} does not fit its model: {error}") from error
 
 
-def subnet_sizes(layout: Layout, blueprint: Blueprint) -> dict[str, list[int]]:
-    """What a config needs on top of the full model's for the classes of `modeling_subnet.py`."""
+def subnet_fields(fields: Mapping[str, Any], layout: Layout, blueprint: Blueprint) -> dict[str, Any]:
+    """The config of a subnet in the classes of `modeling_subnet.py`, of blocks with `Layout.own_keys`."""
     heads, ffn_blocks = blueprint.shape
-    neurons = layout.sizes["ffn_width"]
-    return {"heads_per_layer": list(heads), "neurons_per_layer": [blocks * neurons for blocks in ffn_blocks]}
+    sizes = {key: layout.sizes["kv_heads"] for key in ("num_key_value_heads",) if key in fields}
+    neurons = [blocks * layout.sizes["ffn_width"] for blocks in ffn_blocks]
+    return {**fields, **sizes, "heads_per_layer": list(heads), "neurons_per_layer": neurons}
 
 
 def shipped_code(model_type: str) -> str:

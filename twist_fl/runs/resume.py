@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from twist_fl.blueprint.blocks import make_layout
 from twist_fl.config.checks import NODES
 from twist_fl.config.schema import Config, load_config
+from twist_fl.config.sizes import layout_of
 from twist_fl.data.own_text import read_texts
 from twist_fl.model.hf_config import model_config
 from twist_fl.runs.checkpoint import RunFolder
@@ -149,6 +149,6 @@ def _check_model(job: Job, config: Config) -> None:
     """Raises ConfigError if model.pretrained is now a model of other sizes. Its weights count before round 1 only."""
     if config.model.pretrained == job.config.model.pretrained or config.model.pretrained is None:
         return
-    layout = make_layout(model_config(config).to_dict(), config.blueprint.ffn_blocks)
+    layout = layout_of(config, model_config(config).to_dict())
     if layout.params != job.layout.params:
         raise ConfigError(f"model.pretrained={config.model.pretrained!r} has other sizes than the run's model")

@@ -31,6 +31,8 @@ class Story:
         self.nodes: Event = {}
         self.loss: float | None = None
         self.perplexity = ""
+        self.evaluated = 0
+        """The round after which it was measured."""
         self.federated: Event = {}
         """The workers' last evaluation."""
         self.seconds = 0.0
@@ -108,7 +110,7 @@ class Story:
 
     def _on_eval(self, event: Event) -> None:
         subnets = f" (subnets {perplexity_text(event['subnets'])})" if "subnets" in event else ""
-        self.perplexity = perplexity_text(event["full"]) + subnets
+        self.perplexity, self.evaluated = perplexity_text(event["full"]) + subnets, event["round"]
         self._next()
 
     def _on_federated(self, event: Event) -> None:
@@ -219,9 +221,10 @@ def round_text(story: Story) -> str:
     """How training goes, in one line: bytes and lost replies are of the whole run, seconds of the last round."""
     if story.loss is None:
         return ""
+    when = f" after round {story.evaluated}" if story.evaluated < story.round else ""
     parts = [
         f"loss {story.loss:.3f}",
-        f"perplexity {story.perplexity}" if story.perplexity else "",
+        f"perplexity {story.perplexity}{when}" if story.perplexity else "",
         traffic_text(story) if story.down or story.up else "",
         f"{story.seconds:.2f} s",
         f"{count(story.num_lost, 'reply')} lost" if story.lost else "",

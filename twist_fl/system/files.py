@@ -38,7 +38,10 @@ def new_file(path: Path) -> Iterator[Path]:
     """A name to write to, which takes the place of `path` when all that was written is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     making = _making(path)
-    making.touch()
+    try:
+        making.touch()
+    except OSError as error:  # of the name that the caller knows
+        raise OSError(error.errno, error.strerror, str(path)) from None
     mode = making.stat().st_mode  # what the user's umask says; safetensors has its own opinion
     try:
         yield making

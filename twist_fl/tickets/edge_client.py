@@ -10,7 +10,7 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import inf
 from pathlib import Path
@@ -22,15 +22,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from twist_fl.blueprint.blocks import make_layout
-from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.drawing import full_blueprint
 from twist_fl.data.corpus import Windows
 from twist_fl.model.saved import open_model
 from twist_fl.model.subnet import get_state
 from twist_fl.system.memory import peak_bytes, start_peak
-from twist_fl.system.untrusted import Field, read_fields
 from twist_fl.tickets.evaluate import perplexity
-from twist_fl.tickets.export import Ticket, export_ticket, make_ticket, ticket_digest
+from twist_fl.tickets.export import export_ticket, make_ticket
 from twist_fl.tickets.measuring import Request, measuring, serve
 
 REPEATS = 3
@@ -82,29 +80,6 @@ class EdgeReport:
     perplexity_memory_bytes: int
     """The same once perplexity has been computed too: it needs the logits of a whole window."""
     threads: int
-
-
-def receive_ticket(
-    config_json: str,
-    blueprint_json: str,
-    params: Mapping[str, torch.Tensor],
-    digest: str,
-    folder: Path,
-    tokenizer_folder: Path | None = None,
-) -> Ticket:
-    """Verify what arrived and write it to `folder`.
-
-    Raises ValueError, before anything is written, if the hashes differ or the tensors are not the blueprint's.
-    """
-    received = ticket_digest(blueprint_json, config_json, params)
-    if received != digest:
-        raise ValueError(f"the ticket is not what was sent: SHA-256 is {received}, expected {digest}: send it again")
-    config, blueprint = read_fields(config_json, {"model_type": Field(str)}), Blueprint.from_json(blueprint_json)
-    layout = make_layout(config, blueprint.num_blocks[1])
-    layout.check_names({name: tuple(tensor.shape) for name, tensor in params.items()}, blueprint)
-    ticket = Ticket(blueprint, dict(params), config, digest)
-    export_ticket(ticket, folder, tokenizer_folder)
-    return ticket
 
 
 def measure(folder: Path, windows: Windows, asked: Measurement) -> EdgeReport:

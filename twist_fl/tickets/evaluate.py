@@ -68,6 +68,7 @@ class Tickets:
     num_sub: tuple[int, int]
     """(heads, FFN blocks) per divided layer."""
     num_params: int
+    """As they are shipped: `Layout.own_keys`."""
     perplexities: tuple[float, ...]
 
     def summary(self) -> dict[str, object]:
@@ -95,4 +96,5 @@ def ticket_distribution(
         if blueprint not in found:
             found[blueprint] = perplexity(models.load_sliced(blueprint, state), windows, batch_size)
         on_ticket()
-    return Tickets(num_sub, models.layout.num_params(drawn[0]), tuple(found[blueprint] for blueprint in drawn))
+    own, held = models.layout.own_keys(drawn[0])
+    return Tickets(num_sub, own.num_params(held), tuple(found[blueprint] for blueprint in drawn))

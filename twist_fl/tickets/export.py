@@ -21,8 +21,9 @@ from twist_fl.config.devices import DeviceConfig, TicketDtype
 from twist_fl.config.sizes import TicketSize, ticket_sizes
 from twist_fl.data.tokenizer import copy_tokenizer
 from twist_fl.model.hf_config import padding_token
-from twist_fl.model.subnet import State, fold_scale
-from twist_fl.model.subnet_classes import family_of, shipped_code, subnet_sizes
+from twist_fl.model.shared_keys import with_copies
+from twist_fl.model.subnet import State, fold_into, slice_state
+from twist_fl.model.subnet_classes import family_of, shipped_code, subnet_fields
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import new_folder, save_tensors
 from twist_fl.system.units import size_label
@@ -39,6 +40,7 @@ def ticket_memory_bytes(
     counted: the runtime (Python, torch), activations and the allocator's slack; `edge_client.EdgeReport` has the
     measured peak.
     """
+    layout, blueprint = layout.own_keys(blueprint)
     kv_values = 2 * layout.sizes["d_head"] * sum(len(held) for held in blueprint.attn)
     numbers = layout.num_params(blueprint) + (context or layout.sizes["positions"]) * kv_values
     width: int = getattr(torch, dtype).itemsize
@@ -128,10 +130,24 @@ def make_ticket(
     blueprint: Blueprint,
     scale: Scale,
 ) -> Ticket:
-    """Slice `state` (full) by `blueprint`, fold the scale in, and hash the result."""
-    config = json.loads(json.dumps({**model_config, **subnet_sizes(layout, blueprint)}))
-    params = fold_scale(layout, state, blueprint, scale)
-    return _hashed(blueprint, params, config)
+    """Slice `state` (full) by `blueprint`, fold the scale in, and hash the result.
+
+    Of blocks that are query heads it is a ticket of `Layout.own_keys`: with KV groups, or a copy for each head.
+    """
+    own, held = layout.own_keys(blueprint)
+    return fold_ticket(own, slice_state(own, with_copies(own, state), held), model_config, held, scale)
+
+
+def fold_ticket(
+    own: Layout,
+    sliced: Mapping[str, torch.Tensor],
+    model_config: Mapping[str, Any],
+    held: Blueprint,
+    scale: Scale,
+) -> Ticket:
+    """A ticket of the blocks `sliced`, which are those that `held` names in a layout of `Layout.own_keys`."""
+    config = json.loads(json.dumps(subnet_fields(model_config, own, held)))
+    return _hashed(held, fold_into(own, sliced, held, scale), config)
 
 
 def in_dtype(ticket: Ticket, dtype: str) -> Ticket:

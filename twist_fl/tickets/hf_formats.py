@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 
 from twist_fl.blueprint.architectures import architecture_of
@@ -75,7 +76,7 @@ def _narrow_config(ticket: Ticket, layout: Layout) -> dict[str, Any] | None:
     try:
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config_from_dict(fields))  # type: ignore[no-untyped-call]
-    except ValueError:  # its heads must divide its width
+    except (ValueError, StrictDataclassError):  # its heads must divide its width
         return None
     shapes = {name: each.shape for name, each in model.named_parameters()}
     return fields if shapes == {name: each.shape for name, each in ticket.params.items()} else None

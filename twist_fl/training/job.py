@@ -13,14 +13,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from twist_fl.blueprint.architectures import KINDS, use_architecture
-from twist_fl.blueprint.blocks import Layout, make_layout
+from twist_fl.blueprint.blocks import Layout
 from twist_fl.blueprint.blueprint import Blueprint, Scale
 from twist_fl.blueprint.division import Debt, Division, Purpose, Scores, generator
 from twist_fl.blueprint.drawing import draw_round, draw_ticket, full_blueprint
 from twist_fl.blueprint.moments import moment_layouts
 from twist_fl.config.checks import NODES, check_name
 from twist_fl.config.schema import Config, from_yaml, to_yaml
-from twist_fl.config.sizes import make_division, of_workers, ticket_size, workers_per_round
+from twist_fl.config.sizes import layout_of, make_division, of_workers, ticket_size, workers_per_round
 from twist_fl.data.corpus import Corpus, Shard, Windows
 from twist_fl.data.node_text import NodeText, Place, tokenizer_digest, tokenizer_files, tokenizer_named
 from twist_fl.data.own_text import Own, facts, known_facts, own_texts, read_texts
@@ -285,7 +285,7 @@ def _job(
 def _divide(config: Config, model: Mapping[str, Any], coverage: bool = True) -> tuple[Layout, Division]:
     use_architecture(config.model.architecture)
     try:
-        layout = make_layout(model, config.blueprint.ffn_blocks)
+        layout = layout_of(config, model)
         division = make_division(config, layout)
         coverage = coverage and config.algorithm == "twist"
         division.check(layout, coverage)

@@ -1,0 +1,134 @@
+"""What a device is sent of a ticket when it has some of it already."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import RecordDict
+from shipped import ship, ticket_of
+
+from twist_fl.blueprint.blueprint import Blueprint
+from twist_fl.blueprint.drawing import draw_ticket
+from twist_fl.federation import shipping
+from twist_fl.federation.connecting import NoWorkersError
+from twist_fl.tickets.edge_client import EdgeReport
+from twist_fl.tickets.export import export_ticket
+from twist_fl.training.job import Job
+
+MakeJob = Callable[..., Job]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of its own for each test, and devices that measure nothing."""
+
+    def measure(*given: object) -> EdgeReport:
+        return EdgeReport(1, 1, 50.0, 0.001, 0.01, 1e3, 16, 1, 1, 1)
+
+    monkeypatch.setattr("twist_fl.tickets.edge_client.measure", measure)
+    monkeypatch.setenv("TWIST_FL_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def drawn(job: Job, size: int) -> Blueprint:
+    return draw_ticket(job.layout, job.division, (size, size), 0, 0)
+
+
+def shipped(job: Job, blueprint: Blueprint) -> int:
+    """Bytes, of a ticket that has arrived."""
+    sent: int = ship(job, partial(shipping.receive, job), blueprint)["bytes_received"]
+    return sent
+
+
+def assert_arrived(job: Job, blueprint: Blueprint, cache: Path, scratch: Path) -> None:
+    (folder,) = (cache / "tickets").glob("*/phone")
+    export_ticket(ticket_of(job, blueprint), scratch / "expected", job.corpus.tokenizer_folder)
+    for file in (scratch / "expected").iterdir():
+        assert (folder / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_ticket_that_grows_is_sent_what_is_new_and_one_that_shrinks_nothing(
+    tiny_job: MakeJob, cache: Path, tmp_path: Path
+) -> None:
+    job = tiny_job()
+    overhead = 20_000  # the job, names of parts
+    had = 0
+    for size in (1, 3, 2, 4, 4, 1):
+        blueprint = drawn(job, size)
+        needed = 4 * job.layout.num_params(blueprint)
+        assert abs(shipped(job, blueprint) - max(0, needed - had)) < overhead
+        had = max(had, needed)
+        assert_arrived(job, blueprint, cache, tmp_path)
+
+
+def test_a_transfer_that_was_cut_goes_on(
+    tiny_job: MakeJob, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipping, "PIECE_BYTES", 20_000)
+    job, arrived = tiny_job(), list[int]()
+    blueprint = drawn(job, 3)
+
+    def carry(content: RecordDict, messages: int) -> RecordDict:
+        if len(arrived) == messages:
+            raise ConnectionError
+        parts = content.array_records["params"].values() if "params" in content else ()
+        arrived.append(sum(len(array.data) for array in parts))
+        return shipping.receive(job, content)
+
+    with pytest.raises(ConnectionError):
+        ship(job, partial(carry, messages=3), blueprint)
+    whole = 4 * job.layout.num_params(blueprint)
+    assert arrived[0] == 0
+    assert 40_000 < sum(arrived) < whole / 2
+    ship(job, partial(carry, messages=-1), blueprint)
+    assert sum(arrived) == whole
+    assert max(arrived) < 20_000 + 4 * max(tensor.numel() for tensor in ticket_of(job, blueprint).params.values())
+    assert_arrived(job, blueprint, cache, tmp_path)
+
+
+def test_a_damaged_part_is_noticed_and_all_is_sent_again(tiny_job: MakeJob, cache: Path, tmp_path: Path) -> None:
+    job = tiny_job()
+    blueprint = drawn(job, 2)
+    whole = shipped(job, blueprint)
+    (file,) = (cache / "parts").rglob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"the ticket is not what was sent: .* send it again"):
+        shipped(job, blueprint)
+    assert shipped(job, blueprint) == whole
+    assert_arrived(job, blueprint, cache, tmp_path)
+
+
+def test_other_weights_replace_those_before(tiny_job: MakeJob, cache: Path) -> None:
+    job = tiny_job()
+    blueprint = drawn(job, 2)
+    whole = shipped(job, blueprint)
+    other = tiny_job("seed=1")
+    object.__setattr__(other, "run_id", job.run_id)
+    assert shipped(other, blueprint) == pytest.approx(whole, abs=100)
+    assert len(list((cache / "parts").glob("*/phone/*"))) == 1
+
+
+def test_a_device_that_keeps_nothing_is_named(tiny_job: MakeJob) -> None:
+    job = tiny_job()
+
+    def forgets(content: RecordDict) -> RecordDict:
+        content.pop("params", None)
+        return shipping.receive(job, content)
+
+    with pytest.raises(NoWorkersError, match="device phone does not keep what it is sent"):
+        ship(job, forgets, drawn(job, 2))
+
+
+def test_query_heads_travel_with_keys_of_their_own(tiny_job: MakeJob, cache: Path, tmp_path: Path) -> None:
+    llama: tuple[Any, ...] = ("model.architecture=llama", "model.n_head=8", "model.n_kv_head=2", "model.n_embd=64")
+    job = tiny_job(*llama, "blueprint.attn_blocks=heads", "blueprint.ffn_blocks=8", "blueprint.num_sub=4")
+    for size in (3, 5, 8):
+        blueprint = draw_ticket(job.layout, job.division, (size, size), 0, 0)
+        shipped(job, blueprint)
+        assert_arrived(job, blueprint, cache, tmp_path)
