@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -229,7 +230,8 @@ def chaos(num_rounds: int, num_nodes: int, settings: list[str], home: Path, minu
         finally:
             run_.stop()
         record.write("seconds", seconds=time.monotonic() - began)
-    return {"processes_left": len(those_of(running.home)), **result(job, folder, record, home / "oracle")}
+    left = psutil.wait_procs(those_of(running.home), timeout=60)[1]  # on a busy machine the last take their time
+    return {"processes_left": len(left), **result(job, folder, record, home / "oracle")}
 
 
 def result(job: Job, folder: RunFolder, record: EventLog, scratch: Path) -> dict[str, Any]:
@@ -237,8 +239,10 @@ def result(job: Job, folder: RunFolder, record: EventLog, scratch: Path) -> dict
     if (ended := folder.load()) is None:
         raise SystemExit(f"no round was saved: see {folder.path}")
     events = record.events()
-    last = max(i for i, event in enumerate(events) if event["event"] == "session")
-    samples, session = ([event for event in part if event["event"] == "sample"] for part in (events, events[last:]))
+    begins = [i for i, event in enumerate(events) if event["event"] == "session"]
+    parts = [events[begin:end] for begin, end in pairwise([*begins, None])]
+    sessions = [[event for event in part if event["event"] == "sample"] for part in parts]
+    samples = [sample for session in sessions for sample in session]
     rounds = [event for event in folder.events("round") if event["round"] <= ended.round]
     intervals = sum(len(event["answered"]) for event in rounds)
     undisturbed = run(job, start(job), scratch, round(intervals / job.config.train.workers))
@@ -246,7 +250,7 @@ def result(job: Job, folder: RunFolder, record: EventLog, scratch: Path) -> dict
     return {
         "settings": {"rounds": job.num_rounds, "nodes": job.config.train.workers, "job": JOB.split()},
         "rounds_done": ended.round,
-        "sessions": sum(event["event"] == "session" for event in events),
+        "sessions": len(sessions),
         "seconds": sum(event["seconds"] for event in record.events("seconds")),
         "blows": Counter(event["blow"] for event in record.events("blow")),
         "ends": Counter(event["why"] for event in record.events("end")),
@@ -258,7 +262,7 @@ def result(job: Job, folder: RunFolder, record: EventLog, scratch: Path) -> dict
         "perplexity": ours,
         "undisturbed": theirs,
         "ratio": ours / theirs,
-        "drift": {name: drift(session, name) for name in MEASURED},
+        "drift": {name: drift(max(sessions, key=len), name) for name in MEASURED},
         "samples": samples[:: max(1, len(samples) // KEPT)],
     }
 
