@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,14 @@ JOB = """
 
 
 class Run:
-    """One run's server, begun again whenever it has ended; every way it ended is in the record."""
+    """A run of so many rounds: its server is begun again whenever it has ended; every way it ended is in the record."""
 
-    def __init__(self, running: Network, folder: RunFolder, settings: dict[str, str], record: EventLog) -> None:
-        self.folder, self._running, self._settings, self._record = folder, running, settings, record
+    def __init__(
+        self, running: Network, folder: RunFolder, num_rounds: int, words: list[str], record: EventLog
+    ) -> None:
+        self.folder, self._num_rounds, self._running, self._record = folder, num_rounds, running, record
+        overrides = " ".join([*words, f"train.rounds={num_rounds}"])
+        self._settings = {"preset": "demo", "overrides": overrides, "run-dir": str(folder.path)}
         self._lock = folder.path / ".server.lock"
         self._follower = Follower(folder.path / "events.jsonl")
         self._client: subprocess.Popen[bytes] | None = None
@@ -89,7 +94,7 @@ class Run:
 
     @property
     def done(self) -> bool:
-        return self.round > 0 and self._follower.story.ended == "done"
+        return self.round >= self._num_rounds and self._follower.story.ended == "done"
 
     def begin(self) -> None:
         if self._client is not None:
@@ -206,8 +211,10 @@ def drift(samples: list[dict[str, Any]], name: str) -> float | None:
 
 def chaos(num_rounds: int, num_nodes: int, settings: list[str], home: Path, minutes: float = inf) -> dict[str, Any]:
     """Hurt the run in `home` until it is done, or so long; what has been found so far."""
-    words = [*JOB.split(), f"train.workers={num_nodes}", f"train.rounds={num_rounds}", *settings]
-    job = make_job(load_config("demo", words))  # reads the text before anything is timed
+    words = [*JOB.split(), f"train.workers={num_nodes}", *settings]
+    job = make_job(
+        load_config("demo", [*words, f"train.rounds={num_rounds}"])
+    )  # reads the text before anything is timed
     folder, relay, record = RunFolder(home / "run"), Relay(), EventLog(home / "record.jsonl")
 
     def through(address: str, node_config: str) -> list[str]:
@@ -217,14 +224,14 @@ def chaos(num_rounds: int, num_nodes: int, settings: list[str], home: Path, minu
     record.write("session")
     with tempfile.TemporaryDirectory() as scratch, network(Path(scratch) / "flower", num_nodes, through) as running:
         began = time.monotonic()
-        words_of_app = {"preset": "demo", "overrides": " ".join(words), "run-dir": str(folder.path)}
-        run_ = Run(running, folder, words_of_app, record)
+        run_ = Run(running, folder, num_rounds, words, record)
         try:
             torment(running, run_, record, relay=relay, seconds=60 * minutes)
         finally:
             run_.stop()
         record.write("seconds", seconds=time.monotonic() - began)
-    return {"processes_left": len(those_of(running.home)), **result(job, folder, record, home / "oracle")}
+    left = psutil.wait_procs(those_of(running.home), timeout=60)[1]  # on a busy machine the last take their time
+    return {"processes_left": len(left), **result(job, folder, record, home / "oracle")}
 
 
 def result(job: Job, folder: RunFolder, record: EventLog, scratch: Path) -> dict[str, Any]:
@@ -232,8 +239,10 @@ def result(job: Job, folder: RunFolder, record: EventLog, scratch: Path) -> dict
     if (ended := folder.load()) is None:
         raise SystemExit(f"no round was saved: see {folder.path}")
     events = record.events()
-    last = max(i for i, event in enumerate(events) if event["event"] == "session")
-    samples, session = ([event for event in part if event["event"] == "sample"] for part in (events, events[last:]))
+    begins = [i for i, event in enumerate(events) if event["event"] == "session"]
+    parts = [events[begin:end] for begin, end in pairwise([*begins, None])]
+    sessions = [[event for event in part if event["event"] == "sample"] for part in parts]
+    samples = [sample for session in sessions for sample in session]
     rounds = [event for event in folder.events("round") if event["round"] <= ended.round]
     intervals = sum(len(event["answered"]) for event in rounds)
     undisturbed = run(job, start(job), scratch, round(intervals / job.config.train.workers))
@@ -241,7 +250,7 @@ def result(job: Job, folder: RunFolder, record: EventLog, scratch: Path) -> dict
     return {
         "settings": {"rounds": job.num_rounds, "nodes": job.config.train.workers, "job": JOB.split()},
         "rounds_done": ended.round,
-        "sessions": sum(event["event"] == "session" for event in events),
+        "sessions": len(sessions),
         "seconds": sum(event["seconds"] for event in record.events("seconds")),
         "blows": Counter(event["blow"] for event in record.events("blow")),
         "ends": Counter(event["why"] for event in record.events("end")),
@@ -253,7 +262,7 @@ def result(job: Job, folder: RunFolder, record: EventLog, scratch: Path) -> dict
         "perplexity": ours,
         "undisturbed": theirs,
         "ratio": ours / theirs,
-        "drift": {name: drift(session, name) for name in MEASURED},
+        "drift": {name: drift(max(sessions, key=len), name) for name in MEASURED},
         "samples": samples[:: max(1, len(samples) // KEPT)],
     }
 

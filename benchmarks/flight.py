@@ -13,8 +13,9 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import save, seconds_of, show
@@ -27,6 +28,19 @@ WAYS = {
     "flight": "flower.transport=flight",
     "flight, bfloat16": "flower.transport=flight flower.wire_dtype=bfloat16",
 }
+
+
+def measure_over(shape: tuple[float, float] | None, home: Path, nodes: int, overrides: str) -> dict[str, Any]:
+    """What `measure` finds, and the limit; `shape`: bits a second and seconds of delay, one way."""
+    with ExitStack() as stack:
+        prefix, host = (stack.enter_context(line(*shape)), HERE) if shape else ([], "127.0.0.1")
+
+        def node(address: str, node_config: str) -> list[str]:
+            return [*prefix, *warm_node(address, node_config)]
+
+        found = measure(home, f"{overrides} flower.flight={host}:0", node, nodes, host)
+    found["two_copies"] = two_copies(1e6 * found["mb_moved"])
+    return found | ({"line_seconds": 8e6 * found["mb_moved"] / shape[0]} if shape else {})
 
 
 def two_copies(num_bytes: float) -> float:
@@ -51,16 +65,8 @@ def main() -> None:
     rows = []
     for name in args.ways:
         with tempfile.TemporaryDirectory() as scratch:
-            words, host = f"{' '.join(JOB.split())} {sizes} {WAYS[name]}", HERE if shape else "127.0.0.1"
-            with line(*shape) if shape else nullcontext(list[str]()) as inside:
-
-                def node(address: str, node_config: str, inside: list[str] = inside) -> list[str]:
-                    return [*inside, *warm_node(address, node_config)]
-
-                found = measure(Path(scratch), f"{words} flower.flight={host}:0", node, args.nodes, host)
-        found["two_copies"] = two_copies(1e6 * found["mb_moved"])
-        if shape:
-            found["line_seconds"] = 8e6 * found["mb_moved"] / shape[0]
+            words = f"{' '.join(JOB.split())} {sizes} {WAYS[name]}"
+            found = measure_over(shape, Path(scratch), args.nodes, words)
         rows.append({"transport": name, **found})
         print(f"{name}: {found['seconds']:.2f} s a round beside training", flush=True)
         time.sleep(1)  # until the network's processes have left the cores

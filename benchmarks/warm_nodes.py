@@ -48,7 +48,11 @@ def width_of(megabytes: float) -> int:
 
 
 def measure(
-    home: Path, overrides: str, node_command: NodeCommand, num_nodes: int = NUM_NODES, host: str = "127.0.0.1"
+    home: Path,
+    overrides: str,
+    node_command: NodeCommand,
+    num_nodes: int = NUM_NODES,
+    host: str = "127.0.0.1",
 ) -> dict[str, Any]:
     """Seconds beside training of each round after the first, which builds the models, and what the nodes said of their
     start-up."""

@@ -95,7 +95,7 @@ def test_the_timeout_of_start_is_that_of_its_rounds(make: Make) -> None:
     strategy = make(TwistStrategy, "train.rounds=1")
     strategy.start(grid, timeout=0.2)
     (event,) = strategy.folder.events("round")
-    assert event["dropped"] == {"0": "no reply within flower.round_timeout=0.2 s"}
+    assert event["dropped"] == {"0": "no reply within flower.round_timeout=0.2 s, of node 0"}
 
 
 def test_the_config_of_start_goes_to_the_workers(make: Make) -> None:
@@ -331,7 +331,7 @@ class Bent(LocalGrid):
 @pytest.mark.parametrize(
     ("how", "reason"),
     [
-        ("silence", "no reply within flower.round_timeout=0.5 s"),
+        ("silence", "no reply within flower.round_timeout=0.5 s, of node 1"),
         ("error", "ValueError: no room"),
         ("NaN", "summed test loss is nan"),
         ("fewer tokens", "evaluated 9 tokens, asked were 105"),
