@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -371,6 +372,20 @@ def test_the_options_are_flowers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     for words in (secure, ["--insecure", "--superlink", "host:8000"]):
         assert CliRunner().invoke(app, ["node", *words], catch_exceptions=False).exit_code == 0
     assert given == [secure, ["--insecure", "--superlink", "host:8000"]]
+
+
+def test_a_process_that_waits_for_a_lock_ends_with_its_parent() -> None:
+    """As one does that pulls a message of a SuperNode which was killed."""
+    waiting = (
+        "import os, threading; from twist_fl.federation.executor import end_with\n"
+        "end_with(os.getppid()); print(os.getpid(), flush=True); threading.Event().wait()"
+    )
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {waiting!r}])"
+    with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = psutil.Process(int(process.stdout.readline()))
+        process.kill()
+    assert child.wait(PATIENCE) is None  # no child of ours: its status is not known
 
 
 def test_the_executor_ends_with_its_line() -> None:

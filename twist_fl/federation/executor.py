@@ -14,6 +14,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +32,6 @@ from flwr.common.serde import context_from_proto, fab_from_proto, run_from_proto
 from flwr.proto.node_pb2 import Node
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, PullAppMessagesRequest, PullTaskInputRequest
 from flwr.supercore import log
-from flwr.supercore.app_utils import start_parent_process_monitor
 from flwr.supercore.constant import TaskType
 from flwr.supercore.fab import Fab
 from flwr.supercore.heartbeat import HeartbeatSender, make_task_heartbeat_fn_http
@@ -53,12 +53,26 @@ from flwr.supercore.utils import get_flwr_home
 from flwr.supernode.cli import flower_supernode
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
+_LOOK_SECONDS = 0.2
 _SHORTEST_SECONDS = 0.02
 _IDLE_SHARE = 0.05
 _FIRST_BACKOFF, _LAST_BACKOFF = 0.05, 0.5
 """Seconds between two looks for an object that the sender is still sending; Flower's own are 1 and 10."""
 _MESSAGE_SECONDS = 30.0
 _SERVED = "process %d: %s message, start-up %.4f s, pulled in %.4f s, app %.4f s"
+
+
+def end_with(parent: int) -> None:
+    """SIGINT when the parent process is no more. Flower's own monitor raises it in a thread of its own: a main thread
+    that waits for a lock, as while a message is pulled from a SuperNode that was killed, would sleep on."""
+    main = threading.get_ident()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_SECONDS)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class Pace:
@@ -95,7 +109,7 @@ class SuperNodeSleeps:
 
 def run_supernode(parent: int, arguments: list[str]) -> None:
     """Flower's `flower-supernode` with `arguments`; it ends with its parent process."""
-    start_parent_process_monitor(parent)
+    end_with(parent)
     loop = importlib.import_module("flwr.supernode.start_client_internal")
     loop.__dict__["time"] = SuperNodeSleeps()
     loop.__dict__["pull_objects"] = partial(
@@ -254,10 +268,8 @@ class Task:
         code, reason = ErrorCode.CLIENT_APP_RAISED_EXCEPTION, f"{type(error)}:<'{error}'>"
         self.details = reason
         if isinstance(error, LoadClientAppError):
-            code, reason = (
-                ErrorCode.LOAD_CLIENT_APP_EXCEPTION,
-                "An exception was raised when attempting to load `ClientApp`",
-            )
+            code = ErrorCode.LOAD_CLIENT_APP_EXCEPTION
+            reason = "An exception was raised when attempting to load `ClientApp`"
         return None if self.message is None else Message(Error(code=code, reason=reason), reply_to=self.message)
 
 
@@ -268,7 +280,7 @@ def run_executor(parent: int, address: str, descriptor: int) -> None:
     process is not used again.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    start_parent_process_monitor(parent)
+    end_with(parent)
     executor = Executor(address)
     with Connection(descriptor) as line:
         try:
