@@ -53,8 +53,7 @@ from flwr.supercore.utils import get_flwr_home
 from flwr.supernode.cli import flower_supernode
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
-_LOOK_SECONDS = 0.2
-_SHORTEST_SECONDS = 0.02
+_LOOK_SECONDS, _SHORTEST_SECONDS = 0.2, 0.02
 _IDLE_SHARE = 0.05
 _FIRST_BACKOFF, _LAST_BACKOFF = 0.05, 0.5
 """Seconds between two looks for an object that the sender is still sending; Flower's own are 1 and 10."""
@@ -66,6 +65,7 @@ def end_with(parent: int) -> None:
     """SIGINT when the parent process is no more. Flower's own monitor raises it in a thread of its own: a main thread
     that waits for a lock, as while a message is pulled from a SuperNode that was killed, would sleep on."""
     main = threading.get_ident()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
 
     def watch() -> None:
         while os.getppid() == parent:
