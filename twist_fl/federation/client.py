@@ -63,7 +63,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 def receive(message: Message, context: Context) -> Message:
-    """Build the shipped ticket's small dense model, check its hash, measure it on local text."""
+    """Keep the parts of a ticket; once all are here, check its hash, write it as a dense model and measure it."""
     from twist_fl.federation import own_text, shipping
 
     worker = own_text.worker_of(message.content, context.node_config)

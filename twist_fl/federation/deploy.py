@@ -59,7 +59,7 @@ def devices_of(job: Job, pairs: Iterable[str]) -> list[DeviceConfig]:
 
 
 Carry = Callable[[int, DeviceConfig, RecordDict], RecordDict]
-"""Takes a ticket's message to the device of that place, and brings back what it measured."""
+"""Takes a message to the device of that place, and brings its answer."""
 
 
 def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> None:

@@ -65,6 +65,7 @@ class Shipment:
 
     @cached_property
     def _content(self) -> str:
+        """Name of the weights, by what is in them."""
         return ticket_digest("", "", self.params)[:32]
 
     def ship(self, blueprint: Blueprint, ticket: Ticket) -> dict[str, Any]:

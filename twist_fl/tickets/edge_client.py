@@ -1,4 +1,4 @@
-"""What an edge client does with a ticket: verify it, write it, run it and measure it (spec, section 10).
+"""What an edge client does with a ticket that has arrived: run it and measure it (spec, section 10).
 
 `python -m twist_fl.tickets.edge_client FOLDER --windows FILE.npy --new-tokens N` measures an exported folder in
 this process and prints one JSON object on the last line; `measure` does so in a fresh fork. No Flower anywhere.
