@@ -26,7 +26,7 @@ from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.cost import moment_bytes, round_bytes
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
-from twist_fl.experiments import ablation, failure, finetune, real_cost, recipe, sweep, theorem, weighing
+from twist_fl.experiments import ablation, failure, finetune, real_cost, recipe, search, sweep, theorem, weighing
 from twist_fl.experiments.experiment import Experiment
 from twist_fl.experiments.extras import EXTRAS
 from twist_fl.experiments.lab import SCALES, TRAIN, Lab, Task
@@ -407,10 +407,9 @@ def test_a_recipe_is_a_mean_over_seeds(lab: Lab) -> None:
 
 def test_pruned_models_stand_beside_fine_tuned_ones(lab: Lab) -> None:
     data = finetune.collect(lab)
-    best, changes, every = finetune.tables(data).values()
+    best, every = finetune.tables(data).values()
     pruned = [f"DDP, then {name}" for name in finetune.PRUNERS]
     assert [line[0] for line in best[1:]] == [finetune.BEFORE, *finetune.METHODS, *pruned]
-    assert [line[0] for line in changes[2:]] == list(finetune.CHANGES)
     assert len(every) - 1 == sum(
         len(rates) * (1 + len(pruned) * (name == finetune.DDP)) for name, (*_, rates) in finetune.METHODS.items()
     )
@@ -419,9 +418,24 @@ def test_pruned_models_stand_beside_fine_tuned_ones(lab: Lab) -> None:
     assert "±" in dense[-1] and "±" not in sparse[-1]
     trained = [task for task in finetune.tasks(lab) if task.kind == TRAIN and task != DDP]
     assert {lab.words(task)[-3] for task in trained} == {f"model.pretrained={lab.run('ddp').path}"}
-    assert {lab.config(task).train.rounds for task in trained} == {100, 300}
+    assert {lab.config(task).train.rounds for task in trained} == {100}
     lost = replace(lab, folder=lab.folder / "elsewhere")  # to be planned before anything has been trained
     assert lost.config(trained[0]).model.pretrained == str(lost.run("ddp").path)
+
+
+def test_a_search_starts_every_run_from_one_model_and_repeats_what_it_claims(lab: Lab) -> None:
+    data = search.collect(lab)
+    changes, seeds = search.tables(data).values()
+    assert [line[0] for line in changes[1:]] == [search.PLAIN, *search.CHANGES]
+    assert [line[0] for line in seeds[2:]] == [f"TwIST, {search.BEST[0]}", search.FEDAVG, finetune.DDP, search.PRUNED]
+    assert seeds[-1][1] == seeds[-2][1]  # pruned is the model that DDP has fine-tuned
+    assert all(len(rows) == 3 for rows in data["seeds"].values())
+    trained = [task for task in search.tasks(lab) if task.kind == TRAIN and task != DDP]
+    assert {task.runs for task in trained} == {("ddp",)}
+    best = lab.config(next(task for task in trained if task.name.endswith("-interval-5-distill-seed-2")))
+    assert (best.seed, best.train.interval, best.train.rounds) == (2, 5, 300)
+    assert best.train.teacher == best.model.pretrained
+    assert str(best.train.teacher).startswith(str(lab.run("ddp").path))
 
 
 def test_twist_is_one_checkpoint_and_a_rival_its_best_in_each_column() -> None:

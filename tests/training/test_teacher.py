@@ -46,6 +46,10 @@ def folder(tiny_job: MakeJob, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return kept.path
 
 
+def taught(teacher: Path | str, share: float = 0.5) -> tuple[str, ...]:
+    return f"train.teacher={teacher}", f"train.distill={share}"
+
+
 def teacher_of(job: Job) -> Teacher:
     model = open_teacher(job.config, job.teacher, "cpu")
     return Teacher(model, job.config.train.distill, job.layout.sizes["vocab"], job.windows(0))
@@ -74,7 +78,7 @@ def test_the_gradient_is_that_of_a_mixed_target_and_the_value_that_of_the_text(
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_models_loss_does_not_depend_on_the_chunk(reduction: str, folder: Path, tiny_job: MakeJob) -> None:
-    job = tiny_job(f"train.teacher={folder}")
+    job = tiny_job(*taught(folder))
     soft = teacher_of(job).targets(np.array([3, 0, 7]))
     windows = torch.tensor(job.windows(0)[[3, 0, 7]], dtype=torch.int64)
     model = job.models().load_sliced(job.blueprints(1)[0], job.initial_state())
@@ -93,7 +97,7 @@ def test_all_tokens_of_a_teacher_give_the_divergence_from_it(
     folder: Path, tiny_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "TOP", 300)
-    job = tiny_job(f"train.teacher={folder}", "train.distill=1")
+    job = tiny_job(*taught(folder, 1))
     soft = teacher_of(job).targets(np.array([2, 5]))
     windows = torch.tensor(job.windows(0)[[2, 5]], dtype=torch.int64)
     with torch.inference_mode():
@@ -106,7 +110,7 @@ def test_all_tokens_of_a_teacher_give_the_divergence_from_it(
 def test_a_teacher_is_asked_once_a_window_and_by_itself(
     folder: Path, tiny_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = tiny_job(f"train.teacher={folder}")
+    job = tiny_job(*taught(folder))
     asked: list[int] = []
     ask = Teacher._ask
 
@@ -135,7 +139,7 @@ def test_a_teacher_is_asked_once_a_window_and_by_itself(
 def test_the_app_is_rounds_run_and_the_teacher_makes_a_difference(
     overrides: tuple[str, ...], folder: Path, tiny_job: MakeJob, tmp_path: Path
 ) -> None:
-    job = tiny_job("flower.wait_for_nodes=0.05", "eval.every=0", f"train.teacher={folder}", *overrides)
+    job = tiny_job("flower.wait_for_nodes=0.05", "eval.every=0", *taught(folder), *overrides)
     kept = RunFolder(tmp_path / "run")
     kept.create(job)
     ours = TwistStrategy(job, kept).run(LocalGrid())
@@ -149,7 +153,7 @@ def test_a_student_ends_nearer_to_its_teacher(folder: Path, tiny_job: MakeJob, t
     common = ("train.rounds=10", "eval.every=0", "train.lr=3e-3", "algorithm=fedavg")
     teacher = open_model(RunFolder(folder).checkpoints()[-1])
     found = list[float]()
-    for more in ((), (f"train.teacher={folder}", "train.distill=1")):
+    for more in ((), taught(folder, 1)):
         job = tiny_job(*common, *more)
         model = job.models().warm(job.blueprints(1)[0])
         load_state(model, run(job, start(job), tmp_path / f"run{len(found)}").params)
@@ -162,10 +166,24 @@ def test_a_student_ends_nearer_to_its_teacher(folder: Path, tiny_job: MakeJob, t
 
 REFUSED = {
     "train.teacher=nowhere/at/all": "train.teacher='nowhere/at/all' does not exist",
-    "train.distill=0": "train.distill=0.0 must be in (0, 1]",
-    "train.distill=1.5": "train.distill=1.5 must be in (0, 1]",
-    "train.distill=0.7": "train.distill=0.7 changes nothing: without train.teacher there is nobody to learn from",
+    "train.distill=-0.1": "train.distill=-0.1 must be in [0, 1]",
+    "train.distill=1.5": "train.distill=1.5 must be in [0, 1]",
+    "train.distill=0.7": "train.distill=0.7 has nobody to learn from: give train.teacher=FOLDER, or start",
 }
+
+
+def test_the_teacher_is_whom_one_starts_from_unless_another_is_named(folder: Path) -> None:
+    checkpoint = str(RunFolder(folder).checkpoints()[-1])
+    start_from = (f"model.pretrained={folder}", "train.distill=0.5")
+    assert load_config(overrides=start_from, strict=True).train.teacher == checkpoint
+    named = load_config(overrides=(*start_from, "train.teacher=elsewhere"))
+    assert named.train.teacher == "elsewhere"
+    assert load_config(overrides=start_from[:1]).train.teacher is None
+
+
+def test_a_teacher_who_is_not_asked_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"changes nothing: train\.distill=0 learns nothing from it: try 0\.5"):
+        load_config(overrides=[f"train.teacher={folder}"], strict=True)
 
 
 @pytest.mark.parametrize("word", REFUSED)
@@ -178,10 +196,10 @@ def test_a_teacher_of_other_tokens_or_of_short_texts_is_refused(
     folder: Path, tiny_job: MakeJob, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match=r"has a vocabulary of 300 tokens, and the model one of 280: give a teacher"):
-        tiny_job(f"train.teacher={folder}", "data.vocab_size=280")
+        tiny_job(*taught(folder), "data.vocab_size=280")
     with pytest.raises(ConfigError, match=r"has a context of 32 tokens: use data\.window=32"):
-        tiny_job(f"train.teacher={folder}", "data.window=40", "model.n_positions=64")
-    job = tiny_job(f"train.teacher={folder}")
+        tiny_job(*taught(folder), "data.window=40", "model.n_positions=64")
+    job = tiny_job(*taught(folder))
     check_teacher(job.config, job.layout, job.corpus.tokenizer_folder)
     gone = replace(job, config=load_config(base=job.config, overrides=[f"train.teacher={tmp_path / 'gone'}"]))
     with pytest.raises(ConfigError, match=r"gone' is not on this machine: copy it to the same place"):
@@ -197,13 +215,13 @@ def test_a_teacher_of_another_tokenizer_is_refused(folder: Path, tiny_job: MakeJ
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     file.write_text(json.dumps(fields))
     with pytest.raises(ConfigError, match=r"has another tokenizer than the text \(token 'a': \d+, here \d+\): give a"):
-        tiny_job(f"train.teacher={other}")
+        tiny_job(*taught(other))
 
 
 @pytest.mark.parametrize("name", ["org-name", ""])
 def test_a_teacher_without_a_model_is_refused(name: str, tiny_job: MakeJob, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"is no folder of a model: give one with its config\.json and weights"):
-        tiny_job(f"train.teacher={name or tmp_path}")
+        tiny_job(*taught(name or tmp_path))
 
 
 def test_workers_with_texts_of_their_own_share_the_teacher(
@@ -220,7 +238,7 @@ def test_workers_with_texts_of_their_own_share_the_teacher(
         return open_model(path)
 
     monkeypatch.setattr(module, "open_model", counted)
-    job = tiny_job(f"data.private={tmp_path}", f"data.tokenizer={tokenizer}", f"train.teacher={folder}", "eval.every=0")
+    job = tiny_job(f"data.private={tmp_path}", f"data.tokenizer={tokenizer}", *taught(folder), "eval.every=0")
     run(job, start(job), tmp_path.parent / "moments")
     assert opened == [tokenizer]
 
@@ -230,7 +248,7 @@ def test_a_run_goes_on_with_the_teacher_it_began_with_wherever_that_is(
 ) -> None:
     place, moved, kept = tmp_path / "teacher", tmp_path / "moved", RunFolder(tmp_path / "run")
     shutil.copytree(max((folder / "checkpoints").iterdir()), place)
-    kept.create(tiny_job(f"train.teacher={place}"))
+    kept.create(tiny_job(*taught(place)))
     place.rename(moved)
     with pytest.raises(ConfigError, match=r"^train\.teacher='.*/teacher' is not on this machine"):
         go_on(kept)

@@ -101,7 +101,7 @@ def _show(console: Console, title: str, config: Config, model: Mapping[str, Any]
         "without activations." + ("" if moments or ddp else _of_moments(layout)),
         highlight=False,
     )
-    if config.train.teacher:
+    if config.train.distill:
         console.print(_of_teacher(config, layout), highlight=False)
 
 
@@ -117,7 +117,7 @@ def _of_teacher(config: Config, layout: Layout) -> str:
     """What distillation adds on a worker: each window is read once, forward, and the answer is kept on its disk."""
     from twist_fl.training.teacher import bytes_per_token
 
-    teacher = make_layout(teacher_fields(config.train.teacher or ""))
+    teacher = make_layout(teacher_fields(str(config.train.teacher)))
     window = config.data.window
     share = step_flops(teacher, None, 1, window) / 3 / step_flops(layout, None, 1, window)  # forward: a third of a step
     return (

@@ -34,7 +34,8 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda value: 0 <= value < 1,
         "train.beta1 train.beta2 train.warmup aggregate.momentum aggregate.beta2 model.dropout",
     ),
-    "in (0, 1]": (lambda value: 0 < value <= 1, "train.decay train.fraction train.distill"),
+    "in (0, 1]": (lambda value: 0 < value <= 1, "train.decay train.fraction"),
+    "in [0, 1]": (lambda value: 0 <= value <= 1, "train.distill"),
     "between 0 and 1": (lambda value: 0 < value < 1, "data.test_fraction"),
 }
 _MOST = {
@@ -118,6 +119,11 @@ def check_values(config: Any) -> None:
         raise ConfigError(
             f"aggregate.optimizer={config.aggregate.optimizer} steps on what a round has trained, and "
             "algorithm=ddp trains nothing before its one step: use aggregate.optimizer=mean"
+        )
+    if config.train.distill and not (config.train.teacher or model.pretrained):
+        raise ConfigError(
+            f"train.distill={config.train.distill:g} has nobody to learn from: give train.teacher=FOLDER, or start "
+            "from model.pretrained, which is then the teacher"
         )
     _check_sizes(blueprint, workers)
     _check_policies(config)

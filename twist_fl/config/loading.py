@@ -54,6 +54,8 @@ def from_layers(schema: Any, layers: Sequence[Any]) -> Any:
     check_values(config)
     _make_absolute(config)
     config.data.tokenizer = config.data.tokenizer or config.model.pretrained
+    if config.train.distill:
+        config.train.teacher = config.train.teacher or config.model.pretrained
     return config
 
 

@@ -134,11 +134,11 @@ class TrainConfig:
     """Share of the run's batches over which the learning rate rises."""
     decay: float = 0.3
     """schedule=wsd: share of the run's batches over which the learning rate falls."""
+    distill: float = 0.0
+    """Share of the target that is what a teacher expects (distillation); the rest is the text. It is asked once for
+    each window that a worker trains on."""
     teacher: str | None = None
-    """Folder of a model with the same tokenizer, or of a run, that workers learn from, too (distillation): a copy where
-    each worker is. It is asked once for each window that a worker trains on."""
-    distill: float = 0.5
-    """Share of the target that is the teacher's expectation; the rest is the text."""
+    """Folder of a model with the same tokenizer, or of a run: a copy where each worker is; null: model.pretrained."""
     clip_norm: float | None = None
     """Longest gradient, over all that a worker holds; a longer one is scaled down to it. null: as it is."""
     optimizer: Literal["adam", "adamw"] = "adam"

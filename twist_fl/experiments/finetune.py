@@ -34,18 +34,10 @@ METHODS = {
     TWIST: ("mixed", (BOTH, COMMON, *SHUFFLED), ("2e-3", "4e-3", "8e-3")),
 }
 """Each method's name of a run, its settings and the learning rates tried."""
-CHANGED_AT = "4e-3"
-CHANGES = {
-    "constant 3e-4, no clipping, beta2 0.999": ("constant", (
-        "train.schedule=constant", "train.warmup=0", "train.clip_norm=null", "train.beta2=0.999", "train.lr=3e-4",
-    )),
-    "interval 5": ("interval-5", ("train.interval=5", "train.rounds=300")),
-}  # fmt: skip
-"""What is changed of TWIST at CHANGED_AT, one thing at a time: the run's name, and the settings."""
 PRUNERS = {"SparseGPT": "sparsegpt", "Wanda": "wanda", "Block Prune": "block", "magnitude": "magnitude"}
 
 
-def _task(name: str, lr: str, *overrides: str) -> Task:
+def task_of(name: str, lr: str, *overrides: str) -> Task:
     return train(f"finetune-{name}", *_last_of_each(*SCHEDULE, f"train.lr={lr}", *overrides), after=runs.DDP)
 
 
@@ -56,43 +48,35 @@ def _last_of_each(*overrides: str) -> list[str]:
 def tried(method: str) -> dict[str, Task]:
     """The method's runs by learning rate."""
     name, overrides, rates = METHODS[method]
-    return {lr: _task(f"{name}-{lr}", lr, *overrides) for lr in rates}
+    return {lr: task_of(f"{name}-{lr}", lr, *overrides) for lr in rates}
 
 
-def changed() -> dict[str, Task]:
-    name, overrides, _ = METHODS[TWIST]
-    return {
-        label: _task(f"{name}-{change}", CHANGED_AT, *overrides, *settings)
-        for label, (change, settings) in CHANGES.items()
-    }
-
-
-def _pruned(lab: Lab, run: Task, method: str) -> list[Task]:
+def pruned(lab: Lab, run: Task, method: str) -> list[Task]:
     settings = {"method": method, "setting": "both", "calibration": CALIBRATION_WINDOWS}
     return [measure("prune", run, **settings, size=size) for size in lab.base.eval.sizes]
 
 
 def tasks(lab: Lab) -> list[Task]:
     trained = [run for method in reversed(METHODS) for run in tried(method).values()]
-    pruned = [task for run in tried(DDP).values() for method in PRUNERS.values() for task in _pruned(lab, run, method)]
-    return [runs.DDP, *trained, *changed().values(), *pruned]
+    zeroed = [task for run in tried(DDP).values() for method in PRUNERS.values() for task in pruned(lab, run, method)]
+    return [runs.DDP, *trained, *zeroed]
 
 
 def collect(lab: Lab) -> Data:
-    rows: list[Data] = [{"method": BEFORE, "lr": None} | _row(lab, runs.DDP)]
-    rows += [{"method": method, "lr": lr} | _row(lab, run) for method in METHODS for lr, run in tried(method).items()]
+    rows: list[Data] = [{"method": BEFORE, "lr": None} | row_of(lab, runs.DDP)]
+    rows += [{"method": method, "lr": lr} | row_of(lab, run) for method in METHODS for lr, run in tried(method).items()]
     for label, method in PRUNERS.items():
         for lr, run in tried(DDP).items():
-            dense = _row(lab, run)
-            found = [lab.result(task)["perplexity"] for task in _pruned(lab, run, method)]
+            dense = row_of(lab, run)
+            found = [lab.result(task)["perplexity"] for task in pruned(lab, run, method)]
             tickets = [
                 ticket | {"mean": mean, "std": None} for ticket, mean in zip(dense["tickets"], found, strict=True)
             ]
             rows.append({"method": f"DDP, then {label}", "lr": lr, "full": dense["full"], "tickets": tickets})
-    return {"about": about(lab), "rows": rows, "changes": {name: _row(lab, run) for name, run in changed().items()}}
+    return {"about": about(lab), "rows": rows}
 
 
-def _row(lab: Lab, task: Task) -> Data:
+def row_of(lab: Lab, task: Task) -> Data:
     results, keep = lab.result(task), ("size", "of", "mean", "std")
     return {"full": results["full"], "tickets": [{key: each[key] for key in keep} for each in results["tickets"]]}
 
@@ -104,7 +88,7 @@ def best(data: Data) -> dict[str, Data]:
     for method in dict.fromkeys(row["method"] for row in data["rows"]):
         rows = [row for row in data["rows"] if row["method"] == method]
         if method.startswith("TwIST"):
-            found[method] = min(rows, key=lambda row: sum(map(log, _values(row))))
+            found[method] = min(rows, key=lambda row: sum(map(log, values_of(row))))
         else:
             columns = zip(*(row["tickets"] for row in rows), strict=True)
             tickets = [min(column, key=lambda ticket: float(ticket["mean"])) for column in columns]
@@ -112,7 +96,7 @@ def best(data: Data) -> dict[str, Data]:
     return found
 
 
-def _values(row: Data) -> list[float]:
+def values_of(row: Data) -> list[float]:
     return [row["full"], *(ticket["mean"] for ticket in row["tickets"])]
 
 
@@ -130,15 +114,11 @@ def tables(data: Data) -> dict[str, Cells]:
     sizes = ["full model", *map(size_label, data["rows"][0]["tickets"])]
     bests = [[name, *_cells(row)] for name, row in best(data).items()]
     every = [[f"{row['method']}, {row['lr']}", *_cells(row)] for row in data["rows"] if row["lr"]]
-    base = next(row for row in data["rows"] if (row["method"], row["lr"]) == (TWIST, CHANGED_AT))
-    changes = [[f"{TWIST}, {CHANGED_AT}", *_cells(base)]]
-    changes += [[label, *_cells(row)] for label, row in data["changes"].items()]
     return {
         caption(of_perplexity("after fine-tuning, setting both; of tickets mean ± deviation"), data): [
             ["fine-tuned by", *sizes],
             *bests,
         ],
-        of_perplexity("one change at a time"): [["changed", *sizes], *changes],
         of_perplexity("every learning rate"): [["method, learning rate", *sizes], *every],
     }
 
@@ -151,7 +131,7 @@ def draw(data: Data) -> Figure:
     axes = figure.subplots()
     sizes = rows[BEFORE]["tickets"]
     kept = [sizes[0]["of"], *(ticket["size"] for ticket in sizes)]
-    lines = {name: _values(row) for name, row in rows.items()}
+    lines = {name: values_of(row) for name, row in rows.items()}
     for name, values in lines.items():
         axes.plot(kept, values, **looks[name], linewidth=1.4, markersize=5)
     axes.set_xticks(kept)

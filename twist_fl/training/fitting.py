@@ -73,9 +73,10 @@ def weights_digest(folder: Path) -> str:
 
 
 def check_weights(config: Config, digest: str | None) -> None:
-    """Raises ConfigError if train.teacher is not here, or has other weights than those of `digest`."""
-    if not (name := config.train.teacher):
+    """Raises ConfigError if the run's teacher is not here, or has other weights than those of `digest`."""
+    if not config.train.distill:
         return
+    name = str(config.train.teacher)
     if not Path(name).is_dir():
         raise ConfigError(f"train.teacher={name!r} is not on this machine: copy it to the same place")
     if weights_digest(Path(name)) != digest:
@@ -91,8 +92,9 @@ def check_teacher(config: Config, layout: Layout, tokenizer: Path) -> str | None
     Raises ConfigError for a teacher of other tokens than those of the folder `tokenizer`, or of a context shorter than
     a window. A teacher without a tokenizer is taken to have this one.
     """
-    if not (name := config.train.teacher):
+    if not config.train.distill:
         return None
+    name = str(config.train.teacher)
     fields = teacher_fields(name)
     vocabulary, window = layout.sizes["vocab"], config.data.window
     if fields.get("vocab_size") != vocabulary:

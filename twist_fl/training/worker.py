@@ -91,7 +91,7 @@ class Worker:
     def soft_targets(self, task: Task) -> Iterator[SoftTargets | None]:
         """For each of the task's batches what the run's teacher makes of it, if it has one."""
         train = self.job.config.train
-        if not train.teacher:
+        if not train.distill:
             yield from repeat(None, task.num_batches)
             return
         text, shard = self.job.text_of(task.worker), self.job.shard(task.worker)
