@@ -432,10 +432,11 @@ def test_a_search_starts_every_run_from_one_model_and_repeats_what_it_claims(lab
     assert all(len(rows) == 3 for rows in data["seeds"].values())
     trained = [task for task in search.tasks(lab) if task.kind == TRAIN and task != DDP]
     assert {task.runs for task in trained} == {("ddp",)}
-    best = lab.config(next(task for task in trained if task.name.endswith("-interval-5-distill-seed-2")))
+    best = lab.config(next(task for task in trained if task.name.endswith("-together-interval-5-seed-2")))
     assert (best.seed, best.train.interval, best.train.rounds) == (2, 5, 300)
-    assert best.train.teacher == best.model.pretrained
-    assert str(best.train.teacher).startswith(str(lab.run("ddp").path))
+    taught = lab.config(next(task for task in trained if task.name.endswith("-distill")))
+    assert taught.train.teacher == taught.model.pretrained
+    assert str(taught.train.teacher).startswith(str(lab.run("ddp").path))
 
 
 def test_twist_is_one_checkpoint_and_a_rival_its_best_in_each_column() -> None:

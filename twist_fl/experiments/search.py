@@ -23,17 +23,20 @@ from twist_fl.system.units import perplexity_text, size_label
 LR = "4e-3"
 INTERVAL = ("train.interval=5", "train.rounds=300")
 DISTILLED = "train.distill=0.5"
-BEST = ("interval 5, distillation of a half", ("interval-5-distill", (*INTERVAL, DISTILLED)))
+MOMENTUM = ("aggregate.optimizer=momentum", "aggregate.momentum=0.3")
+TOGETHER = (*MOMENTUM, "blueprint.common=3", "blueprint.scale=none", "train.beta2=0.99")
+"""Whatever is better alone and costs no exchange."""
+BEST = ("these four, interval 5", ("together-interval-5", (*TOGETHER, *INTERVAL)))
 CHANGES = dict([
     ("interval 5", ("interval-5", INTERVAL)),
     ("distillation of a half", ("distill", (DISTILLED,))),
-    BEST,
+    ("interval 5, distillation of a half", ("interval-5-distill", (*INTERVAL, DISTILLED))),
     ("workers of 12, 8, 4, 3", ("larger", ("blueprint.num_sub=12,8,4,3",))),
     ("three common", ("common-3", ("blueprint.common=3",))),
     ("outer Nesterov, 0.7 and 0.9", ("nesterov", (
         "aggregate.optimizer=nesterov", "aggregate.server_lr=0.7", "aggregate.momentum=0.9",
     ))),
-    ("outer momentum, 1 and 0.3", ("momentum", ("aggregate.optimizer=momentum", "aggregate.momentum=0.3"))),
+    ("outer momentum, 1 and 0.3", ("momentum", MOMENTUM)),
     ("scale linear", ("linear", ("blueprint.scale=linear",))),
     ("no scale", ("unscaled", ("blueprint.scale=none",))),
     ("beta2 0.99", ("beta2", ("train.beta2=0.99",))),
@@ -42,8 +45,11 @@ CHANGES = dict([
         "train.schedule=constant", "train.warmup=0", "train.clip_norm=null", "train.beta2=0.999", "train.lr=3e-4",
     ))),
     ("cosine", ("cosine", ("train.schedule=cosine",))),
+    ("momentum, three common, no scale, beta2 0.99", ("together", TOGETHER)),
+    BEST,
+    ("these four, interval 5, 8e-3", ("together-interval-5-8e-3", (*TOGETHER, *INTERVAL, "train.lr=8e-3"))),
 ])  # fmt: skip
-"""What is changed of TWIST at LR, one thing at a time but in BEST: the run's name, and the settings."""
+"""What is changed of TWIST at LR, one thing at a time but in the last: the run's name, and the settings."""
 PRUNED = f"{DDP}, then SparseGPT"
 PLAIN, FEDAVG = "as it is", "FedAvg"
 
@@ -95,7 +101,7 @@ def tables(data: Data) -> dict[str, Cells]:
     lines = [[label, *map(perplexity_text, finetune.values_of(row))] for label, row in data["changes"].items()]
     seeds = [[label, *(spread_text(*each) for each in over_seeds(rows))] for label, rows in data["seeds"].items()]
     return {
-        caption(of_perplexity(f"TwIST at {LR}, one change at a time, means of random tickets"), data): [
+        caption(of_perplexity(f"TwIST at {LR}, what is changed, means of random tickets"), data): [
             ["changed", *sizes],
             *lines,
         ],
