@@ -47,7 +47,6 @@ CHANGES = dict([
     ("cosine", ("cosine", ("train.schedule=cosine",))),
     ("momentum, three common, no scale, beta2 0.99", ("together", TOGETHER)),
     BEST,
-    ("these four, interval 5, 8e-3", ("together-interval-5-8e-3", (*TOGETHER, *INTERVAL, "train.lr=8e-3"))),
 ])  # fmt: skip
 """What is changed of TWIST at LR, one thing at a time but in the last: the run's name, and the settings."""
 PRUNED = f"{DDP}, then SparseGPT"
