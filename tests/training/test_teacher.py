@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from local_grid import LocalGrid, assert_same_run
 
-from twist_fl.config.schema import load_config
+from twist_fl.config.schema import from_yaml, load_config, to_yaml
 from twist_fl.federation.strategy import TwistStrategy
 from twist_fl.model.saved import open_model
 from twist_fl.model.subnet import load_state
@@ -179,6 +179,20 @@ def test_the_teacher_is_whom_one_starts_from_unless_another_is_named(folder: Pat
     named = load_config(overrides=(*start_from, "train.teacher=elsewhere"))
     assert named.train.teacher == "elsewhere"
     assert load_config(overrides=start_from[:1]).train.teacher is None
+
+
+@pytest.mark.parametrize("start_from", [(), ("model.pretrained",)])
+def test_a_run_from_when_a_share_was_written_without_a_teacher_has_none(
+    start_from: tuple[str, ...], folder: Path
+) -> None:
+    config = load_config(overrides=[f"{key}={folder}" for key in start_from])
+    stored = to_yaml(replace(config, train=replace(config.train, distill=0.5)))
+    assert from_yaml(stored) == config
+
+
+def test_a_stored_teacher_is_asked_again(folder: Path) -> None:
+    config = load_config(overrides=[f"model.pretrained={folder}", "train.distill=0.5"])
+    assert from_yaml(to_yaml(config)) == config
 
 
 def test_a_teacher_who_is_not_asked_is_refused(folder: Path) -> None:

@@ -102,4 +102,8 @@ def _make_absolute(config: Any) -> None:
 
 def from_yaml(schema: Any, text: str) -> Any:
     """Of what `config.to_yaml` wrote. Raises ConfigError."""
-    return from_layers(schema, [parse_yaml(text, "the configuration")])
+    layer = as_mapping(parse_yaml(text, "the configuration"))
+    train = layer.get("train")
+    if isinstance(train, dict) and train.get("teacher") is None:
+        train["distill"] = 0.0  # who is asked is always written down; once a share was, though nobody was asked
+    return from_layers(schema, [layer])
