@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -129,3 +131,24 @@ def test_the_package_itself_only_says_where_its_names_are() -> None:
         "typing.Any",
         "typing.TYPE_CHECKING",
     }
+
+
+def lines_of_code(path: Path) -> int:
+    """Without blank lines, comments and docstrings."""
+    text = path.read_text(encoding="utf-8")
+    found = set[int]()
+    for token in tokenize.generate_tokens(StringIO(text).readline):
+        if token.type in (tokenize.OP, tokenize.NAME, tokenize.NUMBER, tokenize.STRING):
+            found |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            found -= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return len(found)
+
+
+def test_no_file_is_long_and_the_core_is_small() -> None:
+    long = {name for name, path in MODULES.items() if len(path.read_text(encoding="utf-8").splitlines()) > 300}
+    assert not long
+    core = [name for name in MODULES if name.count(".") and room(name) in ("blueprint", "model", "training", "rounds")]
+    assert "twist_fl.rounds" in core
+    assert 2_000 < sum(lines_of_code(MODULES[name]) for name in core) < 3_000

@@ -427,7 +427,7 @@ def test_a_search_starts_every_run_from_one_model_and_repeats_what_it_claims(lab
     data = search.collect(lab)
     changes, seeds = search.tables(data).values()
     assert [line[0] for line in changes[1:]] == [search.PLAIN, *search.CHANGES]
-    assert [line[0] for line in seeds[2:]] == [f"TwIST, {search.BEST[0]}", search.FEDAVG, finetune.DDP, search.PRUNED]
+    assert [line[0] for line in seeds[2:]] == [f"TwIST, {search.BEST}", search.FEDAVG, finetune.DDP, recipe.PRUNED]
     assert seeds[-1][1] == seeds[-2][1]  # pruned is the model that DDP has fine-tuned
     assert all(len(rows) == 3 for rows in data["seeds"].values())
     trained = [task for task in search.tasks(lab) if task.kind == TRAIN and task != DDP]

@@ -16,12 +16,11 @@ from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure, train
 from twist_fl.experiments.recipe import COMMON, SHUFFLED
-from twist_fl.experiments.shared import about, caption, of_perplexity
+from twist_fl.experiments.shared import about, by_size, caption, of_perplexity
 from twist_fl.experiments.table1 import CALIBRATION_WINDOWS
 from twist_fl.report.cells import Cells
 from twist_fl.report.compare import spread_text
 from twist_fl.report.glossary import LOWER
-from twist_fl.report.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
 from twist_fl.system.units import perplexity_text, size_label
 
 SCHEDULE = ("train.schedule=wsd", "train.warmup=0.05", "train.decay=0.3", "train.clip_norm=1.0", "train.beta2=0.95")
@@ -126,19 +125,8 @@ def tables(data: Data) -> dict[str, Cells]:
 def draw(data: Data) -> Figure:
     """Perplexity against the blocks kept, down from the full model."""
     rows = best(data)
-    looks = looks_of(rows)
-    figure = figure_of(3.2, looks)
-    axes = figure.subplots()
-    sizes = rows[BEFORE]["tickets"]
-    kept = [sizes[0]["of"], *(ticket["size"] for ticket in sizes)]
-    lines = {name: values_of(row) for name, row in rows.items()}
-    for name, values in lines.items():
-        axes.plot(kept, values, **looks[name], linewidth=1.4, markersize=5)
-    axes.set_xticks(kept)
-    axes.set_xlabel(f"blocks kept of {kept[0]}")
-    axes.set_ylabel(PERPLEXITY)
-    scale_perplexity(axes, [value for values in lines.values() for value in values])
-    return figure
+    lines = {name: [(value, None) for value in values_of(row)] for name, row in rows.items()}
+    return by_size(lines, rows[BEFORE]["tickets"])
 
 
 def reading(data: Data) -> str:

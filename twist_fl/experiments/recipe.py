@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -11,12 +12,11 @@ from twist_fl.experiments import runs
 from twist_fl.experiments.ablation import MIXED, ORDERED
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure, train
-from twist_fl.experiments.shared import of_perplexity
+from twist_fl.experiments.shared import by_size, of_perplexity
 from twist_fl.experiments.table1 import CALIBRATION_WINDOWS
 from twist_fl.report.cells import Cells
 from twist_fl.report.compare import spread_text
 from twist_fl.report.glossary import LOWER
-from twist_fl.report.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
 from twist_fl.system.units import perplexity_text, size_label
 
 NUM_SEEDS = 3
@@ -35,8 +35,12 @@ PRUNED = "DDP, then SparseGPT"
 def seeded(lab: Lab, task: Task) -> list[Task]:
     """The run with as many seeds; the first is the lab's own, which other experiments train, too."""
     first = lab.base.seed
-    overrides = task.arguments["overrides"]
-    more = [train(f"{task.name}-seed-{s}", *overrides, f"seed={s}") for s in range(first + 1, first + NUM_SEEDS)]
+    more = [
+        replace(
+            task, name=f"{task.name}-seed-{s}", arguments={"overrides": [*task.arguments["overrides"], f"seed={s}"]}
+        )
+        for s in range(first + 1, first + NUM_SEEDS)
+    ]
     return [task, *more]
 
 
@@ -114,19 +118,7 @@ def tables(data: Data) -> dict[str, Cells]:
 
 def draw(data: Data) -> Figure:
     """Perplexity against the blocks kept, down from the full model; a bar is the deviation over seeds."""
-    looks = looks_of(data["recipes"])
-    figure = figure_of(3.2, looks)
-    axes = figure.subplots()
-    sizes = sizes_of(data)
-    kept = [sizes[0]["of"], *(ticket["size"] for ticket in sizes)]
-    for label, rows in data["recipes"].items():
-        means, deviations = zip(*over_seeds(rows), strict=True)
-        axes.errorbar(kept, means, yerr=deviations, **looks[label], capsize=2, linewidth=1.4, markersize=5)
-    axes.set_xticks(kept)
-    axes.set_xlabel(f"blocks kept of {kept[0]}")
-    axes.set_ylabel(PERPLEXITY)
-    scale_perplexity(axes, [mean for rows in data["recipes"].values() for mean, _ in over_seeds(rows)])
-    return figure
+    return by_size({label: over_seeds(rows) for label, rows in data["recipes"].items()}, sizes_of(data))
 
 
 def reading(data: Data) -> str:

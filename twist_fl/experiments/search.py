@@ -12,66 +12,60 @@ from twist_fl.experiments import finetune, runs
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.finetune import DDP, TWIST, pruned, row_of, task_of
 from twist_fl.experiments.lab import Lab, Task
-from twist_fl.experiments.recipe import NUM_SEEDS, over_seeds, seeded
-from twist_fl.experiments.shared import about, caption, of_perplexity
+from twist_fl.experiments.recipe import NUM_SEEDS, PRUNED, over_seeds, seeded
+from twist_fl.experiments.shared import about, by_size, caption, of_perplexity
 from twist_fl.report.cells import Cells
 from twist_fl.report.compare import spread_text
 from twist_fl.report.glossary import LOWER
-from twist_fl.report.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
 from twist_fl.system.units import perplexity_text, size_label
 
 LR = "4e-3"
 INTERVAL = ("train.interval=5", "train.rounds=300")
-DISTILLED = "train.distill=0.5"
+DISTILLED = ("train.distill=0.5",)
 MOMENTUM = ("aggregate.optimizer=momentum", "aggregate.momentum=0.3")
 TOGETHER = (*MOMENTUM, "blueprint.common=3", "blueprint.scale=none", "train.beta2=0.99")
 """Whatever is better alone and costs no exchange."""
-BEST = ("these four, interval 5", ("together-interval-5", (*TOGETHER, *INTERVAL)))
-CHANGES = dict([
-    ("interval 5", ("interval-5", INTERVAL)),
-    ("distillation of a half", ("distill", (DISTILLED,))),
-    ("interval 5, distillation of a half", ("interval-5-distill", (*INTERVAL, DISTILLED))),
-    ("workers of 12, 8, 4, 3", ("larger", ("blueprint.num_sub=12,8,4,3",))),
-    ("three common", ("common-3", ("blueprint.common=3",))),
-    ("outer Nesterov, 0.7 and 0.9", ("nesterov", (
+BEST = "these four, interval 5"
+CHANGES = {
+    "interval 5": ("interval-5", INTERVAL),
+    "distillation of a half": ("distill", DISTILLED),
+    "interval 5, distillation of a half": ("interval-5-distill", (*INTERVAL, *DISTILLED)),
+    "workers of 12, 8, 4, 3": ("larger", ("blueprint.num_sub=12,8,4,3",)),
+    "three common": ("common-3", ("blueprint.common=3",)),
+    "outer Nesterov, 0.7 and 0.9": ("nesterov", (
         "aggregate.optimizer=nesterov", "aggregate.server_lr=0.7", "aggregate.momentum=0.9",
-    ))),
-    ("outer momentum, 1 and 0.3", ("momentum", MOMENTUM)),
-    ("scale linear", ("linear", ("blueprint.scale=linear",))),
-    ("no scale", ("unscaled", ("blueprint.scale=none",))),
-    ("beta2 0.99", ("beta2", ("train.beta2=0.99",))),
-    ("moments factored", ("factored", ("train.optimizer_state=factored",))),
-    ("constant 3e-4, no clipping, beta2 0.999", ("constant", (
+    )),
+    "outer momentum, 1 and 0.3": ("momentum", MOMENTUM),
+    "scale linear": ("linear", ("blueprint.scale=linear",)),
+    "no scale": ("unscaled", ("blueprint.scale=none",)),
+    "beta2 0.99": ("beta2", ("train.beta2=0.99",)),
+    "moments factored": ("factored", ("train.optimizer_state=factored",)),
+    "constant 3e-4, no clipping, beta2 0.999": ("constant", (
         "train.schedule=constant", "train.warmup=0", "train.clip_norm=null", "train.beta2=0.999", "train.lr=3e-4",
-    ))),
-    ("cosine", ("cosine", ("train.schedule=cosine",))),
-    ("momentum, three common, no scale, beta2 0.99", ("together", TOGETHER)),
-    BEST,
-])  # fmt: skip
-"""What is changed of TWIST at LR, one thing at a time but in the last: the run's name, and the settings."""
-PRUNED = f"{DDP}, then SparseGPT"
+    )),
+    "cosine": ("cosine", ("train.schedule=cosine",)),
+    "momentum, three common, no scale, beta2 0.99": ("together", TOGETHER),
+    BEST: ("together-interval-5", (*TOGETHER, *INTERVAL)),
+}  # fmt: skip
+"""What is changed of TWIST at LR, one thing, or what was better alone together: the run's name, and the settings."""
 PLAIN, FEDAVG = "as it is", "FedAvg"
 
 
-def changed(settings: tuple[str, tuple[str, ...]]) -> Task:
+def changed(label: str) -> Task:
     name, overrides, _ = finetune.METHODS[TWIST]
-    change, more = settings
+    change, more = CHANGES[label]
     return task_of(f"{name}-{change}", LR, *overrides, *more)
 
 
 def _repeated(lab: Lab) -> dict[str, list[Task]]:
     """What is claimed, over seeds: all start from the same model."""
-    found = {f"TwIST, {PLAIN}": finetune.tried(TWIST)[LR], f"TwIST, {BEST[0]}": changed(BEST[1])}
+    found = {f"TwIST, {PLAIN}": finetune.tried(TWIST)[LR], f"TwIST, {BEST}": changed(BEST)}
     found |= {method: finetune.tried(method)[LR] for method in (FEDAVG, DDP)}
-    return {label: [_after(task) for task in seeded(lab, task)] for label, task in found.items()}
-
-
-def _after(task: Task) -> Task:
-    return Task(task.name, task.kind, (runs.DDP.name,), task.arguments)
+    return {label: seeded(lab, task) for label, task in found.items()}
 
 
 def tasks(lab: Lab) -> list[Task]:
-    screened = [changed(settings) for settings in CHANGES.values()]
+    screened = [changed(label) for label in CHANGES]
     repeated = _repeated(lab)
     pruning = [task for run in repeated[DDP] for task in pruned(lab, run, "sparsegpt")]
     every = [runs.DDP, finetune.tried(TWIST)[LR], *screened, *chain.from_iterable(repeated.values()), *pruning]
@@ -79,7 +73,7 @@ def tasks(lab: Lab) -> list[Task]:
 
 
 def collect(lab: Lab) -> Data:
-    rows = {PLAIN: finetune.tried(TWIST)[LR]} | {label: changed(settings) for label, settings in CHANGES.items()}
+    rows = {PLAIN: finetune.tried(TWIST)[LR]} | {label: changed(label) for label in CHANGES}
     repeated = _repeated(lab)
     seeds = {label: [row_of(lab, task) for task in each] for label, each in repeated.items()}
     seeds[PRUNED] = []
@@ -110,20 +104,8 @@ def tables(data: Data) -> dict[str, Cells]:
 
 def draw(data: Data) -> Figure:
     """Perplexity against the blocks kept, down from the full model; a bar is the deviation over seeds."""
-    looks = looks_of(data["seeds"])
-    figure = figure_of(3.2, looks)
-    axes = figure.subplots()
-    sizes = data["changes"][PLAIN]["tickets"]
-    kept = [sizes[0]["of"], *(ticket["size"] for ticket in sizes)]
     found = {label: over_seeds(rows) for label, rows in data["seeds"].items()}
-    for label, values in found.items():
-        means, deviations = zip(*values, strict=True)
-        axes.errorbar(kept, means, yerr=deviations, **looks[label], capsize=2, linewidth=1.4, markersize=5)
-    axes.set_xticks(kept)
-    axes.set_xlabel(f"blocks kept of {kept[0]}")
-    axes.set_ylabel(PERPLEXITY)
-    scale_perplexity(axes, [mean for values in found.values() for mean, _ in values])
-    return figure
+    return by_size(found, data["changes"][PLAIN]["tickets"])
 
 
 def reading(data: Data) -> str:
@@ -144,10 +126,10 @@ def notes(data: Data) -> list[str]:
         f"All start from the lab's DDP run, with {', '.join(finetune.SCHEDULE)}, and train as many batches.",
     ]
     repeated = {label: over_seeds(rows) for label, rows in data["seeds"].items()}
-    ours, dense, sparse = (repeated[label] for label in (f"TwIST, {BEST[0]}", DDP, PRUNED))
+    ours, dense, sparse = (repeated[label] for label in (f"TwIST, {BEST}", DDP, PRUNED))
     shares = [f"{mean / dense[0][0]:.2f}" for mean, _ in ours]
     found.append(
-        f"TwIST, {BEST[0]}: {', '.join(shares)} of fine-tuned DDP's full model, from left to right; "
+        f"TwIST, {BEST}: {', '.join(shares)} of fine-tuned DDP's full model, from left to right; "
         f"{', '.join(f'{ours[i][0] / sparse[i][0]:.2f}' for i in range(1, len(ours)))} of {PRUNED}, size by size."
     )
     return found

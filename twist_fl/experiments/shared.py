@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from twist_fl.blueprint.division import Setting
 from twist_fl.experiments.lab import Lab, Task, measure
 from twist_fl.report.glossary import LOWER
+from twist_fl.report.plots import PERPLEXITY, figure_of, looks_of, scale_perplexity
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.units import size_label
 
@@ -73,3 +76,20 @@ def ticket_rows(lab: Lab, run: Task, setting: Setting) -> dict[str, dict[str, An
             "(model.n_head) and as many FFN blocks"
         )
     return {size_label(row): row for row in rows}
+
+
+def by_size(lines: Mapping[str, Sequence[tuple[float, float | None]]], tickets: Sequence[Mapping[str, Any]]) -> Figure:
+    """Perplexity against the blocks kept: of each line (value, deviation or None), the full model and all `tickets`."""
+    looks = looks_of(lines)
+    figure = figure_of(3.2, looks)
+    axes = figure.subplots()
+    kept = [tickets[0]["of"], *(ticket["size"] for ticket in tickets)]
+    for name, line in lines.items():
+        values, deviations = zip(*line, strict=True)
+        bars = None if None in deviations else deviations
+        axes.errorbar(kept, values, yerr=bars, **looks[name], capsize=2, linewidth=1.4, markersize=5)
+    axes.set_xticks(kept)
+    axes.set_xlabel(f"blocks kept of {kept[0]}")
+    axes.set_ylabel(PERPLEXITY)
+    scale_perplexity(axes, [value for line in lines.values() for value, _ in line])
+    return figure
