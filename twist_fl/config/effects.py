@@ -61,7 +61,7 @@ _IDLE: tuple[tuple[str, Reason], ...] = (
             lambda c: c.data.source == "builtin" and not c.data.private, "it is for other text than data.source=builtin"
         ),
     ),
-    ("train.teacher", _if(lambda c: not c.train.distill, "train.distill=0 learns nothing from it: try 0.5")),
+    ("train.teacher", _if(lambda c: not c.train.distill, "train.distill=0 never asks it, train.distill=0.5 would")),
     ("train.decay", _if(lambda c: c.train.schedule != "wsd", "it is for train.schedule=wsd")),
     (
         "aggregate.server_lr aggregate.momentum aggregate.beta2 aggregate.tau",
