@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ def train_new(console: Console, config: Config, local: bool = False) -> RunFolde
     config.dir = str(folder.path)
     new = not folder.path.exists()
     try:
-        with _simulation(folder, config, local) as simulation:
+        with _simulation(console, folder, config, local) as simulation:
             waits_for(console, "loading torch, reading the model's configuration and the text")
             (check_training if local else check_simulation)(config)
             from twist_fl.training.job import make_job
@@ -70,13 +70,27 @@ def train_new(console: Console, config: Config, local: bool = False) -> RunFolde
     return folder
 
 
-def _simulation(folder: RunFolder, config: Config, local: bool) -> AbstractContextManager[Simulation | None]:
-    """It starts while this process loads torch and reads the text: begin it as soon as the run's folder is ready."""
-    if local:
-        return nullcontext()
-    from twist_fl.training.job import clients
+@contextmanager
+def _simulation(console: Console, folder: RunFolder, config: Config, local: bool) -> Iterator[Simulation | None]:
+    """It starts while this process loads torch and reads the text: begin it as soon as the run's folder is ready.
 
-    return flower_run(folder, config, len(clients(config)), {"mode": "train"})
+    An interruption is reported when the simulation has ended: until then it may save another round.
+    """
+    try:
+        if local:
+            yield None
+            return
+        from twist_fl.training.job import clients
+
+        with flower_run(folder, config, len(clients(config)), {"mode": "train"}) as simulation:
+            yield simulation
+    except KeyboardInterrupt:
+        if folder.job_file.is_file():
+            words = f"twist-fl train {'--local ' * local}--resume {shlex.quote(str(folder.path))}"
+            round_ = folder.saved_round
+            saved = f"round {round_} is saved; go on after it" if round_ else "nothing is saved yet; begin again"
+            console.print(f"\ninterrupted; {saved} with:  {words}", soft_wrap=True)
+        raise
 
 
 def resume(console: Console, path: Path, overrides: Sequence[str] = (), local: bool = False) -> RunFolder:
@@ -97,7 +111,7 @@ def resume(console: Console, path: Path, overrides: Sequence[str] = (), local: b
         where = f"nothing is saved, begins again with round 1 of {job.num_rounds}"
     if continued.round == job.num_rounds:
         where, local = f"all {job.num_rounds} rounds are trained; making its results", True
-    with _simulation(folder, job.config, local) as simulation:
+    with _simulation(console, folder, job.config, local) as simulation:
         waits_for(console, "loading torch, checking the run's text")
         job.open_texts()
         (check_training if local else check_simulation)(job.config)
@@ -140,12 +154,6 @@ def _run(console: Console, folder: RunFolder, job: Job, simulation: Simulation |
             else:
                 simulation.begin()
                 events = progress.follow(simulation)
-    except KeyboardInterrupt:
-        words = f"twist-fl train {'--local ' * (simulation is None)}--resume {shlex.quote(str(folder.path))}"
-        round_ = folder.saved_round
-        saved = f"round {round_} is saved; go on after it" if round_ else "nothing is saved yet; begin again"
-        console.print(f"\ninterrupted; {saved} with:  {words}", soft_wrap=True)
-        raise
     finally:
         if simulation:
             waits_for(console, "stopping Flower and the workers")
