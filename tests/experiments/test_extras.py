@@ -26,7 +26,18 @@ from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.cost import moment_bytes, round_bytes
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
-from twist_fl.experiments import ablation, failure, finetune, real_cost, recipe, search, sweep, theorem, weighing
+from twist_fl.experiments import (
+    ablation,
+    failure,
+    finetune,
+    pretrained,
+    real_cost,
+    recipe,
+    search,
+    sweep,
+    theorem,
+    weighing,
+)
 from twist_fl.experiments.experiment import Experiment
 from twist_fl.experiments.extras import EXTRAS
 from twist_fl.experiments.lab import SCALES, TRAIN, Lab, Task
@@ -264,8 +275,9 @@ def made_up(task: Task, lab: Lab) -> dict[str, Any]:
         ratios = [{"kind": kind, "size": size, "of": 12, "mean": (size / 12) ** 0.6, "std": 0.02}
                   for kind in KINDS for size in given["sizes"]]  # fmt: skip
         return {"rows": ratios, "draws": 3, "tokens": 1000, "seed": 0}
-    if task.kind == "ordered_tickets":
-        return {"tickets": [{"size": size, "of": 12, "mean": 90.0} for size in given["sizes"]]}
+    if task.kind in ("ordered_tickets", "start"):
+        tickets = [{"size": size, "of": 12, "mean": 90.0, "std": 3.0} for size in given["sizes"]]
+        return {"full": 80.0, "tickets": tickets}
     if task.kind == "prune":
         return {"perplexity": 50.0 + given["size"]}
     assert task.kind == "real_cost"
@@ -357,7 +369,11 @@ def test_ablation_has_a_line_for_ordered_tickets(lab: Lab) -> None:
 @pytest.mark.parametrize("name", SCALES)
 def test_one_name_is_one_run(name: str, tmp_path: Path) -> None:
     """Experiments share runs by name; at every scale, all of them can be configured."""
-    lab = Lab(tmp_path, SCALES[name], ("data.path=.",) if name == "small" else ())
+    lab = Lab(
+        tmp_path,
+        SCALES[name],
+        {"small": ("data.path=.",), "smollm2": ("data.path=.", "model.pretrained=.")}.get(name, ()),
+    )
     found: dict[str, Task] = {}
     for experiment in EXTRAS:
         for task in experiment.tasks(lab):
@@ -447,3 +463,27 @@ def test_twist_is_one_checkpoint_and_a_rival_its_best_in_each_column() -> None:
     best = finetune.best({"rows": rows})
     assert best["TwIST"] == rows[1]
     assert (best["DDP"]["full"], best["DDP"]["tickets"][0]["mean"]) == (10, 20)
+
+
+def test_a_pretrained_model_is_compared_with_the_best_pruned_one(lab: Lab) -> None:
+    """At tiny it is the lab's DDP run; where the user names one, nothing is trained first."""
+    assert {task.runs for task in pretrained.tasks(lab) if task.kind == TRAIN and task != DDP} == {("ddp",)}
+    named = Lab(lab.folder, SCALES["smollm2"], ("data.path=.", "model.pretrained=."))
+    assert [task.runs for task in pretrained.tasks(named) if task.kind == TRAIN] == [(), ()]
+    data = pretrained.collect(lab)
+    assert data["about"]["tokens"] == dict.fromkeys(pretrained.LR, 100 * 4 * 15 * 4 * 16)
+    (table,) = pretrained.tables(data).values()
+    assert table[1] == ["before", "80.00", *["90.00 ± 3.00"] * 4]
+    full = 100 + len("ddp")
+    assert f"3/12: TwIST's random tickets have {(full + 9) / 53:.2f} of the perplexity" in pretrained.notes(data)[-1]
+
+
+def test_what_a_run_started_from(folder: RunFolder) -> None:
+    job = folder.job()
+    params, windows = rounds.start(job).params, job.corpus.test[: job.config.eval.max_windows]
+    found = MEASURES["start"](folder, sizes=[2], draws=2)
+    whole = job.models().load_sliced(full_blueprint(job.layout), params)
+    assert found["full"] == pytest.approx(exp(mean_nll(whole, windows, 4)), rel=1e-6)
+    drawn = [draw_ticket(job.layout, job.division, (2, 2), job.config.seed, draw) for draw in range(2)]
+    values = [exp(mean_nll(job.models().load_sliced(each, params), windows, 4)) for each in drawn]
+    assert found["tickets"][0]["perplexities"] == pytest.approx(values, rel=1e-6)

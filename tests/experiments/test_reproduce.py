@@ -164,11 +164,14 @@ def test_what_does_not_exist_is_refused_with_what_does(tmp_path: Path) -> None:
             reproduce(quiet(), names, scale, [], folder=tmp_path, out=None, jobs=1, dry_run=True)
     with pytest.raises(ConfigError, match=r"eval\.sizes=\[\] leaves nothing to compare: give at least one size"):
         reproduce(quiet(), ["fig2"], "tiny", ["eval.sizes=[]"], folder=tmp_path, dry_run=True)
+    with pytest.raises(ConfigError, match=r"--scale smollm2 needs model\.pretrained=\.\.\. after the name"):
+        reproduce(quiet(), ["pretrained"], "smollm2", ["data.path=."], folder=tmp_path, dry_run=True)
 
 
 @pytest.mark.parametrize("scale", list(SCALES))
 def test_everything_can_be_planned_at_every_scale(scale: str, tmp_path: Path) -> None:
-    given = [f"data.path={tmp_path}"] if scale == "small" else []
+    needs = {"small": ("data.path",), **{each.name: each.needs for each in SCALES.values() if each.needs}}
+    given = [f"{key}={tmp_path}" for key in needs.get(scale, ())]
     reproduce(quiet(), ["all"], scale, given, folder=tmp_path, out=None, jobs=1, dry_run=True)
     lab = Lab(tmp_path, SCALES[scale], tuple(given))
     tasks = [task for experiment in EXPERIMENTS.values() for task in experiment.tasks(lab)]
@@ -193,7 +196,7 @@ def test_ctrl_c_leaves_no_process_and_the_same_command_goes_on(micro: list[str],
 
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {"tiny": "results.md", "small": "results-small.md"}
+PAGES = {"tiny": "results.md", "small": "results-small.md", "smollm2": "results-smollm2.md"}
 PUBLISHED = [
     (scale, name) for scale in PAGES for name in EXPERIMENTS if (ROOT / "results" / scale / f"{name}.json").is_file()
 ]

@@ -47,6 +47,8 @@ def reproduce(
     """
     if scale not in SCALES:
         raise ConfigError(f"--scale {scale!r} must be one of {', '.join(SCALES)}{nearest(scale, SCALES)}")
+    if missing := set(SCALES[scale].needs) - {word.partition("=")[0] for word in overrides}:
+        raise ConfigError(f"--scale {scale} needs {' '.join(f'{key}=...' for key in sorted(missing))} after the name")
     chosen = [_experiment(name) for name in (EXPERIMENTS if EVERY in names else names)]
     lab = Lab((folder or Path("runs/reproduce") / scale).resolve(), SCALES[scale], tuple(overrides))
     if not lab.base.eval.sizes:

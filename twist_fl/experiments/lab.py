@@ -34,6 +34,8 @@ class Scale:
     runner: Runner
     """local: each run in one process, as many at a time as there are cores; flower: one simulation after another."""
     about: str
+    needs: tuple[str, ...] = ()
+    """Settings that its user must give."""
 
 
 PLAIN = (*("train.schedule=constant", "train.warmup=0", "train.clip_norm=null", "train.beta2=0.999"), "train.lr=1e-3")
@@ -56,6 +58,21 @@ SCALES = {
             20,
             "local",
             "0.8 M parameters from scratch on WikiText-2 (data.path=FOLDER), 3 epochs; a CPU night or a GPU hour",
+        ),
+        Scale(
+            "smollm2",
+            "wikitext2",
+            (
+                *("train.device=cpu", "train.threads=1", "train.rounds=30", "train.interval=5", "train.batch_size=1"),
+                *("data.window=512", "blueprint.ffn_blocks=12", "checkpoint_every=3"),
+                *("blueprint.undivided_first=2", "blueprint.undivided_last=2"),
+                *("eval.every=0", "eval.batch_size=4", "eval.max_windows=32", "eval.tickets=5"),
+            ),
+            5,
+            "local",
+            "SmolLM2-135M on WikiText-2 (model.pretrained=FILE data.path=FOLDER); for the experiment "
+            "`pretrained`: two hours of two cores, 20 GB of memory",
+            ("model.pretrained", "data.path"),
         ),
         Scale(
             "paper",

@@ -1,0 +1,137 @@
+"""The paper's case on a model that others have trained: FFN blocks only, TwIST beside FedAvg that is pruned.
+
+The scale `smollm2` is made for it. At a scale without `model.pretrained` both start from the lab's DDP run.
+"""
+
+from __future__ import annotations
+
+from matplotlib.figure import Figure
+
+from twist_fl.experiments import runs
+from twist_fl.experiments.experiment import Data, Experiment
+from twist_fl.experiments.finetune import PRUNERS, row_of, values_of
+from twist_fl.experiments.lab import TRAIN, Lab, Task, measure, train
+from twist_fl.experiments.recipe import SHUFFLED
+from twist_fl.experiments.search import TOGETHER
+from twist_fl.experiments.shared import about, by_size, caption, of_perplexity
+from twist_fl.report.cells import Cells
+from twist_fl.report.compare import spread_text
+from twist_fl.report.glossary import LOWER
+from twist_fl.system.units import perplexity_text, size_label
+
+FFN = "blueprint.setting=ffn"
+LR = {"pretrained-twist": "5e-4", "pretrained-fedavg": "2e-4"}
+"""Guessed, one try each."""
+CALIBRATION_WINDOWS = 16
+"""8,192 tokens at the scale `smollm2`, whose widest layer has 1,536 inputs."""
+START_DRAWS = 2
+BEFORE, TWIST, FEDAVG = "before", "TwIST", "FedAvg"
+
+
+def _run(lab: Lab, name: str, *overrides: str) -> Task:
+    start = None if lab.base.model.pretrained else runs.DDP
+    return train(name, FFN, f"train.lr={LR[name]}", *overrides, after=start)
+
+
+def _twist(lab: Lab) -> Task:
+    return _run(lab, "pretrained-twist", *SHUFFLED, *TOGETHER)
+
+
+def _fedavg(lab: Lab) -> Task:
+    return _run(lab, "pretrained-fedavg", "algorithm=fedavg")
+
+
+def _start(lab: Lab) -> Task:
+    return measure("start", _fedavg(lab), sizes=lab.base.eval.sizes, draws=START_DRAWS)
+
+
+def _pruned(lab: Lab, method: str) -> list[Task]:
+    settings = {"method": method, "setting": "ffn", "calibration": CALIBRATION_WINDOWS}
+    return [measure("prune", _fedavg(lab), **settings, size=size) for size in lab.base.eval.sizes]
+
+
+def tasks(lab: Lab) -> list[Task]:
+    trained = [_twist(lab), _fedavg(lab)]
+    first = [] if lab.base.model.pretrained else [runs.DDP]
+    return [*first, *trained, _start(lab), *(task for method in PRUNERS.values() for task in _pruned(lab, method))]
+
+
+def collect(lab: Lab) -> Data:
+    rows = {BEFORE: lab.result(_start(lab)), TWIST: row_of(lab, _twist(lab)), FEDAVG: row_of(lab, _fedavg(lab))}
+    dense = rows[FEDAVG]
+    for label, method in PRUNERS.items():
+        found = [lab.result(task)["perplexity"] for task in _pruned(lab, method)]
+        tickets = [ticket | {"mean": mean, "std": None} for ticket, mean in zip(dense["tickets"], found, strict=True)]
+        rows[f"{FEDAVG}, then {label}"] = {"full": dense["full"], "tickets": tickets}
+    config = lab.base
+    trained = [task for task in tasks(lab) if task.kind == TRAIN and task != runs.DDP]
+    rounds = {task.name: lab.result(task)["rounds"] for task in trained}
+    tokens = {
+        name: number * config.train.workers * config.train.interval * config.train.batch_size * config.data.window
+        for name, number in rounds.items()
+    }
+    return {"about": about(lab) | {"tokens": tokens, "window": config.data.window}, "rows": rows}
+
+
+def _cells(row: Data) -> list[str]:
+    cells = [perplexity_text(row["full"])]
+    for ticket in row["tickets"]:
+        mean, std = ticket["mean"], ticket["std"]
+        cells.append(perplexity_text(mean) if std is None else spread_text(mean, std))
+    return cells
+
+
+def tables(data: Data) -> dict[str, Cells]:
+    sizes = ["full model", *map(size_label, data["rows"][BEFORE]["tickets"])]
+    return {
+        caption(of_perplexity("a pretrained model, FFN blocks; of tickets mean ± deviation"), data): [
+            ["fine-tuned by", *sizes],
+            *([name, *_cells(row)] for name, row in data["rows"].items()),
+        ]
+    }
+
+
+def draw(data: Data) -> Figure:
+    """Perplexity against the FFN blocks kept, down from the full model; what was not trained is in the table only."""
+    rows = {name: row for name, row in data["rows"].items() if name != BEFORE}
+    lines = {name: [(value, None) for value in values_of(row)] for name, row in rows.items()}
+    return by_size(lines, data["rows"][BEFORE]["tickets"])
+
+
+def reading(data: Data) -> str:
+    return (
+        f"Perplexity: {LOWER}. Points are means over {data['about']['tickets']} random tickets, pruned models are one "
+        f"a size. Seed {data['about']['seed']}."
+    )
+
+
+def notes(data: Data) -> list[str]:
+    tokens, rows = data["about"]["tokens"], data["rows"]
+    rates = ", ".join(f"{name.removeprefix('pretrained-')} {rate}" for name, rate in LR.items())
+    found = [
+        f"{max(tokens.values()):,} tokens of fine-tuning each, over all workers, in windows of "
+        f"{data['about']['window']}; learning rates: {rates}, one try each. One seed: a proof that it works, not a "
+        "comparison that is finished.",
+        f"The tickets before fine-tuning are a mean over {START_DRAWS} draws.",
+    ]
+    for i, ticket in enumerate(rows[BEFORE]["tickets"]):
+        pruned = {name: row["tickets"][i]["mean"] for name, row in rows.items() if name.startswith(f"{FEDAVG}, ")}
+        best = min(pruned, key=lambda name: pruned[name])
+        ours = rows[TWIST]["tickets"][i]["mean"]
+        found.append(
+            f"{size_label(ticket)}: TwIST's random tickets have {ours / pruned[best]:.2f} of the perplexity of the "
+            f"best pruned model, '{best}'."
+        )
+    return found
+
+
+PRETRAINED = Experiment(
+    "pretrained",
+    "A pretrained model, fine-tuned by TwIST",
+    tasks,
+    collect,
+    tables,
+    {"pretrained": draw},
+    reading,
+    notes,
+)
