@@ -273,6 +273,22 @@ def _text(found: Row) -> str:
     )
 
 
+def _ticket_speed(what: str) -> Callable[[Row], str]:
+    def made(found: Row) -> str:
+        rows = [row | row[what] for row in found["rows"]]
+        return table(
+            rows,
+            ("engine", lambda r: str(r["engine"])),
+            ("threads, batch", lambda r: f"{r['threads']}, {r['batch']}"),
+            ("ticket", lambda r: str(r["ticket"])),
+            ("ms", lambda r: number(1000 * r["seconds"])),
+            ("faster", lambda r: f"{r['speed_up']:.2f}"),
+            ("of the bound", lambda r: f"{r['speed_up'] / r['bound']:.2f}"),
+        )
+
+    return made
+
+
 TABLES: dict[str, dict[str, Callable[[Row], str]]] = {
     "round": {"round": _round},
     "ddp": {"ddp": _ddp, "ddp through Flower": _ddp_flower},
@@ -286,6 +302,7 @@ TABLES: dict[str, dict[str, Callable[[Row], str]]] = {
     "warm_nodes": {"nodes": _warm_nodes},
     "flight": {"flight": _flight},
     "chaos": {"chaos": _chaos},
+    "ticket_speed": {"a new token": _ticket_speed("token"), "a prompt": _ticket_speed("prompt")},
     "wire": {"wire": _wire},
     "step": {"step": _step},
     "text": {"text": _text},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from collections.abc import Callable
@@ -13,11 +14,13 @@ import performance
 import performance_plots
 import pytest
 import run as gpu
+import ticket_speed
 import torch
 from common import copy_bandwidth, flops_per_second
 from ddp import PAPER, paper_ratios
 from growth import server_share
 from legible import assert_legible
+from small_tickets import ticket
 from steps import ddp_steps, random_model
 from torch import distributed
 from wire import round_by_wire
@@ -29,6 +32,7 @@ from twist_fl.model.subnet import get_state
 from twist_fl.report.document_tables import fill
 from twist_fl.report.plots import styled
 from twist_fl.rounds import start, twist_round
+from twist_fl.tickets import hf_formats
 from twist_fl.training.client_state import MomentShelf
 from twist_fl.training.interval import train_interval
 from twist_fl.training.job import Job
@@ -181,3 +185,13 @@ def test_the_pieces_for_a_gpu_run_dry(tmp_path: Path, capsys: pytest.CaptureFixt
     assert rows[1]["flop_ratio"] > rows[0]["flop_ratio"] == 1
     gpu.main(words[:4])
     assert f"step-float32: there already, {tmp_path / 'step-float32.json'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("engine", ["torch", ticket_speed.ZEROS])
+def test_a_ticket_reads_a_prompt_and_writes_tokens(engine: str, tmp_path: Path) -> None:
+    hf_formats.compact(ticket(), tmp_path, None, "float32")
+    args = argparse.Namespace(prompt=5, new_tokens=3)
+    threads = torch.get_num_threads()
+    seconds = list(ticket_speed.pytorch(tmp_path, args, threads, 2, engine == ticket_speed.ZEROS))
+    assert len(seconds) == 4 and min(seconds) > 0
+    assert ticket_speed.measure(engine, tmp_path, args, threads, 1).keys() == {"prompt", "token"}
