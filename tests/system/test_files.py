@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -13,9 +15,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from twist_fl.system.errors import DamagedError
-from twist_fl.system.files import SEAL, check_seal, new_file, new_folder, remove_unfinished, save_tensors
+from twist_fl.system.files import SEAL, check_seal, new_file, new_folder, remove_unfinished, save_tensors, write_text
 
 
 def fill(folder: Path, text: str = "old") -> Path:
@@ -117,6 +121,31 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     file = tmp_path / ("b" * 252)  # with a process id it is too long
     with pytest.raises(OSError, match=re.escape(f"'{file}'")), new_file(file):
         pass
+
+
+@pytest.mark.parametrize("what", ["text", "tensors", "tokenizer", "a file in a folder"])
+def test_a_full_disk_names_what_was_to_be_written(what: str, tmp_path: Path) -> None:
+    """Of any library that writes; a limit of the size of files stands for the disk's."""
+    target = tmp_path / "target"
+    tokenizer = Tokenizer(WordLevel({f"a long word, number {i}": i for i in range(200)}, "a long word, number 0"))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(f"File too large: '{target}'")) as raised:
+            if what == "text":
+                write_text("text" * 1000, target)
+            elif what == "tensors":
+                save_tensors({"a": torch.ones(1000)}, target)
+            elif what == "tokenizer":
+                with new_folder(target) as making:
+                    tokenizer.save(str(making / "tokenizer.json"))
+            else:
+                with new_folder(target) as making:
+                    save_tensors({"a": torch.ones(1000)}, making / "tensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.errno == errno.EFBIG
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_killed_process_had_begun_is_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -47,6 +47,8 @@ def train_here(folder: RunFolder, follow: Callable[[Here], Events]) -> Events:
             train_local(folder, usable_cores())
         except RuntimeError as error:
             raise LaunchError(f"the run failed: {error}") from error
+        except OSError as error:
+            raise LaunchError(f"the run failed: {error}; {folder.way_on}") from error
         finally:
             here.ended = True
         return following.result()

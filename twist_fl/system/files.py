@@ -38,19 +38,34 @@ def new_file(path: Path) -> Iterator[Path]:
     """A name to write to, which takes the place of `path` when all that was written is on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     making = _making(path)
+    with _named_by(path, making):
+        try:
+            making.touch()
+            mode = making.stat().st_mode  # what the user's umask says; safetensors has its own opinion
+            yield making
+            making.chmod(mode)
+            _flush(making)
+            making.replace(path)
+            _flush(path.parent)
+        finally:
+            making.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named_by(path: Path, making: Path) -> Iterator[None]:
+    """An error of the disk is an OSError of the name that the caller knows."""
     try:
-        making.touch()
-    except OSError as error:  # of the name that the caller knows
+        yield
+    except OSError as error:
+        if error.errno is None or not str(error.filename or making).startswith(str(making)):
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from None
-    mode = making.stat().st_mode  # what the user's umask says; safetensors has its own opinion
-    try:
-        yield making
-        making.chmod(mode)
-        _flush(making)
-        making.replace(path)
-        _flush(path.parent)
-    finally:
-        making.unlink(missing_ok=True)
+    except (
+        Exception
+    ) as error:  # libraries in Rust say it in words: safetensors in a type of its own, tokenizers in none
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from None
 
 
 def _making(path: Path) -> Path:
@@ -139,18 +154,19 @@ def new_folder(path: Path, sealed: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     making = _making(path)
     shutil.rmtree(making, ignore_errors=True)
-    making.mkdir()
     try:
-        yield making
-        if sealed:
-            (making / SEAL).write_bytes(_sums(making).encode())
-        for each in [*making.rglob("*"), making]:
-            _flush(each)
-        if path.exists():
-            _exchange(making, path)
-        else:
-            making.replace(path)
-        _flush(path.parent)
+        with _named_by(path, making):
+            making.mkdir()
+            yield making
+            if sealed:
+                (making / SEAL).write_bytes(_sums(making).encode())
+            for each in [*making.rglob("*"), making]:
+                _flush(each)
+            if path.exists():
+                _exchange(making, path)
+            else:
+                making.replace(path)
+            _flush(path.parent)
     finally:
         shutil.rmtree(making, ignore_errors=True)  # what was in its place, if anything
 
