@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,10 +15,12 @@ import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from twist_fl.config.schema import DataConfig
 from twist_fl.data import documents as pieces_module
+from twist_fl.data import progress
 from twist_fl.data.documents import Piece, Source, held_out, lines, pieces, running_documents
 from twist_fl.data.progress import Meter
 from twist_fl.data.run_text import RunText
@@ -178,6 +181,20 @@ def test_text_that_changes_while_it_is_read_is_refused() -> None:
     assert [piece.text for piece in text.pieces()] == ["one"]
     with pytest.raises(ConfigError, match="was changed while it was read"):
         list(text.pieces())
+
+
+def test_a_source_that_begins_slowly_is_not_called_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pace is that after its first piece, and there is none before."""
+    now = iter([0.0, 5.0, 16.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    said = io.StringIO()
+    with Meter(Console(file=said)).task("reading text", 22_100) as advance:
+        advance(100)
+        advance(22_000)
+    assert said.getvalue().splitlines() == [
+        "reading text: 100 B of 22.1 kB, 0%",
+        "reading text: 22.1 kB of 22.1 kB, 2.0 kB/s, 100%",
+    ]
 
 
 # Forms of text

@@ -30,16 +30,19 @@ class Meter:
         """Gives what to call with bytes that are done. `total` bytes if that is known, of which `done` at first."""
         begin = line = time.monotonic()
         at, bar, shown = done, self._bar(total), False
+        first: tuple[float, int] | None = None  # the pace is that after the first piece: a source may begin slowly
         row = bar.add_task(what, total=total, completed=done, note="")
 
         def advance(size: int) -> None:
-            nonlocal at, line, shown
+            nonlocal at, first, line, shown
             at += size
             now = time.monotonic()
+            first = first or (now, at)
             if now - begin < _PATIENCE:
                 return
-            rate = human_bytes((at - done) / (now - begin))
-            note = f"{human_bytes(at)}{f' of {human_bytes(total)}' if total else ''}, {rate}/s"
+            note = f"{human_bytes(at)}{f' of {human_bytes(total)}' if total else ''}"
+            if now > first[0]:
+                note += f", {human_bytes((at - first[1]) / (now - first[0]))}/s"
             if self.console.is_terminal:
                 if not shown:
                     bar.start()
