@@ -24,7 +24,8 @@ LR = {"pretrained-twist": "5e-4", "pretrained-fedavg": "2e-4"}
 """Guessed, one try each."""
 CALIBRATION_WINDOWS = 16
 """8,192 tokens at the scale `smollm2`, whose widest layer has 1,536 inputs."""
-START_DRAWS = 2
+FEW_DRAWS = 2
+"""Random tickets a size of what was not trained for them: before, and of FedAvg."""
 BEFORE, TWIST, FEDAVG = "before", "TwIST", "FedAvg"
 
 
@@ -38,11 +39,11 @@ def _twist(lab: Lab) -> Task:
 
 
 def _fedavg(lab: Lab) -> Task:
-    return _run(lab, "pretrained-fedavg", "algorithm=fedavg")
+    return _run(lab, "pretrained-fedavg", "algorithm=fedavg", f"eval.tickets={FEW_DRAWS}")
 
 
 def _start(lab: Lab) -> Task:
-    return measure("start", _fedavg(lab), sizes=lab.base.eval.sizes, draws=START_DRAWS)
+    return measure("start", _fedavg(lab), sizes=lab.base.eval.sizes, draws=FEW_DRAWS)
 
 
 def _pruned(lab: Lab, method: str) -> list[Task]:
@@ -112,7 +113,7 @@ def notes(data: Data) -> list[str]:
         f"{max(tokens.values()):,} tokens of fine-tuning each, over all workers, in windows of "
         f"{data['about']['window']}; learning rates: {rates}, one try each. One seed: a proof that it works, not a "
         "comparison that is finished.",
-        f"The tickets before fine-tuning are a mean over {START_DRAWS} draws.",
+        f"Random tickets before fine-tuning and of FedAvg are means over {FEW_DRAWS} draws a size.",
     ]
     for i, ticket in enumerate(rows[BEFORE]["tickets"]):
         pruned = {name: row["tickets"][i]["mean"] for name, row in rows.items() if name.startswith(f"{FEDAVG}, ")}
