@@ -21,6 +21,7 @@ from hypothesis import settings
 from twist_fl.blueprint.blocks import Layout
 from twist_fl.cli import app, train
 from twist_fl.config.schema import load_config
+from twist_fl.data.tokenizer import train_tokenizer
 from twist_fl.model.subnet import State
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.training.job import Job, make_job
@@ -212,3 +213,12 @@ def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[st
         return name
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE of 300 tokens. Nobody may write here."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    text = "the cat sat on the mat, it's 1,234 o'clock and the dog sat on the log"
+    train_tokenizer([text] * 9, 300).save_pretrained(folder)
+    return folder

@@ -18,7 +18,7 @@ from twist_fl.blueprint.blocks import make_layout
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.config.schema import load_config
 from twist_fl.data.gguf_folder import as_folder, in_halves, in_pairs
-from twist_fl.data.tokenizer import load_tokenizer, train_tokenizer
+from twist_fl.data.tokenizer import load_tokenizer
 from twist_fl.model.hf_config import model_config
 from twist_fl.model.pretrained import load_pretrained
 from twist_fl.system.errors import ConfigError
@@ -27,15 +27,6 @@ from twist_fl.tickets import gguf_format
 WHOLE = Blueprint((4, 6), (tuple(range(4)),) * 3, (tuple(range(6)),) * 3)
 LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}
 TEXT = "It's 1,234 o'clock;\n\n  the dog -- naïve? -- sat \"here\"."
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(["the cat sat on the mat, it's 1,234 o'clock and the dog sat on the log"] * 9, 300).save_pretrained(
-        folder
-    )
-    return folder
 
 
 def written(folder: Path, tokenizer_folder: Path, dtype: str = "float32", **others: Any) -> tuple[Path, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from small_tickets import HEADS, UNEVEN, ticket
 
-from twist_fl.data.tokenizer import train_tokenizer
 from twist_fl.system.errors import ConfigError, LaunchError
 from twist_fl.tickets import gguf_format
 from twist_fl.tickets.checking import Answers, Probe
@@ -27,15 +26,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 heads": ("qwen2", {}),
     "qwen2": ("qwen2", {}),
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(["the cat sat on the mat, it's 1,234 o'clock and the dog sat on the log"] * 9, 300).save_pretrained(
-        folder
-    )
-    return folder
 
 
 def _off(words: str) -> float:
