@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -20,7 +21,6 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 
 from twist_fl.config.schema import DataConfig
 from twist_fl.data import documents as pieces_module
-from twist_fl.data import progress
 from twist_fl.data.documents import Piece, Source, held_out, lines, pieces, running_documents
 from twist_fl.data.progress import Meter
 from twist_fl.data.run_text import RunText
@@ -186,7 +186,7 @@ def test_text_that_changes_while_it_is_read_is_refused() -> None:
 def test_a_source_that_begins_slowly_is_not_called_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pace is that after its first piece, and there is none before."""
     now = iter([0.0, 5.0, 16.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr("twist_fl.data.progress.time", SimpleNamespace(monotonic=lambda: next(now)))
     said = io.StringIO()
     with Meter(Console(file=said)).task("reading text", 22_100) as advance:
         advance(100)
