@@ -32,6 +32,7 @@ BENCHES = {
     "text": "tokenising 10 MB and 500 MB of text, beside datasets.map",
     "step": "the chunked loss against the plain one",
     "wire": "perplexity with 16 bits on the wire; needs --data FOLDER_OF_WIKITEXT_2",
+    "scale": "a simulation of 100 and 1,000 nodes beside Flower's own FedAvg",
     "ticket_speed": "tickets of a real model in torch, onnxruntime and llama.cpp; needs --model FILE.gguf",
     "flight": "what a round costs on a network of nodes, by Flower's messages and by Arrow Flight",
     "chaos": "a run whose nodes, server, disk and network fail all the time; needs about 20 minutes",

@@ -273,6 +273,18 @@ def _text(found: Row) -> str:
     )
 
 
+def _scale(found: Row) -> str:
+    return f"{found['round']} nodes train a round.\n\n" + table(
+        found["rows"],
+        ("", lambda r: str(r["what"])),
+        ("nodes", lambda r: f"{r['nodes']:,}"),
+        ("a round, s", lambda r: number(r["seconds"])),
+        ("longest training, s", lambda r: number(r["training"]) if "training" in r else "-"),
+        ("peak GB", lambda r: number(r["peak_bytes"] / 1e9)),
+        ("whole run, s", lambda r: number(r["whole_seconds"])),
+    )
+
+
 def _ticket_speed(what: str) -> Callable[[Row], str]:
     def made(found: Row) -> str:
         rows = [row | row[what] for row in found["rows"]]
@@ -302,6 +314,7 @@ TABLES: dict[str, dict[str, Callable[[Row], str]]] = {
     "warm_nodes": {"nodes": _warm_nodes},
     "flight": {"flight": _flight},
     "chaos": {"chaos": _chaos},
+    "scale": {"scale": _scale},
     "ticket_speed": {"a new token": _ticket_speed("token"), "a prompt": _ticket_speed("prompt")},
     "wire": {"wire": _wire},
     "step": {"step": _step},

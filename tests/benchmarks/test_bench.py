@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import performance
 import performance_plots
 import pytest
 import run as gpu
+import scale
 import ticket_speed
 import torch
 from common import copy_bandwidth, flops_per_second
@@ -195,3 +197,13 @@ def test_a_ticket_reads_a_prompt_and_writes_tokens(engine: str, tmp_path: Path) 
     seconds = list(ticket_speed.pytorch(tmp_path, args, threads, 2, engine == ticket_speed.ZEROS))
     assert len(seconds) == 4 and min(seconds) > 0
     assert ticket_speed.measure(engine, tmp_path, args, threads, 1).keys() == {"prompt", "token"}
+
+
+def test_memory_of_a_command_is_that_of_its_children_too() -> None:
+    hold = "import time; held = bytearray(b'x' * 200_000_000); time.sleep(3)"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}], check=True)"
+    found = scale.watched([sys.executable, "-c", child])
+    assert found["peak_bytes"] > 2e8
+    assert found["whole_seconds"] > 3
+    with pytest.raises(SystemExit, match="ended with status 3"):
+        scale.watched([sys.executable, "-c", "raise SystemExit(3)"])
