@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from legible import assert_legible
 from rich.console import Console
 
 from twist_fl import rounds
-from twist_fl.cli.reproduce import fill_page, reproduce
+from twist_fl.cli.reproduce import fill_page, portable, reproduce
 from twist_fl.config.schema import load_config
 from twist_fl.experiments.catalog import EXPERIMENTS
 from twist_fl.experiments.lab import SCALES, Lab, measure, train
@@ -230,3 +231,10 @@ def test_the_published_page_is_one_file_for_a_phone(tmp_path: Path) -> None:
     page = Page(write_page(tmp_path).read_text())
     assert_one_file_for_a_phone(page)
     assert page.values("a", "href") == [f"#{name}" for name in names] == [f"#{id_}" for id_ in page.values("h2", "id")]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "results").rglob("*.json")), ids=lambda file: file.name)
+def test_results_name_no_place_of_the_machine_that_made_them(file: Path) -> None:
+    assert not re.search(r'["=]/\w+/', file.read_text())
+    assert portable("model.pretrained=/a/b/m.gguf") == "model.pretrained=m.gguf"
+    assert portable("model.pretrained=org/m") == "model.pretrained=org/m"

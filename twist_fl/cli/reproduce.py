@@ -111,7 +111,8 @@ def _show(console: Console, lab: Lab, experiment: Experiment, target: Path) -> N
     """NAME.json, NAME.md and the figures; the tables in the terminal too."""
     data: Data = {"experiment": experiment.name, **experiment.collect(lab)}
     about: dict[str, Any] = {"scale": lab.scale.name, "preset": lab.scale.preset, "seed": lab.base.seed}
-    about["overrides"] = [word for word in (*lab.scale.overrides, *lab.overrides) if not word.startswith("data.path=")]
+    words = (word for word in (*lab.scale.overrides, *lab.overrides) if not word.startswith("data.path="))
+    about["overrides"] = [portable(word) for word in words]
     about["commits"] = sorted({commit for task in experiment.tasks(lab) if (commit := _commit_of(lab, task))})
     data["provenance"] = provenance() | about
     write_json(data, target / f"{experiment.name}.json")
@@ -122,6 +123,12 @@ def _show(console: Console, lab: Lab, experiment: Experiment, target: Path) -> N
         console.print(terminal_table(caption, cells))
     for note in experiment.notes(data):
         console.print(note, highlight=False)
+
+
+def portable(word: str) -> str:
+    """A path of this machine says its last part only, as in `results.portable_config`."""
+    key, _, value = word.partition("=")
+    return f"{key}={Path(value).name}" if Path(value).is_absolute() else word
 
 
 def _commit_of(lab: Lab, task: Task) -> str | None:
