@@ -51,8 +51,10 @@ def measure(engine: str, folder: Path, args: argparse.Namespace, threads: int, b
     """Seconds to read a prompt, and of the middle one of the new tokens' steps; of all texts of the batch."""
     if engine.startswith("llama.cpp"):
         return llama_cpp(folder / "model.gguf", args, threads)
-    steps = onnxruntime if engine == "onnxruntime" else pytorch
-    times = list(steps(folder, args, threads, batch, engine == ZEROS))
+    if engine == "onnxruntime":
+        times = list(onnxruntime(folder, args, threads, batch))
+    else:
+        times = list(pytorch(folder, args, threads, batch, zeros=engine == ZEROS))
     return {"prompt": times[0], "token": median(times[1:])}
 
 
@@ -73,10 +75,9 @@ def pytorch(folder: Path, args: argparse.Namespace, threads: int, batch: int, ze
     yield from seconds
 
 
-def onnxruntime(folder: Path, args: argparse.Namespace, threads: int, batch: int, zeros: bool) -> Iterator[float]:
+def onnxruntime(folder: Path, args: argparse.Namespace, threads: int, batch: int) -> Iterator[float]:
     from onnxruntime import InferenceSession, SessionOptions
 
-    assert not zeros
     options = SessionOptions()
     options.intra_op_num_threads = threads
     session = InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])

@@ -236,5 +236,8 @@ def test_the_published_page_is_one_file_for_a_phone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted((ROOT / "results").rglob("*.json")), ids=lambda file: file.name)
 def test_results_name_no_place_of_the_machine_that_made_them(file: Path) -> None:
     assert not re.search(r'["=]/\w+/', file.read_text())
+
+
+def test_a_word_names_the_last_part_of_a_path_of_this_machine() -> None:
     assert portable("model.pretrained=/a/b/m.gguf") == "model.pretrained=m.gguf"
     assert portable("model.pretrained=org/m") == "model.pretrained=org/m"

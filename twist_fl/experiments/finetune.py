@@ -66,18 +66,21 @@ def collect(lab: Lab) -> Data:
     rows += [{"method": method, "lr": lr} | row_of(lab, run) for method in METHODS for lr, run in tried(method).items()]
     for label, method in PRUNERS.items():
         for lr, run in tried(DDP).items():
-            dense = row_of(lab, run)
-            found = [lab.result(task)["perplexity"] for task in pruned(lab, run, method)]
-            tickets = [
-                ticket | {"mean": mean, "std": None} for ticket, mean in zip(dense["tickets"], found, strict=True)
-            ]
-            rows.append({"method": f"DDP, then {label}", "lr": lr, "full": dense["full"], "tickets": tickets})
+            row = pruned_row(lab, row_of(lab, run), pruned(lab, run, method))
+            rows.append({"method": f"DDP, then {label}", "lr": lr} | row)
     return {"about": about(lab), "rows": rows}
 
 
 def row_of(lab: Lab, task: Task) -> Data:
     results, keep = lab.result(task), ("size", "of", "mean", "std")
     return {"full": results["full"], "tickets": [{key: each[key] for key in keep} for each in results["tickets"]]}
+
+
+def pruned_row(lab: Lab, dense: Data, tasks: list[Task]) -> Data:
+    """The model of the row `dense` as the tasks have pruned it, one a size."""
+    found = [lab.result(task)["perplexity"] for task in tasks]
+    tickets = [ticket | {"mean": mean, "std": None} for ticket, mean in zip(dense["tickets"], found, strict=True)]
+    return {"full": dense["full"], "tickets": tickets}
 
 
 def best(data: Data) -> dict[str, Data]:
@@ -99,7 +102,7 @@ def values_of(row: Data) -> list[float]:
     return [row["full"], *(ticket["mean"] for ticket in row["tickets"])]
 
 
-def _cells(row: Data) -> list[str]:
+def cells_of(row: Data) -> list[str]:
     return [perplexity_text(row["full"]), *map(_text, row["tickets"])]
 
 
@@ -111,8 +114,8 @@ def _text(ticket: dict[str, Any]) -> str:
 
 def tables(data: Data) -> dict[str, Cells]:
     sizes = ["full model", *map(size_label, data["rows"][0]["tickets"])]
-    bests = [[name, *_cells(row)] for name, row in best(data).items()]
-    every = [[f"{row['method']}, {row['lr']}", *_cells(row)] for row in data["rows"] if row["lr"]]
+    bests = [[name, *cells_of(row)] for name, row in best(data).items()]
+    every = [[f"{row['method']}, {row['lr']}", *cells_of(row)] for row in data["rows"] if row["lr"]]
     return {
         caption(of_perplexity("after fine-tuning, setting both; of tickets mean ± deviation"), data): [
             ["fine-tuned by", *sizes],

@@ -9,15 +9,14 @@ from matplotlib.figure import Figure
 
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Data, Experiment
-from twist_fl.experiments.finetune import PRUNERS, row_of, values_of
+from twist_fl.experiments.finetune import PRUNERS, cells_of, pruned_row, row_of, values_of
 from twist_fl.experiments.lab import TRAIN, Lab, Task, measure, train
 from twist_fl.experiments.recipe import SHUFFLED
 from twist_fl.experiments.search import TOGETHER
 from twist_fl.experiments.shared import about, by_size, caption, of_perplexity
 from twist_fl.report.cells import Cells
-from twist_fl.report.compare import spread_text
 from twist_fl.report.glossary import LOWER
-from twist_fl.system.units import perplexity_text, size_label
+from twist_fl.system.units import size_label
 
 FFN = "blueprint.setting=ffn"
 LR = {"pretrained-twist": "5e-4", "pretrained-fedavg": "2e-4"}
@@ -59,11 +58,8 @@ def tasks(lab: Lab) -> list[Task]:
 
 def collect(lab: Lab) -> Data:
     rows = {BEFORE: lab.result(_start(lab)), TWIST: row_of(lab, _twist(lab)), FEDAVG: row_of(lab, _fedavg(lab))}
-    dense = rows[FEDAVG]
     for label, method in PRUNERS.items():
-        found = [lab.result(task)["perplexity"] for task in _pruned(lab, method)]
-        tickets = [ticket | {"mean": mean, "std": None} for ticket, mean in zip(dense["tickets"], found, strict=True)]
-        rows[f"{FEDAVG}, then {label}"] = {"full": dense["full"], "tickets": tickets}
+        rows[f"{FEDAVG}, then {label}"] = pruned_row(lab, rows[FEDAVG], _pruned(lab, method))
     config = lab.base
     trained = [task for task in tasks(lab) if task.kind == TRAIN and task != runs.DDP]
     rounds = {task.name: lab.result(task)["rounds"] for task in trained}
@@ -74,20 +70,12 @@ def collect(lab: Lab) -> Data:
     return {"about": about(lab) | {"tokens": tokens, "window": config.data.window}, "rows": rows}
 
 
-def _cells(row: Data) -> list[str]:
-    cells = [perplexity_text(row["full"])]
-    for ticket in row["tickets"]:
-        mean, std = ticket["mean"], ticket["std"]
-        cells.append(perplexity_text(mean) if std is None else spread_text(mean, std))
-    return cells
-
-
 def tables(data: Data) -> dict[str, Cells]:
     sizes = ["full model", *map(size_label, data["rows"][BEFORE]["tickets"])]
     return {
         caption(of_perplexity("a pretrained model, FFN blocks; of tickets mean ± deviation"), data): [
             ["fine-tuned by", *sizes],
-            *([name, *_cells(row)] for name, row in data["rows"].items()),
+            *([name, *cells_of(row)] for name, row in data["rows"].items()),
         ]
     }
 
@@ -101,8 +89,8 @@ def draw(data: Data) -> Figure:
 
 def reading(data: Data) -> str:
     return (
-        f"Perplexity: {LOWER}. Points are means over {data['about']['tickets']} random tickets, pruned models are one "
-        f"a size. Seed {data['about']['seed']}."
+        f"Perplexity: {LOWER}. TwIST's points are means over {data['about']['tickets']} random tickets, FedAvg's over "
+        f"{FEW_DRAWS}; pruned models are one a size. Seed {data['about']['seed']}."
     )
 
 
