@@ -556,6 +556,35 @@ def test_replies_are_handed_on_as_they_arrive(make_strategy: Callable[..., Twist
     assert seen == ["pull", "worker 0", "pull", "worker 1", "pull", "worker 2"]
 
 
+@pytest.mark.parametrize("length", [0.02, 3.0, 1000.0])
+def test_looks_for_replies_are_few_in_a_long_round_and_none_finds_one_late(
+    length: float, make_strategy: Callable[..., TwistStrategy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        now = 0.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+        def sleep(self, seconds: float) -> None:
+            self.now += seconds
+
+    clock, looks = Clock(), list[float]()
+    monkeypatch.setattr("twist_fl.federation.exchange.time", clock)
+
+    class Slow(LocalGrid):
+        def pull_messages(self, message_ids: Any) -> Any:
+            looks.append(clock.now)
+            return super().pull_messages(message_ids) if clock.now >= length else []
+
+    strategy, grid = make_strategy(), Slow()
+    strategy.nodes.connect(LocalGrid(), 0)
+    messages = strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid)
+    assert len(list(exchange(grid, messages, strategy.job.config.flower, timeout=2000))) == 3
+    assert length <= clock.now <= 1.005 * length + strategy.job.config.flower.poll_interval
+    assert len(looks) < 1200, "every 0.05 s they would be 20,000"
+
+
 @pytest.mark.parametrize(
     ("by", "far", "idle"),
     [("auto", [], [2, 4, 6]), ("inline", [], [2, 4, 6]), ("shm", [], [2, 4, 6]), ("auto", [0, 2], [4, 6, 6])],

@@ -26,7 +26,7 @@ from rich.console import Console
 
 from twist_fl.config.schema import load_config
 from twist_fl.report import plots
-from twist_fl.report.cells import MAX_COLUMNS, fit, markdown, narrow, terminal_table, turned
+from twist_fl.report.cells import MAX_COLUMNS, fit, markdown, narrow, terminal_table, turned, uncut_table
 from twist_fl.report.compare import comparison_table, read_runs
 from twist_fl.report.conclusions import conclusions
 from twist_fl.report.glossary import ALGORITHMS, WORDS
@@ -210,6 +210,16 @@ def test_the_title_of_a_narrow_table_is_as_wide_as_the_terminal() -> None:
     out, title = StringIO(), "Models on devices: what each received and holds"
     Console(file=out, width=60).print(terminal_table(title, [["device", "phone"], ["MB", "2"]]))
     assert out.getvalue().startswith(title + "\n")
+
+
+@given(st.integers(32, 100))
+def test_a_narrow_terminal_cuts_no_number(width: int) -> None:
+    out, numbers = StringIO(), ["341,760", "14.97", "0.11", "14.80", "15.13"]
+    header = ["blocks", "parameters", "mean", "std", "min", "max"]
+    Console(file=out, width=width).print(uncut_table([header, ["8/12", *numbers]]))
+    body = out.getvalue().split("┩")[-1]
+    columns = zip(*(line[1:-1].split("│") for line in body.splitlines() if line.startswith("│")), strict=True)
+    assert ["".join(parts).replace(" ", "") for parts in columns] == ["8/12", *numbers]
 
 
 @given(CELLS)

@@ -7,8 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Column, Table
+from rich.console import Console, RenderableType
 
 from twist_fl.blueprint.architectures import KINDS
 from twist_fl.blueprint.blocks import Layout, make_layout
@@ -20,6 +19,7 @@ from twist_fl.config.schema import Config, ModelConfig, load_config
 from twist_fl.config.sizes import layout_of, make_division, ticket_sizes, workers_per_round
 from twist_fl.data.gguf_folder import SUFFIX
 from twist_fl.model.hf_config import pretrained_config, scratch_fields
+from twist_fl.report.cells import titled, uncut_table
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.units import count, human_bytes, size_label
@@ -147,12 +147,8 @@ def _bytes(terabytes: float) -> str:
     return human_bytes(terabytes * 1e12)
 
 
-def _table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> Table:
-    columns = [Column(name, justify="right", no_wrap=name == "params") for name in header]
-    table = Table(*columns, title=title)
-    for line in lines:
-        table.add_row(*line)
-    return table
+def _table(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> RenderableType:
+    return titled(title, uncut_table([header, *lines]))
 
 
 def _of_sizes(
@@ -192,7 +188,7 @@ def _workers_text(layout: Layout, division: Division, group: Group) -> str:
     return f"{group.workers} x {texts[0] if len(set(texts)) == 1 else '; FFN '.join(texts)}"
 
 
-def _measured(folder: RunFolder, num_moments: int) -> Table:
+def _measured(folder: RunFolder, num_moments: int) -> RenderableType:
     """Bytes and peak memory of the run's rounds so far, as the cost model has them and as they were."""
     rounds = folder.events("round")
     sent = {

@@ -15,7 +15,8 @@ from twist_fl.config.shares import Size
 from twist_fl.config.sizes import TicketSize
 from twist_fl.data.corpus import Windows
 from twist_fl.pruning.methods import prune, pruned_perplexities, save_pruned, sparsity
-from twist_fl.report.cells import titled
+from twist_fl.report.cells import titled, uncut_table
+from twist_fl.report.compare import spread_text
 from twist_fl.runs.results import portable_config
 from twist_fl.runs.start import Start
 from twist_fl.runs.trained import TrainedRun, chosen_sizes
@@ -111,18 +112,16 @@ def _row(
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table()
-    for column in _COLUMNS:
-        table.add_column(column, justify="left" if column == "method" else "right")
-    for row in rows:
-        spread = "" if row["std"] is None else f" ± {perplexity_text(row['std'])}"
-        table.add_row(
+    lines = [
+        [
             row["method"],
             size_label(row),
-            f"{perplexity_text(row['perplexity'])}{spread}",
+            perplexity_text(row["perplexity"]) if row["std"] is None else spread_text(row["perplexity"], row["std"]),
             f"{row['sparsity']:.4f}",
             f"{row['seconds']:.2f}",
             f"{row['peak_bytes'] / 1e6:.1f}",
             f"{row['calibration_tokens']:,}",
-        )
-    return table
+        ]
+        for row in rows
+    ]
+    return uncut_table([_COLUMNS, *lines])

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from twist_fl.cli.progress import loading, waits_for
 from twist_fl.config.hub import expanded
 from twist_fl.config.shares import Size
 from twist_fl.config.sizes import ticket_size
 from twist_fl.config.suggest import choice
-from twist_fl.report.cells import titled
+from twist_fl.report.cells import titled, uncut_table
 from twist_fl.runs.start import find_start
 from twist_fl.runs.trained import TrainedRun, chosen_sizes
 from twist_fl.system.errors import ConfigError
@@ -36,16 +35,14 @@ def tickets(
     run = TrainedRun(loading(console, start, words, sizes))
     job = run.job
     test = job.corpus.test[: windows or job.config.eval.max_windows]
-    table = Table()
-    for column in ("blocks", "parameters", "mean", "std", "min", "max"):
-        table.add_column(column, justify="right")
+    cells = [["blocks", "parameters", "mean", "std", "min", "max"]]
     for size in chosen_sizes(job, sizes):
         with console.status(f"tickets of {size_label(size.row)}"):
             row: dict[str, Any] = run.tickets(size.row["size"], draws, test).summary()
         values = [perplexity_text(row[key]) for key in ("mean", "std", "min", "max")]
-        table.add_row(size_label(size.row), f"{row['num_params']:,}", *values)
+        cells.append([size_label(size.row), f"{row['num_params']:,}", *values])
     title = f"{run.title}: perplexity (lower is better) of {draws} random tickets a size, "
-    console.print(titled(f"{title}on {test.size:,} test tokens", table))
+    console.print(titled(f"{title}on {test.size:,} test tokens", uncut_table(cells)))
 
 
 def export(

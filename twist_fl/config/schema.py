@@ -218,7 +218,7 @@ class FlowerConfig:
     round_timeout: float = 3600.0
     """Seconds after which a round goes on without the replies still missing."""
     poll_interval: float = 0.05
-    """Seconds between two looks for replies."""
+    """Seconds between two looks for replies; in a long round a 200th of what it has taken so far."""
     connect_timeout: float = 900.0
     """Seconds a node has to read the text and build its worker before the first round."""
     wait_for_nodes: float = 30.0

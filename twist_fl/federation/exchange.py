@@ -12,6 +12,9 @@ from twist_fl.config.schema import FlowerConfig
 
 _SLACK = 60.0
 """Seconds more that a message is worth something: sending a round's takes time, and clocks differ."""
+_LATE = 0.005
+"""The share of its wait that a reply may lie before it is looked for. Every look is work for the SuperLink, which may
+stand on the machine that trains: looks every 0.05 s take half a core of it."""
 
 
 def exchange(
@@ -43,6 +46,7 @@ def _replies(
     grid: Grid, pending: dict[str, Message], refused: list[Message], flower: FlowerConfig, deadline: float
 ) -> Iterator[Message]:
     yield from refused
+    begin = time.monotonic()
     while pending and time.monotonic() < deadline:
         found = [
             (reply, pending.pop(reply.metadata.reply_to_message_id, None)) for reply in grid.pull_messages(pending)
@@ -51,7 +55,7 @@ def _replies(
             if sent is not None:
                 yield Message(reply.error if reply.has_error() else reply.content, reply_to=sent)
         if pending:
-            time.sleep(flower.poll_interval)
+            time.sleep(max(flower.poll_interval, _LATE * (time.monotonic() - begin)))
 
 
 def _envelope(message: Message) -> Message:

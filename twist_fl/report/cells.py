@@ -53,11 +53,18 @@ def _markdown(cells: Cells) -> str:
 
 def terminal_table(title: str, cells: Cells) -> Group:
     """As it is or on its side, whichever fits a narrow terminal better."""
-    header, *lines = narrow(cells)
-    table = Table(*header[:1], *(Column(name, justify="right") for name in header[1:]))
+    return titled(title, uncut_table(narrow(cells)))
+
+
+def uncut_table(cells: Sequence[Sequence[str]]) -> Table:
+    """Cells that are too wide for the terminal go on in the next line: rich would cut numbers."""
+    header, *lines = cells
+    table = Table(Column(header[0], overflow="fold"))
+    for name in header[1:]:
+        table.add_column(name, justify="right", overflow="fold")
     for line in lines:
         table.add_row(*line)
-    return titled(title, table)
+    return table
 
 
 def titled(title: str, table: Table) -> Group:
