@@ -25,8 +25,8 @@ from warm_nodes import JOB, measure, width_of
 
 WAYS = {
     "inline": "flower.transport=inline",
-    "flight": "flower.transport=flight",
-    "flight, bfloat16": "flower.transport=flight flower.wire_dtype=bfloat16",
+    "flight": "flower.transport=flight flower.flight={host}:0",
+    "flight, bfloat16": "flower.transport=flight flower.flight={host}:0 flower.wire_dtype=bfloat16",
 }
 
 
@@ -38,7 +38,7 @@ def measure_over(shape: tuple[float, float] | None, home: Path, nodes: int, over
         def node(address: str, node_config: str) -> list[str]:
             return [*prefix, *warm_node(address, node_config)]
 
-        found = measure(home, f"{overrides} flower.flight={host}:0", node, nodes, host)
+        found = measure(home, overrides.format(host=host), node, nodes, host)
     found["two_copies"] = two_copies(1e6 * found["mb_moved"])
     return found | ({"line_seconds": 8e6 * found["mb_moved"] / shape[0]} if shape else {})
 

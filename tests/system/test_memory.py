@@ -31,6 +31,31 @@ for task in (half, half, whole, half):
     torch.ones(75_000_000)  # 300 MB, between two tasks
 print(json.dumps([job.layout.num_params(half.blueprint), job.layout.num_params(), *peaks]))
 """
+TOKENISER = """
+import resource, sys
+from twist_fl.config.schema import DataConfig
+from twist_fl.data.corpus import load_corpus
+from twist_fl.data.tokenizer import load_tokenizer
+file, folder = sys.argv[1:]
+load_tokenizer(folder)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+corpus = load_corpus(DataConfig(source="files", path=file, tokenizer=folder, window=128))
+print(len(corpus.train), peak() - before)
+"""
+
+
+@pytest.mark.parametrize("end", [" ", "\n", "\n\n"], ids=["one line", "lines", "paragraphs"])
+def test_tokenising_takes_bounded_memory_whatever_the_text(end: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    """16 MB of it, of which 143 bytes a byte would be 2.3 GB. The file's own pages and buffers are tens of MB."""
+    sentence = "the cat sat on the mat and the dog sat on the log, " * 20
+    (tmp_path / "text.txt").write_text((sentence + end) * 16_000)
+    command = [sys.executable, "-c", TOKENISER, str(tmp_path / "text.txt"), str(tokenizer_folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    windows, kilobytes = map(int, done.stdout.split())
+    assert windows > 10_000
+    assert kilobytes < 250_000
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="a peak starts anew on Linux only")
