@@ -35,11 +35,14 @@ BENCHES = {
     "scale": "a simulation of 100 and 1,000 nodes beside Flower's own FedAvg",
     "ticket_speed": "tickets of a real model in torch, onnxruntime and llama.cpp; needs --model FILE.gguf",
     "flight": "what a round costs on a network of nodes, by Flower's messages and by Arrow Flight",
+    "flight_line": "the same over a line of 1 Gbit/s and 20 ms; as root",
     "chaos": "a run whose nodes, server, disk and network fail all the time; needs about 20 minutes",
     "warm_nodes": "what a round costs on a network of nodes, stock and warm",
 }
 EVERY = ("round", "ddp", "growth", "server", "transport", "step")
 """Those that need no data and minutes at most: what is run by default."""
+SCRIPTS = {"flight_line": ("flight", "--line", "1000", "20", "--ways", "flight", "flight, bfloat16")}
+"""Benchmarks that are another's script with options."""
 
 
 TREE = Path(__file__).resolve().parents[1]
@@ -67,7 +70,8 @@ def measure(name: str, options: Sequence[str], folder: Path, about: dict[str, An
     about = about | {"load_before": os.getloadavg()[0]}
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "found.json"
-        command = [sys.executable, str(TREE / "benchmarks" / f"{name}.py"), *options, "--out", str(out)]
+        script, *fixed = SCRIPTS.get(name, (name,))
+        command = [sys.executable, str(TREE / "benchmarks" / f"{script}.py"), *fixed, *options, "--out", str(out)]
         status = subprocess.run(command, check=False).returncode
         if status or not out.is_file():
             raise SystemExit(f"benchmarks/{name}.py ended with status {status}, nothing is kept")

@@ -238,6 +238,18 @@ def _flight(found: Row) -> str:
     )
 
 
+def _flight_line(found: Row) -> str:
+    rate, delay = found["line"]
+    return f"{found['num_nodes']} nodes, {rate:,.0f} Mbit/s, {delay:g} ms.\n\n" + table(
+        found["rows"],
+        ("transport", lambda r: str(r["transport"])),
+        ("MB a worker, each way", lambda r: number(r["mb_per_worker"])),
+        ("later, s", lambda r: number(r["seconds"])),
+        ("the line itself, s", lambda r: number(r["line_seconds"])),
+        ("share of the line", lambda r: f"{r['line_seconds'] / r['seconds']:.2f}"),
+    )
+
+
 def _chaos(found: Row) -> str:
     blows, drifts = found["blows"], found["drift"]
     lost = f"{found['lost_replies']} of {found['lost_replies'] + found['intervals']}"
@@ -313,6 +325,7 @@ TABLES: dict[str, dict[str, Callable[[Row], str]]] = {
     "transport": {"transport": _transport},
     "warm_nodes": {"nodes": _warm_nodes},
     "flight": {"flight": _flight},
+    "flight_line": {"flight over a line": _flight_line},
     "chaos": {"chaos": _chaos},
     "scale": {"scale": _scale},
     "ticket_speed": {"a new token": _ticket_speed("token"), "a prompt": _ticket_speed("prompt")},

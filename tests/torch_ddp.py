@@ -6,7 +6,9 @@ FOLDER/trained.pt.
 
 from __future__ import annotations
 
+import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ def main(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     task: dict[str, Any] = torch.load(folder / "task.pt", weights_only=True)
     num_workers = len(task["batches"])
-    dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=num_workers)
+    dist.init_process_group(
+        "gloo", f"file://{folder / 'store'}", timedelta(seconds=120), rank=rank, world_size=num_workers
+    )
     model = GPT2LMHeadModel(GPT2Config(**task["config"]))
     model.load_state_dict(task["params"], strict=False)  # all but the tied head
     model.train()
@@ -36,7 +40,8 @@ def main(rank: int, folder: Path) -> None:
         optimizer.step()
     if rank == 0:
         torch.save({name: parameter.detach() for name, parameter in model.named_parameters()}, folder / "trained.pt")
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # taking the connections down, while the other process does the same, has hung
 
 
 if __name__ == "__main__":
