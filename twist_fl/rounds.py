@@ -30,6 +30,7 @@ from twist_fl.training.importance import score_blocks
 from twist_fl.training.interval import Moments, adam_step, zero_moments
 from twist_fl.training.job import Job
 from twist_fl.training.outer_optimizer import OuterState, new_outer, outer_step
+from twist_fl.training.rewiring import rewire
 from twist_fl.training.rules import ROBUST
 from twist_fl.training.schedule import learning_rate
 from twist_fl.training.worker import Reply, Task, Worker, rates
@@ -74,6 +75,8 @@ class RoundReport:
 
 def start(job: Job) -> RunState:
     params = job.initial_state()
+    if job.config.blueprint.rewire:
+        params = rewire(job, params)
     kept = dict.fromkeys(MOMENTS, job.layout) if job.config.algorithm == "ddp" else job.moment_layouts
     scores = score_blocks(job, params, 0) if job.division.by_importance else None
     moments = zero_moments(kept) if kept else None

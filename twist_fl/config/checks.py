@@ -145,9 +145,11 @@ def _check_private(config: Any) -> None:
             "data.source=empty has no text to train a tokenizer on: give data.tokenizer, model.pretrained, or the "
             "server text of its own"
         )
-    for key, value in (("train.variant", train.variant), ("blueprint.policy", config.blueprint.policy)):
-        if value in ("hybrid", "importance"):
-            raise ConfigError(f"{key}={value} needs text where the server is, and data.source=empty gives it none")
+    reads = {"train.variant=hybrid": train.variant == "hybrid"}
+    reads["blueprint.policy=importance"] = config.blueprint.policy == "importance"
+    reads["blueprint.rewire=true"] = config.blueprint.rewire
+    for setting in (setting for setting, holds in reads.items() if holds):
+        raise ConfigError(f"{setting} needs text where the server is, and data.source=empty gives it none")
 
 
 def _check_flight(flower: Any) -> None:
@@ -201,6 +203,10 @@ def _check_policies(config: Any) -> None:
         raise ConfigError("blueprint.policy=importance needs blueprint.common: at least 1")
     if by_score and config.algorithm != "twist":
         raise ConfigError(f"blueprint.policy=importance divides nothing with algorithm={config.algorithm}: use twist")
+    if blueprint.rewire and by_score:
+        raise ConfigError("blueprint.policy=importance chooses common blocks, and blueprint.rewire makes them: use one")
+    if blueprint.rewire and config.algorithm != "twist":
+        raise ConfigError(f"blueprint.rewire changes nothing with algorithm={config.algorithm}: use twist")
     if config.eval.ticket_policy == "importance" and not by_score:
         raise ConfigError("eval.ticket_policy=importance needs the scores of blueprint.policy=importance")
 

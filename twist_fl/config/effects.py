@@ -30,8 +30,15 @@ _IDLE: tuple[tuple[str, Reason], ...] = (
         _if(lambda c: c.blueprint.setting == "ffn", "blueprint.setting=ffn leaves attention whole"),
     ),
     (
-        "blueprint.score blueprint.score_every blueprint.score_windows",
-        _if(lambda c: c.blueprint.policy != "importance", "only blueprint.policy=importance scores blocks"),
+        "blueprint.score_every",
+        _if(lambda c: c.blueprint.policy != "importance", "only blueprint.policy=importance scores blocks again"),
+    ),
+    (
+        "blueprint.score blueprint.score_windows",
+        _if(
+            lambda c: c.blueprint.policy != "importance" and not c.blueprint.rewire,
+            "only blueprint.policy=importance and blueprint.rewire score what is divided",
+        ),
     ),
     (
         "blueprint.assign",

@@ -100,6 +100,9 @@ class BlueprintConfig:
     common: Size = 0
     """Blocks that every worker holds (C), a size as in `num_sub`: the first, or by policy=importance those that score
     highest."""
+    rewire: bool = False
+    """Before training, sort neurons and heads by their score: the most important into the common blocks, the others
+    evenly into the rest. The model computes the same."""
     score: Literal["fisher", "taylor"] = "fisher"
     """fisher: summed squared gradients of a block's parameters; taylor: |sum of parameter x gradient|."""
     score_every: int = 0

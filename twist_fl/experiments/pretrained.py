@@ -19,13 +19,13 @@ from twist_fl.report.glossary import LOWER
 from twist_fl.system.units import size_label
 
 FFN = "blueprint.setting=ffn"
-LR = {"pretrained-twist": "5e-4", "pretrained-fedavg": "2e-4"}
+LR = {"pretrained-twist": "5e-4", "pretrained-rewired": "5e-4", "pretrained-fedavg": "2e-4"}
 """Guessed, one try each."""
 CALIBRATION_WINDOWS = 16
 """8,192 tokens at the scale `smollm2`, whose widest layer has 1,536 inputs."""
 FEW_DRAWS = 2
 """Random tickets a size of what was not trained for them: before, and of FedAvg."""
-BEFORE, TWIST, FEDAVG = "before", "TwIST", "FedAvg"
+BEFORE, TWIST, REWIRED, FEDAVG = "before", "TwIST", "TwIST, rewired", "FedAvg"
 
 
 def _run(lab: Lab, name: str, *overrides: str) -> Task:
@@ -35,6 +35,10 @@ def _run(lab: Lab, name: str, *overrides: str) -> Task:
 
 def _twist(lab: Lab) -> Task:
     return _run(lab, "pretrained-twist", *SHUFFLED, *TOGETHER)
+
+
+def _rewired(lab: Lab) -> Task:
+    return _run(lab, "pretrained-rewired", *SHUFFLED, *TOGETHER, "blueprint.rewire=true")
 
 
 def _fedavg(lab: Lab) -> Task:
@@ -51,13 +55,14 @@ def _pruned(lab: Lab, method: str) -> list[Task]:
 
 
 def tasks(lab: Lab) -> list[Task]:
-    trained = [_twist(lab), _fedavg(lab)]
+    trained = [_twist(lab), _rewired(lab), _fedavg(lab)]
     first = [] if lab.base.model.pretrained else [runs.DDP]
     return [*first, *trained, _start(lab), *(task for method in PRUNERS.values() for task in _pruned(lab, method))]
 
 
 def collect(lab: Lab) -> Data:
-    rows = {BEFORE: lab.result(_start(lab)), TWIST: row_of(lab, _twist(lab)), FEDAVG: row_of(lab, _fedavg(lab))}
+    rows = {BEFORE: lab.result(_start(lab)), TWIST: row_of(lab, _twist(lab)), REWIRED: row_of(lab, _rewired(lab))}
+    rows[FEDAVG] = row_of(lab, _fedavg(lab))
     for label, method in PRUNERS.items():
         rows[f"{FEDAVG}, then {label}"] = pruned_row(lab, rows[FEDAVG], _pruned(lab, method))
     config = lab.base
@@ -106,10 +111,10 @@ def notes(data: Data) -> list[str]:
     for i, ticket in enumerate(rows[BEFORE]["tickets"]):
         pruned = {name: row["tickets"][i]["mean"] for name, row in rows.items() if name.startswith(f"{FEDAVG}, ")}
         best = min(pruned, key=lambda name: pruned[name])
-        ours = rows[TWIST]["tickets"][i]["mean"]
+        ours = [rows[name]["tickets"][i]["mean"] / pruned[best] for name in (REWIRED, TWIST)]
         found.append(
-            f"{size_label(ticket)}: TwIST's random tickets have {ours / pruned[best]:.2f} of the perplexity of the "
-            f"best pruned model, '{best}'."
+            f"{size_label(ticket)}: TwIST's random tickets have {ours[0]:.2f} of the perplexity of the best pruned "
+            f"model, '{best}'; without rewiring {ours[1]:.2f}."
         )
     return found
 
