@@ -180,7 +180,7 @@ def test_whatever_is_written_is_read_or_refused(text: str) -> None:
 IDLE = {
     "blueprint.setting=attn blueprint.ffn_blocks=6": "blueprint.ffn_blocks=6 changes nothing: blueprint.setting=attn",
     "blueprint.setting=ffn blueprint.attn_blocks=heads": "blueprint.setting=ffn leaves attention whole",
-    "blueprint.score=taylor": "only blueprint.policy=importance scores blocks",
+    "blueprint.score=taylor": "only blueprint.policy=importance and blueprint.rewire score",
     "blueprint.assign=shuffled": "blueprint.num_sub names one size for all: give several",
     "flower.flight=localhost:0 flower.transport=inline": "flower.flight=localhost:0 changes nothing: flower.tr",
     "flower.flight_key=a flower.flight_certificate=b": "flower.flight_certificate=b changes nothing: ",

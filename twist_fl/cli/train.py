@@ -146,6 +146,8 @@ def _run(console: Console, folder: RunFolder, job: Job, simulation: Simulation |
     config = job.config
     try:
         doing = "starting Flower and the workers" if simulation else "starting to train in this process"
+        if config.blueprint.rewire and not folder.checkpoints():
+            doing += ", scoring neurons and heads"
         with RunProgress(console, folder, len(config.eval.sizes) * config.eval.tickets, doing) as progress:
             if simulation is None:
                 from twist_fl.runs.local import train_here

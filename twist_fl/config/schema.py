@@ -27,8 +27,7 @@ class ModelConfig:
     """A pretrained checkpoint, or sizes for a model from scratch."""
 
     pretrained: str | None = None
-    """Name on the Hugging Face hub, a folder, a GGUF file (.gguf), or a run's folder (its newest checkpoint); all below
-    is read from it."""
+    """Name on the hub, a folder, a GGUF file (.gguf), or a run (its newest checkpoint); all below is read from it."""
     architecture: str = "gpt2"
     """Of a model from scratch; for a pretrained one of a model_type that is not known, its block table."""
     n_layer: int = 12
@@ -265,8 +264,7 @@ class Config:
 
     name: str = "run"
     algorithm: Algorithm = "twist"
-    """twist; fedavg: the same code with every blueprint full; ddp: one Adam step on the mean gradient of a batch
-    from each worker."""
+    """fedavg: the same code, every blueprint full; ddp: Adam on the mean gradient of a batch from each worker."""
     seed: int = 0
     dir: str | None = None
     """Folder of the run; null: runs/NAME below the current folder, or ~/twist_fl_runs/NAME under `flwr run`."""
@@ -286,8 +284,7 @@ class Config:
 def load_config(
     preset: str | None = None, overrides: Sequence[str] = (), strict: bool = False, base: Config | None = None
 ) -> Config:
-    """Defaults (or `base`), then the preset (a name, or a YAML file), then `key=value` overrides; `loading.load` says
-    what of it is refused."""
+    """Defaults (or `base`), then the preset (name or file), then `overrides`; `loading.load` says what is refused."""
     config = loading.load(Config, preset, overrides, strict, None if base is None else to_yaml(base))
     assert isinstance(config, Config)
     return config
