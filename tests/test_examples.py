@@ -40,7 +40,7 @@ def test_a_configuration(tmp_path: Path) -> None:
     said = subprocess.run(
         command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True, check=True
     ).stdout
-    assert "presets: demo gpt2-wikitext103 wikitext2" in said
+    assert "presets: demo finetune gpt2-wikitext103 wikitext2" in said
     assert "refused: unknown key 'train.learning_rate', did you mean 'train.lr'?" in said
 
 

@@ -26,6 +26,7 @@ from twist_fl.tickets.evaluate import perplexity
 from twist_fl.training.client_state import MomentShelf
 from twist_fl.training.interval import Moments
 from twist_fl.training.job import Job
+from twist_fl.training.rewiring import rewire
 from twist_fl.training.worker import Worker
 
 MakeJob = Callable[..., Job]
@@ -343,6 +344,14 @@ def pretrained(tiny_job: MakeJob, tmp_path: Path) -> Path:
     GPT2LMHeadModel(job.model_config).save_pretrained(tmp_path / "checkpoint")  # type: ignore[arg-type]
     copy_tokenizer(job.corpus.tokenizer_folder, tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
+
+
+def test_a_run_starts_rewired(pretrained: Path, tiny_job: MakeJob) -> None:
+    job = tiny_job(f"model.pretrained={pretrained}", "blueprint.common=1", "blueprint.rewire=true")
+    before, found = job.initial_state(), start(job).params
+    expected = rewire(job, before)
+    assert same(found, expected)
+    assert not same(found, before)
 
 
 def test_a_pretrained_checkpoint_is_trained(pretrained: Path, tiny_job: MakeJob, tmp_path: Path) -> None:

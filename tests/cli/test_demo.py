@@ -69,7 +69,18 @@ def test_a_model_of_the_users_takes_our_models_place(
     auto.from_config(
         config_from_dict(fields("llama", num_attention_heads=6, num_key_value_heads=3, hidden_size=48))
     ).save_pretrained(folder)
-    words = ("demo", "--model", folder, "--prompt", "the worker", f"data.path={text_folder}", "data.window=32", *LITTLE)
+    words = (
+        "demo",
+        "--model",
+        folder,
+        "--prompt",
+        "the worker",
+        f"data.path={text_folder}",
+        "data.window=32",
+        "blueprint.undivided_first=1",
+        "blueprint.undivided_last=1",
+        *LITTLE,
+    )
     status, output, error = run(*words)
     assert status == 0, error
     twist = tmp_path / "runs" / "demo-my-llama" / "twist"

@@ -26,8 +26,8 @@ def test_defaults_are_the_papers() -> None:
 
 @pytest.mark.parametrize("preset", presets())
 def test_every_preset_loads_and_survives_yaml(preset: str) -> None:
-    path = [] if preset == "demo" else ["data.path=some/text"]  # a preset for files leaves the path to the user
-    config = load_config(preset, path)
+    left = {"wikitext2": ["data.path=some/text"], "finetune": ["model.pretrained=org/model"]}  # to the user
+    config = load_config(preset, left.get(preset, ()))
     assert config.name == preset
     assert from_yaml(to_yaml(config)) == config
 

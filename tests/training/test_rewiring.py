@@ -11,13 +11,10 @@ from hypothesis import strategies as st
 
 from twist_fl.blueprint.drawing import full_blueprint
 from twist_fl.config.schema import load_config
-from twist_fl.rounds import start
 from twist_fl.system.errors import ConfigError
 from twist_fl.training.importance import block_scores
 from twist_fl.training.job import Job
 from twist_fl.training.rewiring import rewire, rewired
-
-REWIRE = ("blueprint.rewire=true", "blueprint.common=1")
 
 
 def logits(job: Job, state: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -45,7 +42,7 @@ def test_the_model_computes_the_same(
     model: tuple[str, ...], tiny_job: Callable[..., Job], random_state: Callable[..., dict[str, torch.Tensor]]
 ) -> None:
     """Logits in float64, random biases and norms among the parameters; attention and the FFN both move."""
-    job = tiny_job(*model, *REWIRE)
+    job = tiny_job(*model, "blueprint.common=1")
     before = random_state(job.layout)
     after = rewire(job, before)
     assert {name: tensor.shape for name, tensor in after.items()} == {n: t.shape for n, t in before.items()}
@@ -62,7 +59,7 @@ def test_common_blocks_matter_most(
     tiny_job: Callable[..., Job], random_state: Callable[..., dict[str, torch.Tensor]]
 ) -> None:
     """Scored again after it, on other text."""
-    job = tiny_job(*REWIRE)
+    job = tiny_job("blueprint.common=1")
     after = rewire(job, random_state(job.layout))
     scores = block_scores(job, after, job.corpus.train[:8])
     assert len(scores) == 4
@@ -83,12 +80,8 @@ def test_the_order(width: int, num_blocks: int, data: st.DataObject) -> None:
         assert ranks.numel() == 0 or ranks[:, k].min() > ranks[:, k + 1].max()
 
 
-def test_a_run_starts_from_it_and_a_rival_cannot(tiny_job: Callable[..., Job]) -> None:
-    job = tiny_job(*REWIRE)
-    expected = rewire(job, job.initial_state())
-    found = start(job).params
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    with pytest.raises(ConfigError, match="changes nothing with algorithm=fedavg: use twist"):
-        load_config(overrides=["blueprint.rewire=true", "algorithm=fedavg"])
+def test_refused() -> None:
+    with pytest.raises(ConfigError, match=r"trained already: name one by model\.pretrained"):
+        load_config("finetune")
     with pytest.raises(ConfigError, match="use one"):
-        load_config(overrides=[*REWIRE, "blueprint.policy=importance"])
+        load_config("finetune", ["model.pretrained=some/model", "blueprint.policy=importance"])

@@ -205,8 +205,8 @@ def _check_policies(config: Any) -> None:
         raise ConfigError(f"blueprint.policy=importance divides nothing with algorithm={config.algorithm}: use twist")
     if blueprint.rewire and by_score:
         raise ConfigError("blueprint.policy=importance chooses common blocks, and blueprint.rewire makes them: use one")
-    if blueprint.rewire and config.algorithm != "twist":
-        raise ConfigError(f"blueprint.rewire changes nothing with algorithm={config.algorithm}: use twist")
+    if blueprint.rewire and not config.model.pretrained:
+        raise ConfigError("blueprint.rewire sorts a model that is trained already: name one by model.pretrained")
     if config.eval.ticket_policy == "importance" and not by_score:
         raise ConfigError("eval.ticket_policy=importance needs the scores of blueprint.policy=importance")
 
