@@ -194,7 +194,7 @@ def test_a_status_of_no_folder_is_of_those_that_train_makes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     status, _, error = run("status")
-    assert (status, error) == (2, "error: runs holds no run (no job.json): give a run's folder, or a folder of runs\n")
+    assert (status, error) == (2, "error: runs does not exist: give a run's folder, or a folder of runs\n")
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     (tmp_path / "runs" / "mine" / "job.json").touch()
     status, output, _ = run("status")

@@ -211,7 +211,7 @@ def test_a_folder_that_holds_a_run_is_refused(tiny_job: MakeJob, tmp_path: Path)
 
 
 def test_a_folder_without_a_run(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no run \(no job\.json\): give the folder of a run that was started"):
+    with pytest.raises(ConfigError, match="does not exist: give the folder of a run that was started"):
         RunFolder(tmp_path / "absent").job()
 
 

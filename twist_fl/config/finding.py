@@ -34,9 +34,9 @@ def no_run(path: Path) -> ConfigError:
         return ConfigError(f"{path} holds no run itself (no job.json), but runs: give {listed(found)}")
     if around := next((above for above in path.parents if is_run(above)), None):
         return ConfigError(f"{path} is a part of a run: give the run, {around}")
-    started = f"{path} holds no run (no job.json): give the folder of a run that was started"
     if path.exists():
-        return ConfigError(started)
+        return ConfigError(f"{path} holds no run (no job.json): give the folder of a run that was started")
+    started = f"{path} does not exist: give the folder of a run that was started"
     same = [run for run in runs_in(Path("runs").resolve()) if path.name in run.parts[-2:]]
     return ConfigError(started + (f", did you mean {listed(same)}?" if same else beside(path)))
 

@@ -143,5 +143,6 @@ def runs_in(path: Path) -> list[Path]:
             found.append(Path(folder))
             inside.clear()
     if not found:
-        raise ConfigError(f"{path} holds no run (no job.json): give a run's folder, or a folder of runs")
+        state = "holds no run (no job.json)" if path.exists() else "does not exist"
+        raise ConfigError(f"{path} {state}: give a run's folder, or a folder of runs")
     return sorted(found)
