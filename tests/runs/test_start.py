@@ -219,7 +219,7 @@ def test_what_is_neither_run_nor_model_is_refused(
     refused("org/name", r"^no run 'org/name', and as a model it is neither here nor among .* the hub cannot be reached")
     refused("runs", rf"holds no run itself \(no job\.json\), but runs: give {Path('runs/begun')}")
     refused("begun", r"does not exist: .*, did you mean runs/begun\?")
-    refused("./absent", "holds no run")
+    refused("./absent", "does not exist")
     shutil.rmtree(begun.path / "checkpoints")
     refused(begun.path, "has no checkpoint yet: let it train for checkpoint_every rounds")
     small = TrainedRun(model, WORDS)

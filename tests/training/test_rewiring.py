@@ -81,7 +81,7 @@ def test_the_order(width: int, num_blocks: int, data: st.DataObject) -> None:
 
 
 def test_refused() -> None:
-    with pytest.raises(ConfigError, match=r"trained already: give model\.pretrained=FOLDER_OR_NAME"):
+    with pytest.raises(ConfigError, match=r"is trained already: give model\.pretrained=FOLDER_OR_NAME"):
         load_config("finetune")
     with pytest.raises(ConfigError, match="use one"):
         load_config("finetune", ["model.pretrained=some/model", "blueprint.policy=importance"])

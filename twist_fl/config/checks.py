@@ -204,9 +204,9 @@ def _check_policies(config: Any) -> None:
     if by_score and config.algorithm != "twist":
         raise ConfigError(f"blueprint.policy=importance divides nothing with algorithm={config.algorithm}: use twist")
     if blueprint.rewire and by_score:
-        raise ConfigError("blueprint.policy=importance chooses common blocks, and blueprint.rewire makes them: use one")
+        raise ConfigError("blueprint.policy=importance chooses common blocks, blueprint.rewire makes them: use one")
     if blueprint.rewire and not config.model.pretrained:
-        raise ConfigError("blueprint.rewire sorts a model that is trained already: give model.pretrained=FOLDER_OR_NAME")
+        raise ConfigError("blueprint.rewire sorts what is trained already: give model.pretrained=FOLDER_OR_NAME")
     if config.eval.ticket_policy == "importance" and not by_score:
         raise ConfigError("eval.ticket_policy=importance needs the scores of blueprint.policy=importance")
 
