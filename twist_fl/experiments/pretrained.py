@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.finetune import PRUNERS, cells_of, pruned_row, row_of, values_of
-from twist_fl.experiments.lab import TRAIN, Lab, Task, measure, train
+from twist_fl.experiments.lab import Lab, Task, measure, train
 from twist_fl.experiments.recipe import SHUFFLED
 from twist_fl.experiments.search import TOGETHER
 from twist_fl.experiments.shared import about, by_size, caption, of_perplexity
@@ -25,7 +25,7 @@ CALIBRATION_WINDOWS = 16
 """8,192 tokens at the scale `smollm2`, whose widest layer has 1,536 inputs."""
 FEW_DRAWS = 2
 """Random tickets a size of what was not trained for them: before, and of FedAvg."""
-BEFORE, TWIST, REWIRED, FEDAVG = "before", "TwIST", "TwIST, rewired", "FedAvg"
+BEFORE, SORTED, TWIST, REWIRED, FEDAVG = "before", "before, rewired", "TwIST", "TwIST, rewired", "FedAvg"
 
 
 def _run(lab: Lab, name: str, *overrides: str) -> Task:
@@ -45,8 +45,8 @@ def _fedavg(lab: Lab) -> Task:
     return _run(lab, "pretrained-fedavg", "algorithm=fedavg", f"eval.tickets={FEW_DRAWS}")
 
 
-def _start(lab: Lab) -> Task:
-    return measure("start", _fedavg(lab), sizes=lab.base.eval.sizes, draws=FEW_DRAWS)
+def _start(lab: Lab, run: Task) -> Task:
+    return measure("start", run, sizes=lab.base.eval.sizes, draws=FEW_DRAWS)
 
 
 def _pruned(lab: Lab, method: str) -> list[Task]:
@@ -57,17 +57,19 @@ def _pruned(lab: Lab, method: str) -> list[Task]:
 def tasks(lab: Lab) -> list[Task]:
     trained = [_twist(lab), _rewired(lab), _fedavg(lab)]
     first = [] if lab.base.model.pretrained else [runs.DDP]
-    return [*first, *trained, _start(lab), *(task for method in PRUNERS.values() for task in _pruned(lab, method))]
+    starts = [_start(lab, _fedavg(lab)), _start(lab, _rewired(lab))]
+    return [*first, *trained, *starts, *(task for method in PRUNERS.values() for task in _pruned(lab, method))]
 
 
 def collect(lab: Lab) -> Data:
-    rows = {BEFORE: lab.result(_start(lab)), TWIST: row_of(lab, _twist(lab)), REWIRED: row_of(lab, _rewired(lab))}
-    rows[FEDAVG] = row_of(lab, _fedavg(lab))
+    starts = {BEFORE: _fedavg(lab), SORTED: _rewired(lab)}
+    trained = {TWIST: _twist(lab), REWIRED: _rewired(lab), FEDAVG: _fedavg(lab)}
+    rows = {name: lab.result(_start(lab, run)) for name, run in starts.items()}
+    rows |= {name: row_of(lab, run) for name, run in trained.items()}
     for label, method in PRUNERS.items():
         rows[f"{FEDAVG}, then {label}"] = pruned_row(lab, rows[FEDAVG], _pruned(lab, method))
     config = lab.base
-    trained = [task for task in tasks(lab) if task.kind == TRAIN and task != runs.DDP]
-    rounds = {task.name: lab.result(task)["rounds"] for task in trained}
+    rounds = {task.name: lab.result(task)["rounds"] for task in trained.values()}
     tokens = {
         name: number * config.train.workers * config.train.interval * config.train.batch_size * config.data.window
         for name, number in rounds.items()
@@ -87,7 +89,7 @@ def tables(data: Data) -> dict[str, Cells]:
 
 def draw(data: Data) -> Figure:
     """Perplexity against the FFN blocks kept, down from the full model; what was not trained is in the table only."""
-    rows = {name: row for name, row in data["rows"].items() if name != BEFORE}
+    rows = {name: row for name, row in data["rows"].items() if name not in (BEFORE, SORTED)}
     lines = {name: [(value, None) for value in values_of(row)] for name, row in rows.items()}
     return by_size(lines, data["rows"][BEFORE]["tickets"])
 
