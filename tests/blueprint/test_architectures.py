@@ -514,3 +514,15 @@ def test_tickets_run_where_twist_fl_is_not_installed(random_state: RandomState, 
     found = torch.load(tmp_path / "out.pt")
     assert found.keys() == expected.keys()
     assert all(relative(found[key], expected[key]) < 1e-5 for key in found)
+
+
+@pytest.mark.parametrize(
+    ("key", "size"), [("n_head", None), ("n_layer", 0), ("n_embd", "32"), ("n_positions", True), ("vocab_size", 2**30)]
+)
+def test_a_size_that_no_model_has_is_refused(key: str, size: object) -> None:
+    """As in a message, or a file that was harmed: nobody lays out parameters that no memory holds."""
+    with pytest.raises(ValueError, match=f"^{key}="):
+        make_layout(CONFIGS["gpt2"].to_dict() | {key: size})
+    if size is None:
+        with pytest.raises(ValueError, match=f"^{key}=None"):
+            make_layout({name: value for name, value in CONFIGS["gpt2"].to_dict().items() if name != key})

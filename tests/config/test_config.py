@@ -142,7 +142,9 @@ def test_an_unknown_preset_or_file() -> None:
         load_config("nowhere.yaml")
 
 
-@pytest.mark.parametrize(("text", "message"), [("- 1", "is a mapping of keys to values"), ("a: [1", "is not YAML")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("- 1", "is a mapping of keys to values"), ("a: [1", "is not YAML"), ("null: 1", "key type")]
+)
 def test_a_file_that_is_no_configuration(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text(text)
@@ -158,12 +160,13 @@ JOB_REFUSED = {
     "blueprint.undivided_first=3": "leave none of the 5 layers to divide",
     "eval.sizes=5": "eval.sizes=5 of a layer's 4 blocks is impossible: choose 1 to 4",
     "blueprint.common=5": "blueprint.common=5 of a layer's 4 blocks is impossible: choose 0 to 4",
+    f"data.path={'a' * 300}": "cannot be looked for: File name too long",
     "model.pretrained=./no/such/folder": "model.pretrained='./no/such/folder' does not exist",
     "model.pretrained=/": "model.pretrained='/' holds no model (no config.json): give a run that has a",
 }
 
 
-@pytest.mark.parametrize("override", JOB_REFUSED)
+@pytest.mark.parametrize("override", JOB_REFUSED, ids=lambda word: word[:40])
 def test_refused_before_anything_starts(override: str, tiny_job: Callable[..., Job]) -> None:
     with pytest.raises(ConfigError, match=re.escape(JOB_REFUSED[override])):
         tiny_job(override)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.plugins import ARCHITECTURE
+from twist_fl.system.untrusted import Field, shown
 
 Kind = Literal["attn", "ffn"]
 KINDS: tuple[Kind, Kind] = ("attn", "ffn")
@@ -78,6 +79,7 @@ def sizes_of(architecture: Architecture, config: ModelDict, attn_blocks: AttnBlo
 
     Raises ValueError for a config that cannot be divided.
     """
+    check_sizes(architecture, config, whole=True)
     keys = architecture.keys
     d_model, query_heads = config[keys["n_embd"]], config[keys["n_head"]]
     kv_heads = config.get(keys.get("n_kv_head", "")) or query_heads
@@ -108,6 +110,20 @@ def sizes_of(architecture: Architecture, config: ModelDict, attn_blocks: AttnBlo
     }
 
 
+def check_sizes(architecture: Architecture, config: ModelDict, whole: bool) -> None:
+    """Raises ValueError for a size that is none, or larger than any model's.
+
+    One that is left out has the family's default; with `whole` it is refused, too.
+    """
+    optional = {architecture.keys.get(name) for name in ("n_kv_head", "n_inner", "d_head")}
+    for key in ("vocab_size", *architecture.keys.values()):
+        size, found = Field(int, 1, or_null=not whole or key in optional), config.get(key)
+        if not size.holds(found):
+            raise ValueError(f"{key}={shown(found)} is no {size}")
+        if found is not None and found > (_MOST_LAYERS if key == architecture.keys["n_layer"] else _MOST):
+            raise ValueError(f"{key}={found} is more than any model has")
+
+
 def _check_queries_apart(architecture: Architecture) -> None:
     """Raises ValueError where a query head cannot be told from the keys and values that others read, too."""
     for row in architecture.rows:
@@ -120,6 +136,8 @@ def _check_queries_apart(architecture: Architecture) -> None:
                 )
 
 
+_MOST, _MOST_LAYERS = 2**24, 2**12
+"""Of what a model is made of: a table of its parameters must be short enough to be made."""
 _KNOWN: dict[str, Architecture] = {}
 """What `use_architecture` has found, by Hugging Face's model_type."""
 

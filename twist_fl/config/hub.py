@@ -12,6 +12,7 @@ from pathlib import Path
 
 from twist_fl.config.suggest import closest
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.untrusted import shown
 
 _FILES = (
     *(".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zip", ".zst", ".raw", ".tokens"),
@@ -24,11 +25,15 @@ _SECONDS = 3.0
 
 
 def expanded(path: str | Path) -> Path:
-    """With the home folder for ~. Raises ConfigError where there is none."""
+    """With the home folder for ~. Raises ConfigError where there is none, and for what cannot be looked for."""
     try:
-        return Path(path).expanduser()
+        found = Path(path).expanduser()
+        found.exists()
     except RuntimeError as error:
         raise ConfigError(f"{str(path)!r}: there is no such user here, give the path of the folder") from error
+    except OSError as error:
+        raise ConfigError(f"{shown(str(path))} cannot be looked for: {error.strerror}") from error
+    return found
 
 
 def is_path(name: str) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from twist_fl.config.checks import shown
 from twist_fl.config.finding import is_run, listed, runs_in
@@ -86,8 +87,8 @@ def parse_yaml(text: str, name: str) -> Layer:
         # Of a text that is one word OmegaConf makes a key without a value.
         if isinstance(plain, dict) and list(plain.values()) == [None] and isinstance(yaml.safe_load(text), str):
             raise ConfigError(f"{name!r} holds no settings: a configuration is a mapping of keys to values")
-    except (yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split()) if isinstance(error, yaml.YAMLError) else "it is nested too deep"
+    except (yaml.YAMLError, OmegaConfBaseException, RecursionError, ValueError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise ConfigError(f"{name!r} is not YAML: {reason}") from error
     return as_mapping(plain, name)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from twist_fl.blueprint.architectures import (
-    Architecture,
     architecture_of,
+    check_sizes,
     known_architecture,
     sizes_of,
     use_architecture,
@@ -18,7 +18,7 @@ from twist_fl.config.hub import local_path, reachable
 from twist_fl.config.schema import Config, ModelConfig
 from twist_fl.data.gguf_folder import SUFFIX, as_folder
 from twist_fl.system.errors import ConfigError
-from twist_fl.system.untrusted import Field, plain, read_fields, shown
+from twist_fl.system.untrusted import Field, plain, read_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -95,19 +95,11 @@ def folder_config(what: str, folder: Path) -> Any:
     try:
         fields = read_fields((folder / "config.json").read_bytes(), {"model_type": Field(str)})
         if architecture := known_architecture(fields["model_type"]):
-            _check_sizes(fields, architecture)
+            check_sizes(architecture, fields, whole=False)
         return AutoConfig.from_pretrained(folder)
     except (StrictDataclassError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{what}: its config.json is not a model's: {plain(reason)}") from error
-
-
-def _check_sizes(fields: Mapping[str, Any], architecture: Architecture) -> None:
-    """Raises ValueError for a size that is none; one that is left out has the family's default."""
-    for key in ("vocab_size", *architecture.keys.values()):
-        size = Field(int, 1, or_null=True)
-        if key in fields and not size.holds(fields[key]):
-            raise ValueError(f"{key}={shown(fields[key])} is no {size}")
 
 
 def scratch_fields(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
