@@ -115,12 +115,11 @@ def check_sizes(architecture: Architecture, config: ModelDict, whole: bool) -> N
 
     One that is left out has the family's default; with `whole` it is refused, too.
     """
-    optional = {architecture.keys.get(name) for name in ("n_kv_head", "n_inner", "d_head")}
-    for key in ("vocab_size", *architecture.keys.values()):
-        size, found = Field(int, 1, or_null=not whole or key in optional), config.get(key)
+    for name, key in {"vocab_size": "vocab_size", **architecture.keys}.items():
+        size, found = Field(int, 1, or_null=not whole or name in ("n_kv_head", "n_inner", "d_head")), config.get(key)
         if not size.holds(found):
             raise ValueError(f"{key}={shown(found)} is no {size}")
-        if found is not None and found > (_MOST_LAYERS if key == architecture.keys["n_layer"] else _MOST):
+        if found is not None and found > _MOST.get(name, 2**26):
             raise ValueError(f"{key}={found} is more than any model has")
 
 
@@ -136,8 +135,8 @@ def _check_queries_apart(architecture: Architecture) -> None:
                 )
 
 
-_MOST, _MOST_LAYERS = 2**24, 2**12
-"""Of what a model is made of: a table of its parameters must be short enough to be made."""
+_MOST = {"n_layer": 2**12, "n_head": 2**16, "n_kv_head": 2**16}
+"""Of what tables of parameters are as long as."""
 _KNOWN: dict[str, Architecture] = {}
 """What `use_architecture` has found, by Hugging Face's model_type."""
 
