@@ -96,6 +96,8 @@ def test_a_run_of_which_nothing_is_saved_says_that_it_begins_again(
     assert status == 0
     assert "run: nothing is saved, begins again with round 1 of 1" in output
     assert run("cost", tmp_path / "run")[1].count("0 B") == 0  # nothing was sent, which is no measurement of bytes
+    (trained,) = RunFolder(tmp_path / "run").events("round")
+    assert trained["peak_bytes"] == 0 < trained["predicted_peak_bytes"]  # the process holds the server's state, too
 
 
 def test_what_a_finished_run_suggests_can_be_pasted(run: Run, tiny_job: MakeJob, tmp_path: Path) -> None:

@@ -76,6 +76,8 @@ def train_local(folder: RunFolder, eval_threads: int | None = None) -> None:
             before = state
             state, report = twist_round(job, before, [worker] * job.config.train.workers, keeper.keep_from)
             seconds = time.perf_counter() - began
+            if worker.device == "cpu":
+                report.peak_bytes = 0  # the server's state is in the same process: a worker's own is not known
             folder.log(
                 "round",
                 **asdict(report),
