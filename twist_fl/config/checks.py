@@ -145,11 +145,14 @@ def _check_private(config: Any) -> None:
             "data.source=empty has no text to train a tokenizer on: give data.tokenizer, model.pretrained, or the "
             "server text of its own"
         )
-    reads = {"train.variant=hybrid": train.variant == "hybrid"}
-    reads["blueprint.policy=importance"] = config.blueprint.policy == "importance"
-    reads["blueprint.rewire=true"] = config.blueprint.rewire
-    for setting in (setting for setting, holds in reads.items() if holds):
-        raise ConfigError(f"{setting} needs text where the server is, and data.source=empty gives it none")
+    reads = {
+        "train.variant=hybrid": train.variant == "hybrid",
+        "blueprint.policy=importance": config.blueprint.policy == "importance",
+        "blueprint.rewire=true": config.blueprint.rewire,
+    }
+    for setting, holds in reads.items():
+        if holds:
+            raise ConfigError(f"{setting} needs text where the server is, and data.source=empty gives it none")
 
 
 def _check_flight(flower: Any) -> None:
