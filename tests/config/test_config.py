@@ -162,7 +162,7 @@ JOB_REFUSED = {
     "blueprint.common=5": "blueprint.common=5 of a layer's 4 blocks is impossible: choose 0 to 4",
     f"data.path={'a' * 300}": "cannot be looked for: File name too long",
     "model.pretrained=./no/such/folder": "model.pretrained='./no/such/folder' does not exist",
-    "model.pretrained=/": "model.pretrained='/' holds no model (no config.json): give a run that has a",
+    "model.pretrained=/etc": "model.pretrained='/etc' holds no model (no config.json): give a run that has a",
 }
 
 
