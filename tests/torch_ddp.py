@@ -41,7 +41,7 @@ def main(rank: int, folder: Path) -> None:
     if rank == 0:
         torch.save({name: parameter.detach() for name, parameter in model.named_parameters()}, folder / "trained.pt")
     dist.barrier()
-    os._exit(0)  # taking the connections down, while the other process does the same, has hung
+    os._exit(0)  # a process has hung once, perhaps in taking its connections down: that is left out
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ def _check_queries_apart(architecture: Architecture) -> None:
 
 
 _MOST = {"n_layer": 2**12, "n_head": 2**16, "n_kv_head": 2**16}
-"""Of what tables of parameters are as long as."""
+"""Of what makes a table of parameters longer; other sizes only make its numbers larger."""
 _KNOWN: dict[str, Architecture] = {}
 """What `use_architecture` has found, by Hugging Face's model_type."""
 
