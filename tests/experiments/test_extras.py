@@ -28,6 +28,7 @@ from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
 from twist_fl.experiments import (
     ablation,
+    best,
     failure,
     finetune,
     pretrained,
@@ -439,20 +440,33 @@ def test_pruned_models_stand_beside_fine_tuned_ones(lab: Lab) -> None:
     assert lost.config(trained[0]).model.pretrained == str(lost.run("ddp").path)
 
 
-def test_a_search_starts_every_run_from_one_model_and_repeats_what_it_claims(lab: Lab) -> None:
-    data = search.collect(lab)
-    changes, seeds = search.tables(data).values()
+def test_a_search_starts_every_run_from_one_model(lab: Lab) -> None:
+    (changes,) = search.tables(search.collect(lab)).values()
     assert [line[0] for line in changes[1:]] == [search.PLAIN, *search.CHANGES]
-    assert [line[0] for line in seeds[2:]] == [f"TwIST, {search.BEST}", search.FEDAVG, finetune.DDP, recipe.PRUNED]
-    assert seeds[-1][1] == seeds[-2][1]  # pruned is the model that DDP has fine-tuned
-    assert all(len(rows) == 3 for rows in data["seeds"].values())
     trained = [task for task in search.tasks(lab) if task.kind == TRAIN and task != DDP]
     assert {task.runs for task in trained} == {("ddp",)}
-    best = lab.config(next(task for task in trained if task.name.endswith("-together-interval-5-seed-2")))
-    assert (best.seed, best.train.interval, best.train.rounds) == (2, 5, 300)
     taught = lab.config(next(task for task in trained if task.name.endswith("-distill")))
     assert taught.train.teacher == taught.model.pretrained
     assert str(taught.train.teacher).startswith(str(lab.run("ddp").path))
+
+
+def test_the_best_recipe_and_its_rivals_have_one_start_one_budget_and_seeds(lab: Lab) -> None:
+    data = best.collect(lab)
+    (table,) = best.tables(data).values()
+    rows = {line[0]: line[1:] for line in table[1:]}
+    assert {label: len(found) for label, found in data["rows"].items() if len(found) > 1} == dict.fromkeys(
+        (best.TWIST, best.DDP, best.OFTEN, best.FEDAVG, "DDP, then SparseGPT"), 3
+    )
+    assert rows["DDP, then SparseGPT"][0] == rows[best.DDP][0]  # pruned is the model that DDP has fine-tuned
+    assert rows["DDP, then Wanda"][0] == f"{data['rows'][best.DDP][0]['full']:.2f}"  # of the first seed
+    trained = {task.name: task for task in best.tasks(lab) if task.kind == TRAIN and task != DDP}
+    assert {task.runs for task in trained.values()} == {("ddp",)}
+    configs = {name: lab.config(task) for name, task in trained.items()}
+    assert {each.train.interval * (each.train.rounds or 0) for each in configs.values()} == {1500}
+    assert (configs["finetune-best-often-seed-2"].seed, configs["finetune-best-often"].train.interval) == (2, 5)
+    once = Lab(lab.folder, SCALES["small"], ("data.path=.",))  # one seed, epochs for a budget
+    assert len([task for task in best.tasks(once) if task.kind == TRAIN]) == 6
+    assert {once.config(task).train.rounds for task in best.tasks(once) if task.kind == TRAIN} == {None}
 
 
 def test_twist_is_one_checkpoint_and_a_rival_its_best_in_each_column() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from twist_fl.experiments.ablation import ABLATION
+from twist_fl.experiments.best import BEST
 from twist_fl.experiments.failure import FAILURE
 from twist_fl.experiments.finetune import FINETUNE
 from twist_fl.experiments.pretrained import PRETRAINED
@@ -12,4 +13,4 @@ from twist_fl.experiments.search import SEARCH
 from twist_fl.experiments.sweep import SWEEP
 from twist_fl.experiments.theorem import THEOREM
 
-EXTRAS = (FAILURE, THEOREM, REAL_COST, SWEEP, ABLATION, RECIPE, FINETUNE, SEARCH, PRETRAINED)
+EXTRAS = (FAILURE, THEOREM, REAL_COST, SWEEP, ABLATION, RECIPE, FINETUNE, SEARCH, BEST, PRETRAINED)

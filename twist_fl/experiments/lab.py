@@ -36,6 +36,8 @@ class Scale:
     about: str
     needs: tuple[str, ...] = ()
     """Settings that its user must give."""
+    seeds: int = 3
+    """Runs of what an experiment repeats over seeds."""
 
 
 PLAIN = (*("train.schedule=constant", "train.warmup=0", "train.clip_norm=null", "train.beta2=0.999"), "train.lr=1e-3")
@@ -58,6 +60,7 @@ SCALES = {
             20,
             "local",
             "0.8 M parameters from scratch on WikiText-2 (data.path=FOLDER), 3 epochs; a CPU night or a GPU hour",
+            seeds=1,
         ),
         Scale(
             "smollm2",
@@ -73,6 +76,7 @@ SCALES = {
             "SmolLM2-135M on WikiText-2 (model.pretrained=FILE data.path=FOLDER); for the experiment "
             "`pretrained`: two hours of two cores, 20 GB of memory",
             ("model.pretrained", "data.path"),
+            seeds=1,
         ),
         Scale(
             "paper",

@@ -19,7 +19,6 @@ from twist_fl.report.compare import spread_text
 from twist_fl.report.glossary import LOWER
 from twist_fl.system.units import perplexity_text, size_label
 
-NUM_SEEDS = 3
 SHUFFLED = (MIXED, "blueprint.assign=shuffled")
 COMMON = "blueprint.common=2"
 RECIPES = {
@@ -33,13 +32,13 @@ PRUNED = "DDP, then SparseGPT"
 
 
 def seeded(lab: Lab, task: Task) -> list[Task]:
-    """The run with as many seeds; the first is the lab's own, which other experiments train, too."""
+    """The run with as many seeds as the scale has; the first is the lab's own, which other experiments train, too."""
     first = lab.base.seed
     more = [
         replace(
             task, name=f"{task.name}-seed-{s}", arguments={"overrides": [*task.arguments["overrides"], f"seed={s}"]}
         )
-        for s in range(first + 1, first + NUM_SEEDS)
+        for s in range(first + 1, first + lab.scale.seeds)
     ]
     return [task, *more]
 
@@ -98,11 +97,17 @@ def _row(lab: Lab, run: Task, tickets: list[dict[str, Any]]) -> Data:
     }
 
 
-def over_seeds(rows: list[Data]) -> list[tuple[float, float]]:
-    """(mean, standard deviation) over seeds: of the full model, then of each size's mean ticket."""
+def over_seeds(rows: list[Data]) -> list[tuple[float, float | None]]:
+    """(mean, standard deviation) over seeds: of the full model, then of each size's mean ticket. Of one seed None."""
     columns = [[row["full"] for row in rows]]
     columns += [[row["tickets"][i]["mean"] for row in rows] for i in range(len(rows[0]["tickets"]))]
-    return [(fmean(column), stdev(column)) for column in columns]
+    return [(fmean(column), stdev(column) if len(column) > 1 else None) for column in columns]
+
+
+def seeds_text(value: tuple[float, float | None]) -> str:
+    """What `over_seeds` gives, as text."""
+    mean, deviation = value
+    return perplexity_text(mean) if deviation is None else spread_text(mean, deviation)
 
 
 def sizes_of(data: Data) -> list[dict[str, Any]]:
@@ -112,8 +117,9 @@ def sizes_of(data: Data) -> list[dict[str, Any]]:
 
 def tables(data: Data) -> dict[str, Cells]:
     header = ["blocks of a worker", "full model", *map(size_label, sizes_of(data))]
-    lines = [[label, *(spread_text(*value) for value in over_seeds(rows))] for label, rows in data["recipes"].items()]
-    return {of_perplexity(f"mean ± deviation over {NUM_SEEDS} seeds"): [header, *lines]}
+    lines = [[label, *map(seeds_text, over_seeds(rows))] for label, rows in data["recipes"].items()]
+    seeds = len(next(iter(data["recipes"].values())))
+    return {of_perplexity(f"mean ± deviation over {seeds} seeds"): [header, *lines]}
 
 
 def draw(data: Data) -> Figure:
