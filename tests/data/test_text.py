@@ -20,12 +20,14 @@ from rich.console import Console
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
 from twist_fl.config.schema import DataConfig
+from twist_fl.data import builtin_text
 from twist_fl.data import documents as pieces_module
 from twist_fl.data.documents import Piece, Source, held_out, lines, pieces, running_documents
 from twist_fl.data.progress import Meter
 from twist_fl.data.run_text import RunText
 from twist_fl.data.sources import find_source
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.files import check_seal
 
 ROWS = [f"Row {number} of a data set, NA and null with, commas and\n\nlines." for number in range(40)]
 
@@ -536,3 +538,16 @@ def test_a_node_without_the_source_says_what_to_install_and_where() -> None:
     text = RunText(DataConfig(source="not_here:parts"), 1, "0" * 32)
     with pytest.raises(ConfigError, match=r"not_here.*: install it on every node, or name its folder in PYTHONPATH"):
         text.open()
+
+
+def test_the_builtin_text_is_parsed_once_a_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TWIST_FL_CACHE", str(tmp_path))
+    found = builtin_text.documents.__wrapped__()
+    assert len(found) > 100
+    with monkeypatch.context() as patch:
+        patch.setattr(builtin_text, "_docstrings", None)  # nobody parses again
+        assert builtin_text.documents.__wrapped__() == found
+    (kept,) = (tmp_path / "builtin").iterdir()
+    (kept / "documents.json").write_bytes((kept / "documents.json").read_bytes().replace(b"Python", b"Pythoy", 1))
+    assert builtin_text.documents.__wrapped__() == found
+    check_seal(kept)

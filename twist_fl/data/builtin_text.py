@@ -7,14 +7,21 @@ depends on the Python version; its hash is part of a run's identity.
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
+import sys
 import sysconfig
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from twist_fl.system.errors import DamagedError
+from twist_fl.system.files import cache_dir, check_seal, new_folder, read_json, write_json
+
+_FOUND = "documents.json"
 _SHORTEST = 200
 """Characters below which a docstring is a label rather than text."""
 _SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "pydoc_data"}
@@ -22,19 +29,34 @@ _SKIP = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pyca
 
 @cache
 def documents() -> tuple[str, ...]:
-    """Topics of the language reference, then one document per standard library module: its docstrings."""
-    return tuple(_documents())
+    """Topics of the language reference, then one document per standard library module: its docstrings.
+
+    To parse the library takes seconds: what was found is in the cache until a file of it changes.
+    """
+    library = Path(sysconfig.get_paths()["stdlib"])
+    names = sorted(path for path in library.rglob("*.py") if not _SKIP.intersection(path.relative_to(library).parts))
+    folder = cache_dir() / "builtin" / _digest(names)
+    with suppress(DamagedError):  # or not there
+        check_seal(folder)
+        return tuple(read_json(folder / _FOUND, list))
+    found = tuple(_documents(names))
+    with new_folder(folder, sealed=True) as making:
+        write_json(found, making / _FOUND)
+    return found
 
 
-def _documents() -> Iterator[str]:
+def _digest(modules: Sequence[Path]) -> str:
+    about = [(str(path), status.st_size, status.st_mtime_ns) for path in modules for status in [path.stat()]]
+    return hashlib.sha256(repr((sys.version, about)).encode()).hexdigest()
+
+
+def _documents(modules: Sequence[Path]) -> Iterator[str]:
     for name in sorted(topics):
         yield topics[name]
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(library.rglob("*.py")):
-        if not _SKIP.intersection(path.relative_to(library).parts):
-            text = "\n\n".join(doc for doc in _docstrings(path) if len(doc) >= _SHORTEST)
-            if text:
-                yield text
+    for path in modules:
+        text = "\n\n".join(doc for doc in _docstrings(path) if len(doc) >= _SHORTEST)
+        if text:
+            yield text
 
 
 def _docstrings(path: Path) -> Iterator[str]:
