@@ -16,7 +16,7 @@ import twist_fl
 from twist_fl.cli.demo import MODEL
 from twist_fl.runs.checkpoint import RunFolder
 
-SETTINGS = ("algorithm=ddp", "train.rounds=100", "train.threads=1", "eval.every=50")
+SETTINGS = ("algorithm=ddp", "train.rounds=100", "train.threads=1", "train.beta2=0.95", "eval.every=50")
 
 
 def main(run: Path) -> None:

@@ -105,7 +105,7 @@ def tiny(text_folder: Path) -> tuple[str, ...]:
         "model.n_embd=32",
         "model.n_positions=32",
         "model.dropout=0",
-        "blueprint.num_sub=2",
+        *("blueprint.num_sub=2", "blueprint.common=0", "blueprint.scale=sqrt", "aggregate.optimizer=mean"),
         "blueprint.undivided_first=1",
         "blueprint.undivided_last=2",
         "train.workers=3",

@@ -26,7 +26,7 @@ SMALLER = {
 """For the tiny model and its text."""
 TINY = [
     *("model.n_layer=3", "model.n_embd=24", "model.n_positions=16", "data.window=16", "data.vocab_size=300"),
-    *("blueprint.undivided_first=1", "blueprint.num_sub=6", "train.workers=2", "train.rounds=2", "train.interval=2"),
+    *("blueprint.undivided_first=1", "train.workers=2", "train.rounds=2", "train.interval=2"),
     *("train.batch_size=2", "eval.tickets=2", "eval.sizes=[6]", "eval.max_windows=16", "deploy.new_tokens=4"),
 ]
 FASTER = {

@@ -47,7 +47,7 @@ class RunState:
     moments: Moments | None = None
     """The server's: those that travel, or DDP's."""
     outer: OuterState | None = None
-    """With aggregate.optimizer other than mean."""
+    """With aggregate.optimizer other than mean; DDP's one step needs none."""
     scores: Scores | None = None
     """Of the blocks, with blueprint.policy=importance."""
     spare: list[Memory] = field(default_factory=list, repr=False, compare=False)
@@ -77,10 +77,11 @@ def start(job: Job) -> RunState:
     params = job.initial_state()
     if job.config.blueprint.rewire:
         params = rewire(job, params)
-    kept = dict.fromkeys(MOMENTS, job.layout) if job.config.algorithm == "ddp" else job.moment_layouts
+    by_gradient = job.config.algorithm == "ddp"
+    kept = dict.fromkeys(MOMENTS, job.layout) if by_gradient else job.moment_layouts
     scores = score_blocks(job, params, 0) if job.division.by_importance else None
     moments = zero_moments(kept) if kept else None
-    outer = new_outer(job.config.aggregate, job.layout, params)
+    outer = None if by_gradient else new_outer(job.config.aggregate, job.layout, params)
     return RunState(params, [0] * job.config.train.workers, moments=moments, outer=outer, scores=scores)
 
 

@@ -27,7 +27,7 @@ server = ServerApp()
 @server.main()
 def main(grid: Grid, context: Context) -> None:
     folder = RunFolder(Path(str(context.run_config["folder"])))
-    settings = ["train.workers=2", "blueprint.num_sub=6", "train.rounds=2", "data.vocab_size=300"]
+    settings = ["train.workers=2", "train.rounds=2", "data.vocab_size=300"]
     folder.create(make_job(load_config("demo", settings)))
     Telling(folder.job(), folder).run(grid)
     trained = TrainedRun(folder.path)

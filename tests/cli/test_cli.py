@@ -25,6 +25,7 @@ from twist_fl.cli import app, train
 from twist_fl.config.devices import DeviceConfig
 from twist_fl.config.schema import Config, from_yaml, load_config
 from twist_fl.config.sizes import make_division
+from twist_fl.experiments.lab import ALIKE
 from twist_fl.federation import apps, deploy
 from twist_fl.federation.connecting import NoWorkersError
 from twist_fl.model.hf_config import scratch_fields
@@ -126,7 +127,10 @@ IMPOSSIBLE: dict[str, tuple[tuple[str, ...], str]] = {
         r"blueprint\.setting='heads' must be one of attn, ffn, both, did you mean 'attn'\?",
     ),
     "range": (("demo", "train.workers=0"), r"train\.workers=0 must be more than 0"),
-    "num_sub too small": ((*TEXT, "blueprint.num_sub=2"), r"the smallest legal N_sub for all is 3"),
+    "num_sub too small": (
+        (*TEXT, "blueprint.common=0", "blueprint.num_sub=2"),
+        r"the smallest legal N_sub for all is 3",
+    ),
     "num_sub too large": (
         (*TEXT, "blueprint.num_sub=13"),
         r"num_sub=13 of a layer's 12 blocks is impossible: choose 1 to 12",
@@ -378,7 +382,7 @@ def test_cost_of_other_settings(run: Run) -> None:
 
 
 def test_cost_counts_key_value_groups(run: Run) -> None:
-    _, output, _ = run("cost", "demo", "model.architecture=llama", "model.n_kv_head=4", "model.n_inner=240")
+    _, output, _ = run("cost", "demo", *ALIKE, "model.architecture=llama", "model.n_kv_head=4", "model.n_inner=240")
     # Vocabulary 512 twice, and in 4 layers: q and o 96 x 96, k and v 96 x 32, three of 96 x 240, two norms; one norm.
     full = 2 * 512 * 96 + 4 * (2 * 96 * 96 + 2 * 96 * 32 + 3 * 96 * 240 + 2 * 96) + 96
     group = 96 * (2 * 24 + 2 * 8 + 3 * 60)
@@ -397,7 +401,7 @@ def test_cost_counts_key_value_groups(run: Run) -> None:
 
 
 def test_cost_of_unequal_workers_with_moments_apart(run: Run) -> None:
-    _, output, _ = run("cost", "demo", "blueprint.num_sub=[12,6,4,3]", "--steps", 1500)
+    _, output, _ = run("cost", "demo", "blueprint.num_sub=[12,6,4,3]", "blueprint.assign=fixed", "--steps", 1500)
     found = {row[0]: row[1:] for row in rows(output)}
     each = [found[f"1 x {size}/12"] for size in (12, 6, 4, 3)]
     assert each == [found[f"{size}/12"] for size in (12, 6, 4, 3)]
@@ -423,7 +427,7 @@ def test_cost_of_unequal_workers_with_moments_apart(run: Run) -> None:
     ],
 )
 def test_cost_names_what_the_workers_hold(overrides: list[str], label: str, run: Run) -> None:
-    status, output, _ = run("cost", "demo", *overrides, "--steps", 45_700)
+    status, output, _ = run("cost", "demo", *ALIKE, *overrides, "--steps", 45_700)
     assert status == 0
     assert label in [row[0] for row in rows(output)]
 
@@ -451,7 +455,7 @@ def test_factored_moments_cost_what_a_run_would_send(run: Run) -> None:
 
 
 def test_cost_of_an_impossible_run(run: Run) -> None:
-    status, _, error = run("cost", "demo", "blueprint.num_sub=2")
+    status, _, error = run("cost", "demo", *ALIKE, "blueprint.num_sub=2")
     assert status == 2
     assert "4 workers with 0 common blocks cannot cover all 12 blocks; the smallest legal N_sub for all is 3" in error
 

@@ -181,7 +181,7 @@ IDLE = {
     "blueprint.setting=attn blueprint.ffn_blocks=6": "blueprint.ffn_blocks=6 changes nothing: blueprint.setting=attn",
     "blueprint.setting=ffn blueprint.attn_blocks=heads": "blueprint.setting=ffn leaves attention whole",
     "blueprint.score=taylor": "only blueprint.policy=importance and blueprint.rewire score",
-    "blueprint.assign=shuffled": "blueprint.num_sub names one size for all: give several",
+    "blueprint.num_sub=6 blueprint.assign=drawn": "blueprint.num_sub names one size for all: give several",
     "flower.flight=localhost:0 flower.transport=inline": "flower.flight=localhost:0 changes nothing: flower.tr",
     "flower.flight_key=a flower.flight_certificate=b": "flower.flight_certificate=b changes nothing: ",
     "data.train_glob=*.md": "data.train_glob=*.md changes nothing: it is for other text than data.source=builtin",
@@ -189,7 +189,7 @@ IDLE = {
     "data.tokenizer=gpt2 data.vocab_size=300": "data.vocab_size=300 changes nothing: the tokenizer is there already",
     "eval.every=0 eval.watch_windows=5": "eval.every=0 evaluates at the end alone",
     "train.schedule=linear train.decay=0.2": "it is for train.schedule=wsd",
-    "aggregate.server_lr=0.7": "aggregate.optimizer=mean has no settings",
+    "aggregate.optimizer=mean aggregate.server_lr=0.7": "aggregate.optimizer=mean has no settings",
     "eval.sizes=[] eval.tickets=5": "eval.tickets=5 changes nothing: eval.sizes=[] draws none",
     "train.device=cpu flower.gpus_per_worker=0.5": "train.device=cpu leaves GPUs alone",
 }

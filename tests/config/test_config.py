@@ -10,6 +10,8 @@ import pytest
 
 from twist_fl.config.devices import DeviceConfig
 from twist_fl.config.schema import Config, from_yaml, load_config, presets, to_yaml
+from twist_fl.config.sizes import layout_of, make_division
+from twist_fl.model.hf_config import scratch_fields
 from twist_fl.system.errors import ConfigError
 from twist_fl.training.job import Job
 
@@ -170,3 +172,13 @@ JOB_REFUSED = {
 def test_refused_before_anything_starts(override: str, tiny_job: Callable[..., Job]) -> None:
     with pytest.raises(ConfigError, match=re.escape(JOB_REFUSED[override])):
         tiny_job(override)
+
+
+@pytest.mark.parametrize(("workers", "dealt"), [(2, [12, 6]), (5, [12, 6, 4, 3, 12]), (8, [12, 6, 4, 3] * 2)])
+def test_the_demos_sizes_go_round_however_many_workers_there_are(workers: int, dealt: list[int]) -> None:
+    config = load_config("demo", [f"train.workers={workers}"])
+    layout = layout_of(config, scratch_fields(config.model, config.data.vocab_size))
+    division = make_division(config, layout)
+    division.check(layout, True)
+    assert [size[0] for size in division.num_sub] == dealt
+    assert sorted(division.sizes(layout, 0, 1)) == sorted(division.num_sub)

@@ -22,7 +22,7 @@ from twist_fl.blueprint.division import Division, Setting
 from twist_fl.blueprint.drawing import draw_round
 from twist_fl.experiments import fig2, fig5, fig6, shared, table1
 from twist_fl.experiments.catalog import PAPER
-from twist_fl.experiments.lab import TRAIN, Lab, Scale, Task, train
+from twist_fl.experiments.lab import ALIKE, TRAIN, Lab, Scale, Task, train
 from twist_fl.experiments.latency import FULL, MEASURE, SIZES, shape_name
 from twist_fl.experiments.measures import MEASURES
 from twist_fl.experiments.runner import execute
@@ -40,6 +40,7 @@ MICRO = Scale(
         *("model.n_layer=3", "model.n_embd=24", "model.n_positions=16", "data.window=16", "data.vocab_size=300"),
         *("blueprint.undivided_first=1", "train.rounds=2", "train.interval=2", "train.batch_size=2"),
         *("train.device=cpu", "train.threads=1", "eval.tickets=2", "eval.sizes=[6]", "eval.max_windows=8"),
+        *ALIKE,
     ),
     3,
     "local",

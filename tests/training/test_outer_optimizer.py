@@ -13,12 +13,10 @@ from flwr.serverapp.strategy import FedAdam, FedAvgM
 from local_grid import LocalGrid, assert_same_run, same
 from torch import nn
 
-from twist_fl.config.schema import load_config
 from twist_fl.federation.strategy import TwistStrategy
 from twist_fl.model.subnet import State
 from twist_fl.rounds import RunState, run, start, twist_round
 from twist_fl.runs.checkpoint import RunFolder
-from twist_fl.system.errors import ConfigError
 from twist_fl.training.client_state import MomentShelf
 from twist_fl.training.job import Job
 from twist_fl.training.outer_optimizer import OuterState, outer_step
@@ -161,6 +159,9 @@ def assert_same_outer(one: RunState, other: RunState) -> None:
     assert found[0].values
 
 
-def test_not_for_ddp() -> None:
-    with pytest.raises(ConfigError, match=r"aggregate\.optimizer=adam steps on .* use aggregate\.optimizer=mean"):
-        load_config(overrides=["algorithm=ddp", "aggregate.optimizer=adam"])
+def test_not_for_ddp(tiny_job: MakeJob, tmp_path: Path) -> None:
+    """Its one step is Adam's: a preset's outer optimiser, which others take, changes nothing there."""
+    jobs = [tiny_job("algorithm=ddp", *words) for words in ((), ("aggregate.optimizer=momentum",))]
+    assert start(jobs[1]).outer is None
+    plain, other = (run(job, start(job), tmp_path) for job in jobs)
+    assert same(plain.params, other.params)

@@ -115,11 +115,6 @@ def check_values(config: Any) -> None:
         raise ConfigError(
             f"data.vocab_size={config.data.vocab_size} must be at least {_SMALLEST_VOCABULARY}: 256 bytes and an end"
         )
-    if config.aggregate.optimizer != "mean" and config.algorithm == "ddp":
-        raise ConfigError(
-            f"aggregate.optimizer={config.aggregate.optimizer} steps on what a round has trained, and "
-            "algorithm=ddp trains nothing before its one step: use aggregate.optimizer=mean"
-        )
     if config.train.distill and not (config.train.teacher or model.pretrained):
         raise ConfigError(
             f"train.distill={config.train.distill:g} has nobody to learn from: give train.teacher=FOLDER, or start "
@@ -193,10 +188,10 @@ def _listed(sizes: Sequence[Size]) -> str:
 
 def _check_sizes(blueprint: Any, workers: int) -> None:
     sizes = blueprint.num_sub
-    if not sizes if blueprint.assign == "drawn" else len(sizes) not in (1, workers):
+    if not sizes or (blueprint.assign == "fixed" and len(sizes) not in (1, workers)):
         raise ConfigError(
             f"blueprint.num_sub={_listed(sizes)} has {len(sizes)} entries for train.workers={workers}: give one, or "
-            "one each"
+            "one each, or blueprint.assign=shuffled to deal them out"
         )
 
 

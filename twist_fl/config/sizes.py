@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
+from itertools import cycle, islice
 from math import floor
 from typing import Any
 
@@ -62,9 +63,9 @@ def smallest_share(config: Config, division: Division) -> Division:
 
 
 def _sizes(blueprint: BlueprintConfig, layout: Layout, workers: int) -> Sizes:
-    """(heads, FFN blocks) of each worker, or those to draw from; a single size stands for all."""
+    """(heads, FFN blocks) of each worker, or those to draw from; a list that is too short for all goes round."""
     sizes = [held_of(layout, blueprint.setting, "blueprint.num_sub", size) for size in blueprint.num_sub]
-    return tuple(sizes * workers if len(sizes) == 1 and blueprint.assign != "drawn" else sizes)
+    return tuple(sizes) if blueprint.assign == "drawn" else tuple(islice(cycle(sizes), workers))
 
 
 def divided_kinds(setting: Setting) -> list[int]:

@@ -1,4 +1,4 @@
-"""The best recipe found, the preset `finetune`'s, beside rivals with the same budget, over seeds."""
+"""The best recipe found, the preset `finetune`'s, beside DDP of the same budget, pruned, over seeds."""
 
 from __future__ import annotations
 
@@ -18,35 +18,16 @@ from twist_fl.report.glossary import LOWER
 from twist_fl.system.units import size_label
 
 LR = "4e-3"
-TWIST, OFTEN, FEDAVG, DDP = "TwIST, rewired", "TwIST, rewired, averaged every 5 batches", "FedAvg", "DDP"
-SLOWER = "DDP, 2e-3"
-_REWIRED = (BOTH, *SHUFFLED, *TOGETHER, "blueprint.rewire=true")
+BEFORE, TWIST, DDP = "before: DDP", "TwIST", "DDP"
+METHODS = {
+    TWIST: task_of("best-twist", LR, BOTH, *SHUFFLED, *TOGETHER, "blueprint.rewire=true"),
+    DDP: finetune.tried(finetune.DDP)[LR],
+}
 
 
-def _repeated(lab: Lab) -> dict[str, Task]:
-    """What is trained with every seed, at LR."""
-    often = ["train.interval=5"]
-    if rounds := lab.base.train.rounds:  # else the budget is epochs, whatever the interval
-        often.append(f"train.rounds={rounds * lab.base.train.interval // 5}")
-    return {
-        TWIST: task_of("best-twist", LR, *_REWIRED),
-        DDP: finetune.tried(finetune.DDP)[LR],
-        OFTEN: task_of("best-often", LR, *_REWIRED, *often),
-        FEDAVG: task_of("best-fedavg", LR, "algorithm=fedavg", *MOMENTUM, "train.beta2=0.99"),
-    }
-
-
-def _slower() -> Task:
-    return finetune.tried(finetune.DDP)["2e-3"]
-
-
-def _runs(lab: Lab) -> dict[str, list[Task]]:
-    return {label: seeded(lab, task) for label, task in _repeated(lab).items()} | {SLOWER: [_slower()]}
-
-
-def _pruned(lab: Lab, label: str) -> dict[str, list[list[Task]]]:
-    """By pruner: of each run of DDP that `label` names, one task a size. Only SparseGPT prunes every seed's."""
-    dense = _runs(lab)[label]
+def _pruned(lab: Lab) -> dict[str, list[list[Task]]]:
+    """By pruner: of each run of DDP one task a size. Only SparseGPT prunes every seed's."""
+    dense = seeded(lab, METHODS[DDP])
     return {
         name: [pruned(lab, run, method) for run in (dense if method == "sparsegpt" else dense[:1])]
         for name, method in PRUNERS.items()
@@ -54,22 +35,16 @@ def _pruned(lab: Lab, label: str) -> dict[str, list[list[Task]]]:
 
 
 def tasks(lab: Lab) -> list[Task]:
-    pruning = [task for label in (DDP, SLOWER) for each in _pruned(lab, label).values() for task in chain(*each)]
-    return [runs.DDP, *chain(*_runs(lab).values()), *pruning]
+    trained = [run for task in METHODS.values() for run in seeded(lab, task)]
+    return [runs.DDP, *trained, *(task for each in _pruned(lab).values() for task in chain(*each))]
 
 
 def collect(lab: Lab) -> Data:
-    rows = {"before: DDP": [row_of(lab, runs.DDP)]}
-    rows |= {label: [row_of(lab, task) for task in each] for label, each in _runs(lab).items()}
-    for label in (DDP, SLOWER):
-        for pruner, each in _pruned(lab, label).items():
-            found = [pruned_row(lab, row, task) for row, task in zip(rows[label], each, strict=False)]
-            rows[f"{label}, then {pruner}"] = found
+    rows = {BEFORE: [row_of(lab, runs.DDP)]}
+    rows |= {label: [row_of(lab, run) for run in seeded(lab, task)] for label, task in METHODS.items()}
+    for pruner, each in _pruned(lab).items():
+        rows[f"{DDP}, then {pruner}"] = [pruned_row(lab, row, task) for row, task in zip(rows[DDP], each, strict=False)]
     return {"about": about(lab), "rows": rows}
-
-
-def _seeds(data: Data) -> int:
-    return len(data["rows"][TWIST])
 
 
 def tables(data: Data) -> dict[str, Cells]:
@@ -82,12 +57,12 @@ def tables(data: Data) -> dict[str, Cells]:
 
 def draw(data: Data) -> Figure:
     """Perplexity against the blocks kept, down from the full model; a bar is the deviation over seeds."""
-    names = (TWIST, OFTEN, FEDAVG, DDP, *(f"{DDP}, then {pruner}" for pruner in PRUNERS))
-    return by_size({name: over_seeds(data["rows"][name]) for name in names}, data["rows"][TWIST][0]["tickets"])
+    lines = {label: over_seeds(rows) for label, rows in data["rows"].items() if label != BEFORE}
+    return by_size(lines, data["rows"][TWIST][0]["tickets"])
 
 
 def reading(data: Data) -> str:
-    first, last = data["about"]["seed"], data["about"]["seed"] + _seeds(data) - 1
+    first, last = data["about"]["seed"], data["about"]["seed"] + len(data["rows"][TWIST]) - 1
     return (
         f"Perplexity: {LOWER}. Random tickets are a mean over {data['about']['tickets']} draws a size, pruned models "
         "one a size. "
@@ -98,21 +73,15 @@ def reading(data: Data) -> str:
 
 def notes(data: Data) -> list[str]:
     rows = {label: over_seeds(each) for label, each in data["rows"].items()}
-    dense = min(rows[label][0][0] for label in (DDP, SLOWER))
-    sparse = [min(rows[f"{label}, then SparseGPT"][i][0] for label in (DDP, SLOWER)) for i in range(len(rows[DDP]))]
-    found = [
+    sparse = rows[f"{DDP}, then SparseGPT"]
+    of_dense = ", ".join(f"{mean / rows[DDP][0][0]:.3f}" for mean, _ in rows[TWIST])
+    of_sparse = ", ".join(f"{mean / sparse[i][0]:.2f}" for i, (mean, _) in enumerate(rows[TWIST]) if i)
+    return [
         "All start from the lab's DDP run and train as many batches again, with new optimiser state and "
-        f"{', '.join(finetune.SCHEDULE)}; TwIST and FedAvg with {', '.join(MOMENTUM)}, train.beta2=0.99.",
+        f"{', '.join(finetune.SCHEDULE)}; TwIST with {', '.join(MOMENTUM)}, train.beta2=0.99.",
         "TwIST: workers of 12, 6, 4 and 3 blocks, three common, so that its ticket of 3/12 is always those three.",
+        f"TwIST has {of_dense} of DDP's full model, from left to right; {of_sparse} of SparseGPT's model of each size.",
     ]
-    for label in (TWIST, OFTEN, FEDAVG):
-        of_dense = ", ".join(f"{mean / dense:.3f}" for mean, _ in rows[label])
-        of_sparse = ", ".join(f"{mean / sparse[i]:.2f}" for i, (mean, _) in enumerate(rows[label]) if i)
-        found.append(
-            f"{label}: {of_dense} of the better DDP's full model, from left to right; {of_sparse} of SparseGPT's "
-            "better model of each size."
-        )
-    return found
 
 
-BEST = Experiment("best", "The best recipe beside its rivals", tasks, collect, tables, {"best": draw}, reading, notes)
+BEST = Experiment("best", "The best recipe beside pruning", tasks, collect, tables, {"best": draw}, reading, notes)

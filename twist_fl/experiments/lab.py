@@ -42,13 +42,18 @@ class Scale:
 
 PLAIN = (*("train.schedule=constant", "train.warmup=0", "train.clip_norm=null", "train.beta2=0.999"), "train.lr=1e-3")
 """The paper's experiments keep the paper's optimiser: what they compare is drawn, not scheduled."""
+ALIKE = (
+    *("blueprint.num_sub=4", "blueprint.assign=fixed", "blueprint.common=0", "blueprint.scale=sqrt"),
+    "aggregate.optimizer=mean",
+)
+"""And the paper's workers, all of one size."""
 SCALES = {
     scale.name: scale
     for scale in (
         Scale(
             "tiny",
             "demo",
-            ("train.device=cpu", "train.threads=1", "eval.every=20", "checkpoint_every=20", *PLAIN),
+            ("train.device=cpu", "train.threads=1", "eval.every=20", "checkpoint_every=20", *PLAIN, *ALIKE),
             20,
             "local",
             "0.5 M parameters from scratch, the demo's text, 100 intervals; table1 takes four cores half an hour",

@@ -109,11 +109,10 @@ def next_step(federation: Federation, num_nodes: int) -> str:
     """The lines to paste in another terminal."""
     workers = num_nodes or len(federation.nodes)
     home, folder = quote(str(federation.flwr_home)), federation.runs / "first"
-    overrides = f"train.workers={workers} blueprint.num_sub=1/{min(workers, 4)}"
     return (
         "In another terminal, a first run:\n"
         f"  FLWR_HOME={home} flwr run {quote(str(federation.flwr_home / 'app'))} {CONNECTION} --stream --run-config "
-        + quote(f'preset="demo" overrides="{overrides}" run-dir="{folder}"')
+        + quote(f'preset="demo" overrides="train.workers={workers}" run-dir="{folder}"')
         + f"\nand how it stands:\n  twist-fl federation status {quote(str(federation.folder))} -f\n"
         "Ctrl-C here ends all."
     )
