@@ -10,7 +10,7 @@ import pytest
 
 from twist_fl.config.devices import DeviceConfig
 from twist_fl.config.schema import Config, from_yaml, load_config, presets, to_yaml
-from twist_fl.config.sizes import layout_of, make_division
+from twist_fl.config.sizes import layout_of, make_division, of_workers, smallest_share
 from twist_fl.model.hf_config import scratch_fields
 from twist_fl.system.errors import ConfigError
 from twist_fl.training.job import Job
@@ -182,3 +182,12 @@ def test_the_demos_sizes_go_round_however_many_workers_there_are(workers: int, d
     division.check(layout, True)
     assert [size[0] for size in division.num_sub] == dealt
     assert sorted(division.sizes(layout, 0, 1)) == sorted(division.num_sub)
+
+
+def test_sizes_that_are_shuffled_are_dealt_out_to_those_who_train() -> None:
+    config = load_config("demo", ["train.workers=20", "train.fraction=0.2"])
+    layout = layout_of(config, scratch_fields(config.model, config.data.vocab_size))
+    division = make_division(config, layout)
+    for share in (of_workers(division, [3, 7, 11, 19]), smallest_share(config, division)):
+        share.check(layout, True)
+        assert [size[0] for size in share.num_sub] == [12, 6, 4, 3]

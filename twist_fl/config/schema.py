@@ -87,8 +87,8 @@ class BlueprintConfig:
     and as large a part of the FFN; 1/2: a share, to the nearest block; 3+6: attention's blocks and the FFN's. fedavg
     and ddp: all hold all."""
     assign: Literal["fixed", "shuffled", "drawn"] = "fixed"
-    """fixed: worker s holds num_sub[s]; shuffled: the list, which goes round if there are more workers, is dealt out
-    anew every round; drawn: every worker draws its size from the list every round."""
+    """fixed: worker s holds num_sub[s]; shuffled: the list, which goes round if it is short, is dealt out every round
+    to those who train; drawn: every worker draws its size from the list every round."""
     attn_blocks: Literal["kv_groups", "heads"] = "kv_groups"
     """Where queries share keys and values. kv_groups: a block is a key/value head with its queries; heads: one query
     head, and all workers hold all keys and values."""

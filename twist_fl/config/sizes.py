@@ -46,17 +46,19 @@ def workers_per_round(config: Config) -> int:
 
 
 def of_workers(division: Division, workers: Sequence[int]) -> Division:
-    """What is divided among a round's `workers`."""
+    """What is divided among a round's `workers`; a list that is shuffled is dealt out to them."""
     if division.assign == "drawn":
         return replace(division, drawn_workers=len(workers))
+    if division.assign == "shuffled":
+        return replace(division, num_sub=division.num_sub[: len(workers)])
     return replace(division, num_sub=tuple(division.num_sub[worker] for worker in workers))
 
 
 def smallest_share(config: Config, division: Division) -> Division:
     """The division with the fewest places for blocks, of each kind, that `train.fraction` may leave a round."""
     number, always = workers_per_round(config), division.num_sub[: config.train.variant == "hybrid"]
-    if division.assign == "drawn":
-        return replace(division, drawn_workers=number)
+    if division.assign != "fixed":
+        return of_workers(division, range(number))
     others = division.num_sub[len(always) :]
     heads, ffn = (sorted(size[i] for size in others)[: number - len(always)] for i in range(2))
     return replace(division, num_sub=(*always, *zip(heads, ffn, strict=True)))
