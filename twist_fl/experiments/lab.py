@@ -44,7 +44,7 @@ PLAIN = (*("train.schedule=constant", "train.warmup=0", "train.clip_norm=null", 
 """The paper's experiments keep the paper's optimiser: what they compare is drawn, not scheduled."""
 ALIKE = (
     *("blueprint.num_sub=4", "blueprint.assign=fixed", "blueprint.common=0", "blueprint.scale=sqrt"),
-    "aggregate.optimizer=mean",
+    *("aggregate.optimizer=mean", "aggregate.momentum=0.9"),
 )
 """And the paper's workers, all of one size."""
 SCALES = {
