@@ -10,7 +10,7 @@ from twist_fl.experiments import finetune, runs
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.finetune import BOTH, PRUNERS, pruned, pruned_row, row_of, task_of
 from twist_fl.experiments.lab import Lab, Task
-from twist_fl.experiments.recipe import SHUFFLED, over_seeds, seeded, seeds_text
+from twist_fl.experiments.recipe import SHUFFLED, over_seeds, seeded, spread_cell
 from twist_fl.experiments.search import MOMENTUM, TOGETHER
 from twist_fl.experiments.shared import about, by_size, caption, of_perplexity
 from twist_fl.report.cells import Cells
@@ -49,7 +49,7 @@ def collect(lab: Lab) -> Data:
 
 def tables(data: Data) -> dict[str, Cells]:
     sizes = ["full model", *map(size_label, data["rows"][TWIST][0]["tickets"])]
-    lines = [[label, *map(seeds_text, over_seeds(rows))] for label, rows in data["rows"].items()]
+    lines = [[label, *map(spread_cell, over_seeds(rows))] for label, rows in data["rows"].items()]
     return {
         caption(of_perplexity(f"after fine-tuning at {LR}, setting both"), data): [["fine-tuned by", *sizes], *lines]
     }

@@ -8,18 +8,16 @@ needs to lie between two others or at the end that the method itself sets.
 from __future__ import annotations
 
 from math import log
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from twist_fl.experiments import runs
 from twist_fl.experiments.experiment import Data, Experiment
 from twist_fl.experiments.lab import Lab, Task, measure, train
-from twist_fl.experiments.recipe import COMMON, SHUFFLED
+from twist_fl.experiments.recipe import COMMON, SHUFFLED, spread_cell
 from twist_fl.experiments.shared import about, by_size, caption, of_perplexity
 from twist_fl.experiments.table1 import CALIBRATION_WINDOWS
 from twist_fl.report.cells import Cells
-from twist_fl.report.compare import spread_text
 from twist_fl.report.glossary import LOWER
 from twist_fl.system.units import perplexity_text, size_label
 
@@ -103,13 +101,8 @@ def values_of(row: Data) -> list[float]:
 
 
 def cells_of(row: Data) -> list[str]:
-    return [perplexity_text(row["full"]), *map(_text, row["tickets"])]
-
-
-def _text(ticket: dict[str, Any]) -> str:
-    if ticket["std"] is None:
-        return perplexity_text(ticket["mean"])
-    return spread_text(ticket["mean"], ticket["std"])
+    tickets = [(ticket["mean"], ticket["std"]) for ticket in row["tickets"]]
+    return [perplexity_text(row["full"]), *map(spread_cell, tickets)]
 
 
 def tables(data: Data) -> dict[str, Cells]:

@@ -104,8 +104,8 @@ def over_seeds(rows: list[Data]) -> list[tuple[float, float | None]]:
     return [(fmean(column), stdev(column) if len(column) > 1 else None) for column in columns]
 
 
-def seeds_text(value: tuple[float, float | None]) -> str:
-    """What `over_seeds` gives, as text."""
+def spread_cell(value: tuple[float, float | None]) -> str:
+    """(mean, deviation or None) as text."""
     mean, deviation = value
     return perplexity_text(mean) if deviation is None else spread_text(mean, deviation)
 
@@ -117,7 +117,7 @@ def sizes_of(data: Data) -> list[dict[str, Any]]:
 
 def tables(data: Data) -> dict[str, Cells]:
     header = ["blocks of a worker", "full model", *map(size_label, sizes_of(data))]
-    lines = [[label, *map(seeds_text, over_seeds(rows))] for label, rows in data["recipes"].items()]
+    lines = [[label, *map(spread_cell, over_seeds(rows))] for label, rows in data["recipes"].items()]
     seeds = len(next(iter(data["recipes"].values())))
     return {of_perplexity(f"mean ± deviation over {seeds} seeds"): [header, *lines]}
 
