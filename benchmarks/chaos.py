@@ -49,8 +49,8 @@ STUCK = 900.0
 """Seconds after which something counts as stuck."""
 FULL = 4096
 """Bytes that a file may have where the disk is full."""
-BLOWS = (("server killed", 25, 10), ("disk full", 40, 21), ("network cut", 40, 37), ("SuperLink killed", 50, 33))
-"""What happens after each 25th, 40th or 50th round, and after which the first time."""
+BLOWS = (("server killed", 100, 10), ("disk full", 400, 21), ("network cut", 100, 37), ("SuperLink killed", 200, 33))
+"""What happens after each 100th, 200th or 400th round, and after which the first time."""
 KILLED = 0.75
 """Share of the other rounds after which a node is killed."""
 MEASURED = ("server_mb", "server_files", "superlink_mb", "superlink_files", "processes")
@@ -222,7 +222,10 @@ def chaos(num_rounds: int, num_nodes: int, settings: list[str], home: Path, minu
         return warm_node(relay.address, node_config)
 
     record.write("session")
-    with tempfile.TemporaryDirectory() as scratch, network(Path(scratch) / "flower", num_nodes, through) as running:
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        network(Path(scratch) / "flower", num_nodes, through, forked=True) as running,
+    ):
         began = time.monotonic()
         run_ = Run(running, folder, num_rounds, words, record)
         try:

@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+import psutil
+from nursery import Nursery
+
 from twist_fl.federation import simulation
 from twist_fl.system.children import stop_tree
 from twist_fl.system.environment import private_environment
@@ -38,7 +41,7 @@ class Network:
     def __init__(self, home: Path, address: str) -> None:
         self.home, self.address = home, address
         self.environment = private_environment(home)
-        self.nodes: list[subprocess.Popen[bytes]] = []
+        self.nodes: list[psutil.Process] = []
         self.start_node: Callable[[int], None]
         """Start the node of that place, or another in the place of one that has ended."""
         self.link: subprocess.Popen[bytes]
@@ -119,8 +122,12 @@ class Relay:
 
 
 @contextmanager
-def network(home: Path, num_nodes: int, node_command: NodeCommand, host: str = "127.0.0.1") -> Iterator[Network]:
-    """`num_nodes` nodes with the partition ids 0, 1, ..., a SuperLink on `host`; leaving the block stops everything."""
+def network(
+    home: Path, num_nodes: int, node_command: NodeCommand, host: str = "127.0.0.1", forked: bool = False
+) -> Iterator[Network]:
+    """`num_nodes` nodes with the partition ids 0, 1, ..., a SuperLink on `host`; leaving the block stops everything.
+
+    `forked`: a nursery starts the nodes, whose command must be `warm_node`'s."""
     home.mkdir(parents=True)
     started = Network(home, f"{host}:{simulation.free_port()}")
     simulation.write_connection(home, started.address)
@@ -142,7 +149,14 @@ def network(home: Path, num_nodes: int, node_command: NodeCommand, host: str = "
 
         def start_node(place: int) -> None:
             words = node_command(started.address, f"partition-id={place} num-partitions={num_nodes}")
-            started.nodes[place : place + 1] = [begin(started.node_log(place), *words)]
+            started.nodes[place : place + 1] = [start(started.node_log(place), *words)]
+
+        nursery = Nursery(started.environment) if forked else None
+        if nursery:
+            stack.callback(stop_tree, nursery.popen)
+
+        def start(log: Path, *words: str) -> psutil.Process:
+            return nursery.start(log, *words) if nursery else psutil.Process(begin(log, *words).pid)
 
         started.start_link, started.start_node = start_link, start_node
         start_link()

@@ -12,10 +12,10 @@ def test_a_node_is_killed_in_most_rounds_and_every_blow_falls() -> None:
     found = Counter(map(blow_after, range(1, 2001)))
     assert found["node killed"] > 1300
     assert {blow: found[blow] for blow, *_ in BLOWS} == {
-        "server killed": 80,
-        "disk full": 50,
-        "network cut": 50,
-        "SuperLink killed": 40,
+        "server killed": 20,
+        "disk full": 5,
+        "network cut": 20,
+        "SuperLink killed": 10,
     }
     assert set(map(blow_after, range(1, 41))) == {"node killed", None, *(blow for blow, *_ in BLOWS)}
 

@@ -9,12 +9,16 @@ from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from twist_fl.config.schema import FlowerConfig
+from twist_fl.federation.pulling import patience
 
 _SLACK = 60.0
 """Seconds more that a message is worth something: sending a round's takes time, and clocks differ."""
 _LATE = 0.005
 """The share of its wait that a reply may lie before it is looked for. Every look is work for the SuperLink, which may
 stand on the machine that trains: looks every 0.05 s take half a core of it."""
+
+_QUIET = 5.0
+"""Seconds without any of it after which the rest of a reply is given up, if a node has left."""
 
 
 def exchange(
@@ -47,10 +51,17 @@ def _replies(
 ) -> Iterator[Message]:
     yield from refused
     begin = time.monotonic()
+
+    def give_up(quiet: float) -> str:
+        if time.monotonic() > deadline:
+            return "it was not all there in time"
+        nodes = {message.metadata.dst_node_id for message in pending.values()}
+        return "the node has left" if quiet > _QUIET and not nodes <= set(grid.get_node_ids()) else ""
+
     while pending and time.monotonic() < deadline:
-        found = [
-            (reply, pending.pop(reply.metadata.reply_to_message_id, None)) for reply in grid.pull_messages(pending)
-        ]
+        with patience(give_up):
+            replies = list(grid.pull_messages(pending))
+        found = [(reply, pending.pop(reply.metadata.reply_to_message_id, None)) for reply in replies]
         for reply, sent in found:
             if sent is not None:
                 yield Message(reply.error if reply.has_error() else reply.content, reply_to=sent)
