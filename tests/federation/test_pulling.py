@@ -1,4 +1,4 @@
-"""Flower's own Grid, whose SuperLink announces a reply that is not all there: its sender still sends, or has died."""
+"""Messages that are announced and not all there: their sender still sends, or has died, or its run has ended."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
+import flwr.supernode.start_client_internal as loop
 import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.common.constant import Status
 from flwr.common.serde import message_to_proto
 from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.grid import HttpGrid
+from flwr.supernode.nodestate.in_memory_nodestate import InMemoryNodeState
 
 from twist_fl.config.schema import FlowerConfig
 from twist_fl.federation import exchange as ours
+from twist_fl.federation import executor
 
 SENDER = 7
 TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
@@ -81,3 +87,26 @@ def test_a_reply_whose_sender_has_died_holds_nobody_up(
     assert (reply.error.reason or "").endswith(why)
     assert reply.metadata.src_node_id == SENDER
     assert seconds < 30
+
+
+def test_a_run_that_ends_while_its_message_comes_leaves_no_task_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's own loop leaves one, for which the executor would wait instead of serving the next run."""
+    message = Message(RecordDict(), dst_node_id=1, message_type=MessageType.TRAIN)
+    message.metadata.__dict__["_message_id"] = message.object_id
+    store = ObjectStoreFactory().store()
+
+    def ended(*_: object) -> bytes:
+        raise RunNotRunningException
+
+    def tasks_left() -> int:
+        state = InMemoryNodeState(store)
+        state.set_node_id(1)
+        state.store_run(Run.create_empty(message.metadata.run_id))
+        given: dict[str, Any] = dict.fromkeys(("get_run", "get_fab", "pull_object", "confirm_message_received"), ended)
+        given["receive"] = lambda: (message, get_object_tree(message))
+        assert loop._pull_and_store_message(state, store, {}, trusted_entities=None, **given) is None
+        return sum(task.status.status != Status.FINISHED for task in state.get_tasks())
+
+    assert tasks_left() == 1
+    monkeypatch.setitem(loop.__dict__, "pull_objects", executor.pull_of_a_run)
+    assert tasks_left() == 0

@@ -18,10 +18,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from itertools import pairwise
 from logging import ERROR, INFO
 from multiprocessing.connection import Connection
+from typing import Any
 
 from flwr.app import Context, Error, Message
 from flwr.cli.install import install_from_fab
@@ -46,7 +46,7 @@ from flwr.supercore.interceptors import (
     SuperExecAuthHttpInterceptor,
 )
 from flwr.supercore.retry import make_simple_http_retry_invoker
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supercore.utils import get_flwr_home
@@ -55,7 +55,7 @@ from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 _LOOK_SECONDS, _SHORTEST_SECONDS = 0.2, 0.02
 _IDLE_SHARE = 0.05
-_FIRST_BACKOFF, _LAST_BACKOFF = 0.05, 0.5
+_PATIENT: dict[str, Any] = {"max_tries_per_object": None, "initial_backoff": 0.05, "backoff_cap": 0.5}
 """Seconds between two looks for an object that the sender is still sending; Flower's own are 1 and 10."""
 _MESSAGE_SECONDS = 30.0
 _SERVED = "process %d: %s message, start-up %.4f s, pulled in %.4f s, app %.4f s"
@@ -107,14 +107,21 @@ class SuperNodeSleeps:
             time.sleep(_SHORTEST_SECONDS)
 
 
+def pull_of_a_run(object_ids: list[str], pull_object_fn: Callable[[str], bytes]) -> dict[str, bytes]:
+    """A message's objects, as the server sends them. Raises RuntimeError if the run ends meanwhile: what Flower raises
+    then is no Exception, and leaves a task behind that waits for the rest for ever."""
+    try:
+        return pull_objects(object_ids, pull_object_fn, **_PATIENT)
+    except RunNotRunningException:
+        raise RuntimeError("the run has ended") from None
+
+
 def run_supernode(parent: int, arguments: list[str]) -> None:
     """Flower's `flower-supernode` with `arguments`; it ends with its parent process."""
     end_with(parent)
     loop = importlib.import_module("flwr.supernode.start_client_internal")
     loop.__dict__["time"] = SuperNodeSleeps()
-    loop.__dict__["pull_objects"] = partial(
-        pull_objects, max_tries_per_object=None, initial_backoff=_FIRST_BACKOFF, backoff_cap=_LAST_BACKOFF
-    )
+    loop.__dict__["pull_objects"] = pull_of_a_run
     sys.argv = ["flower-supernode", *arguments]
     flower_supernode()
 
@@ -126,9 +133,8 @@ class TaskSource:
     """Takes pending ClientApp tasks from the SuperNode at `address`, signed with their shared secret."""
 
     def __init__(self, address: str, secret: bytes) -> None:
-        signing = SuperExecAuthHttpInterceptor(
-            master_secret=secret, protected_methods={"/flwr.proto.Runtime/AcquireTask"}
-        )
+        protected = {"/flwr.proto.Runtime/AcquireTask"}
+        signing = SuperExecAuthHttpInterceptor(master_secret=secret, protected_methods=protected)
         version = RuntimeVersionHttpInterceptor(component_name="SuperExec")
         self._client = RuntimeHttpClient.from_server_address(address, True, None, [version, signing])
         self._request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
@@ -250,16 +256,10 @@ class Task:
                 raise RuntimeError(f"the SuperNode had no message for its task within {_MESSAGE_SECONDS:g} s")
             time.sleep(_SHORTEST_SECONDS)
         tree = answer.message_object_trees[0]
-        node, run_id = Node(node_id=self._context.node_id), self._context.run_id
-        message = pull_and_inflate_object_from_tree(
-            tree,
-            make_pull_object_fn_protobuf(self.client.PullObject, node, run_id),
-            make_confirm_message_received_fn_protobuf(self.client.ConfirmMessageReceived, node, run_id),
-            return_type=Message,
-            max_tries_per_object=None,
-            initial_backoff=_FIRST_BACKOFF,
-            backoff_cap=_LAST_BACKOFF,
-        )
+        ours = Node(node_id=self._context.node_id), self._context.run_id
+        pull = make_pull_object_fn_protobuf(self.client.PullObject, *ours)
+        confirm = make_confirm_message_received_fn_protobuf(self.client.ConfirmMessageReceived, *ours)
+        message = pull_and_inflate_object_from_tree(tree, pull, confirm, return_type=Message, **_PATIENT)
         message.metadata.__dict__["_message_id"] = tree.object_id  # what a message travels without
         return message
 
