@@ -57,8 +57,8 @@ MEASURED = ("server_mb", "server_files", "superlink_mb", "superlink_files", "pro
 KEPT = 400
 """Samples in the result: of a longer run every second, every third, ..."""
 JOB = """
-    train.schedule=constant train.warmup=0 train.lr=2e-3 train.interval=8 train.threads=1 train.device=cpu
-    train.optimizer_state=reset flower.round_timeout=10 flower.wait_for_nodes=30 eval.every=0 eval.max_windows=64
+    train.schedule=constant train.warmup=0 train.lr=2e-3 train.interval=4 train.threads=1 train.device=cpu
+    train.optimizer_state=reset flower.round_timeout=10 flower.wait_for_nodes=10 eval.every=0 eval.max_windows=64
     blueprint.num_sub=6 eval.sizes=[6] eval.tickets=2 checkpoint_every=1
 """
 
