@@ -17,6 +17,7 @@ import argparse
 import os
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -188,8 +189,11 @@ def torment(
             if blow == "node killed":
                 place = rng.randrange(len(running.nodes))
                 time.sleep(rng.uniform(0, 2.0))  # somewhere in the round
-                running.nodes[place].kill()
-                running.nodes[place].wait()
+                if not running.nodes[place].is_running():
+                    record.write("gone", round=round_, node=place)
+                else:
+                    running.nodes[place].kill()
+                    running.nodes[place].wait()
                 running.start_node(place)
             else:
                 run.hit(blow, relay)
@@ -222,10 +226,8 @@ def chaos(num_rounds: int, num_nodes: int, settings: list[str], home: Path, minu
         return warm_node(relay.address, node_config)
 
     record.write("session")
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        network(Path(scratch) / "flower", num_nodes, through, forked=True) as running,
-    ):
+    shutil.rmtree(home / "flower", ignore_errors=True)  # the logs of the session before
+    with network(home / "flower", num_nodes, through, forked=True) as running:
         began = time.monotonic()
         run_ = Run(running, folder, num_rounds, words, record)
         try:
@@ -259,6 +261,7 @@ def result(job: Job, folder: RunFolder, record: EventLog, scratch: Path) -> dict
         "ends": Counter(event["why"] for event in record.events("end")),
         "each_round_once": [event["round"] for event in rounds] == list(range(1, ended.round + 1)),
         "intervals": intervals,
+        "nodes_gone_by_themselves": len(record.events("gone")),
         "lost_replies": sum(len(event["dropped"]) for event in rounds),
         "reasons": Counter(why for event in rounds for why in event["dropped"].values()),
         "median_round": statistics.median(event["seconds"] for event in rounds),
