@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -168,3 +169,26 @@ def test_a_message_that_flower_does_not_take_is_lost_at_once(make_strategy: Make
     assert [reply.metadata.group_id for reply in replies] == ["0", "1", "2"]
     assert [reply.error.reason for reply in replies[:2]] == ["the node has left"] * 2
     assert replies[2].has_content()
+
+
+def test_a_question_that_a_cut_line_has_lost_is_asked_again(
+    make_strategy: MakeStrategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower hands each message out once. Who answers both is one node all the same."""
+    monkeypatch.setattr("twist_fl.federation.connecting._ASK_AGAIN", 0.05)
+
+    class Cut(LocalGrid):
+        def _serve(self, message: Message) -> Sequence[Message]:
+            place, answers = self.partitions[message.metadata.dst_node_id], list(super()._serve(message))
+            asked[place] += 1
+            if message.metadata.message_type != "query" or place == 0:
+                return answers
+            made[place] += answers
+            return [] if asked[place] < 3 else made[place][-1:] if place == 1 else made[place]
+
+    asked, made = Counter[int](), defaultdict[int, list[Message]](list)
+    strategy = make_strategy("train.rounds=1")
+    strategy.run(Cut())
+    nodes, round_ = (event for event in strategy.folder.events() if event["event"] in ("nodes", "round"))
+    assert (nodes["failed"], round_["answered"]) == ([], [0, 1, 2])
+    assert asked == {0: 2, 1: 4, 2: 4}, "a task, and one question or three"

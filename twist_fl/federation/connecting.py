@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 
-from flwr.app import Message, MessageType
+from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from twist_fl.config.checks import NODES
@@ -20,6 +20,9 @@ from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.untrusted import plain
 from twist_fl.training.job import Job
+
+_ASK_AGAIN = 30.0
+"""Seconds after which a node that has not answered is asked again for the first time."""
 
 
 class NoWorkersError(RuntimeError):
@@ -151,9 +154,8 @@ class Nodes:
         transports = self._job.config.flower.transport
         tokens = {kind: transport.make_token(make) for kind, make in self.segments.makers.items()}
         content = wire.question(self._job_json, tokens.values(), self._owners.tokenizer() if self._owners else None)
-        asked = [Message(content, dst_node_id=node, message_type=MessageType.QUERY) for node in nodes]
         failed = {node: f"{name} did not answer within {patience:g} s" for node, name in nodes.items()}
-        for reply in exchange(grid, asked, self._job.config.flower, patience):
+        for reply in self._answers(grid, content, nodes, patience):
             node = reply.metadata.src_node_id
             if wire.has_died(reply):
                 raise died(wire.error_of(reply))
@@ -179,6 +181,22 @@ class Nodes:
         for token in tokens.values():
             token.close()
         return list(failed.values())
+
+    def _answers(self, grid: Grid, content: RecordDict, nodes: Iterable[int], patience: float) -> Iterator[Message]:
+        """One of each node that answers. Flower hands a message out once: one that a cut line has lost is lost, and who
+        has not answered is asked again, after a longer wait each time."""
+        left, pending, deadline, wait = set(nodes), dict[str, Message](), time.monotonic() + patience, _ASK_AGAIN
+        while left and (seconds := min(wait, deadline - time.monotonic())) > 0:
+            asked = [Message(content, dst_node_id=node, message_type=MessageType.QUERY) for node in sorted(left)]
+            for reply in exchange(grid, asked, self._job.config.flower, seconds, pending, patience):
+                node = reply.metadata.src_node_id
+                if node not in left:
+                    continue
+                left.remove(node)
+                for other in [key for key, message in pending.items() if message.metadata.dst_node_id == node]:
+                    del pending[other]
+                yield reply
+            wait *= 2
 
     def _open_segments(self) -> None:
         """Where tensors can go beside Flower's messages. Raises ConfigError if they cannot."""

@@ -27,18 +27,20 @@ def exchange(
     flower: FlowerConfig,
     timeout: float,
     pending: dict[str, Message] | None = None,
+    lasts: float | None = None,
 ) -> Iterator[Message]:
     """Push each message as it is made; then the replies as they arrive, until all are in or time is up.
 
     The caller works on a reply while others still train; `pending` shows it, by message id, what has been sent and is
-    not answered. `timeout` is in seconds. After twice that, and a minute, Flower gives the message to nobody any more
-    and takes no reply to it (its default is 12 hours): a node that was away does not begin with rounds that are over.
+    not answered. `timeout` is in seconds. After twice `lasts`, which is `timeout` if not given, and a minute, Flower
+    gives the message to nobody any more and takes no reply to it (its default is 12 hours): a node that was away does
+    not begin with rounds that are over.
     Each reply is given as an answer to the message that was sent, whatever it says itself: the errors that Flower
     reports (a message expired, a node gone) lack those fields, and a client's are not to be trusted.
     """
     pending, refused = {} if pending is None else pending, []
     for message in messages:
-        message.metadata.ttl = min(message.metadata.ttl, 2 * timeout + _SLACK)
+        message.metadata.ttl = min(message.metadata.ttl, 2 * (lasts or timeout) + _SLACK)
         if pushed := list(filter(None, grid.push_messages([message]))):
             pending |= dict.fromkeys(pushed, _envelope(message))
         else:
