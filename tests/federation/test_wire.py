@@ -828,6 +828,11 @@ def test_a_node_of_another_flower_says_so_when_it_is_asked(
             "<class 'ray.exceptions.RayTaskError(ClientAppException)'>:<'\x1b[36mray::run()\nValueError: no room'>",
             "ValueError: no room",
         ),
+        (
+            "Reply message objects are unavailable. The sender may not have completed the upload before the "
+            "object-push session expired. Failed to pull object with ID '1a60c1': the node has left",
+            "its reply did not come whole: the node has left",
+        ),
         ("Node is gone", "Node is gone"),
         ("  \n", "Flower error 5"),
         (None, "Flower error 5"),

@@ -286,6 +286,7 @@ def error_of(message: Message) -> str:
     # Flower's: <class 'ValueError'>:<'text'>, which may end with a traceback; of Ray, RayTaskError(ClientAppException).
     form = r"<class '(?:[^']*\W)?(\w+)\)?'>:<'(.*)'>"
     reason = re.sub(form, r"\1: \2", (message.error.reason or "").strip(), flags=re.DOTALL)
+    reason = re.sub(r"^Reply message objects.*object with ID '\w+': ", "its reply did not come whole: ", reason)
     lines = [line for line in reason.splitlines() if line.strip()]
     if lines and DIED in lines[-1]:
         return DIED

@@ -18,6 +18,9 @@ from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import SEAL, check_seal
 from twist_fl.system.untrusted import plain
 
+_UNFIT = (SafetensorError, OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+"""What transformers raises of weights it cannot read, and of a config.json with values that it does not know."""
+
 
 @contextmanager
 def no_bars() -> Iterator[None]:
@@ -54,10 +57,9 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> Any:
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
             )
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(
-            f"{folder} holds no model that can be opened: {plain(' '.join(str(error).split()))}"
-        ) from error
+    except _UNFIT as error:
+        why = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else str(error)
+        raise ConfigError(f"{folder} holds no model that can be opened: {plain(' '.join(why.split()))}") from error
     for what in ("missing", "unexpected", "mismatched"):
         if wrong := info[f"{what}_keys"]:
             raise ConfigError(
