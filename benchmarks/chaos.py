@@ -2,9 +2,10 @@
 disk is full, the network is cut. What is lost, what grows, and what the model is worth in the end.
 
 A SuperLink and nodes of `twist-fl node` on this machine; every message goes through a relay that can be cut. After most
-rounds a node is killed with SIGKILL, and a new one starts. The server is killed by SIGKILL; a limit of 4 kB on what it
-may write to a file stands for a full disk. Whatever ends it, `flwr run` is called again with the same folder, as an
-operator would. In the end the model is compared with that of an undisturbed run with as many successful intervals.
+rounds a node is killed with SIGKILL, and a new one starts: forked (nursery.py), or its loading of torch would be what
+is measured. The server is killed by SIGKILL; a limit of 4 kB on what it may write to a file stands for a full disk.
+Whatever ends it, `flwr run` is called again with the same folder, as an operator would. In the end the model is
+compared with that of an undisturbed run with as many successful intervals.
 
 With --folder it goes on where it was when it is called again, with the same --rounds and --nodes.
 
@@ -24,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from math import inf
@@ -55,6 +56,7 @@ BLOWS = (("server killed", 100, 10), ("disk full", 400, 21), ("network cut", 100
 KILLED = 0.75
 """Share of the other rounds after which a node is killed."""
 MEASURED = ("server_mb", "server_files", "superlink_mb", "superlink_files", "processes")
+BlowAfter = Callable[[int], str | None]  # what happens after a round, if anything
 KEPT = 400
 """Samples in the result: of a longer run every second, every third, ..."""
 JOB = """
@@ -109,7 +111,7 @@ class Run:
         if self._client is not None:
             stop_tree(self._client)
 
-    def hit(self, blow: str, relay: Relay | None) -> None:
+    def hit(self, blow: str, relay: Relay) -> None:
         with suppress(psutil.Error, ProcessLookupError, ValueError):
             match blow:
                 case "server killed":
@@ -122,7 +124,6 @@ class Run:
                 case "disk full":
                     resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (FULL, FULL))
                 case "network cut":
-                    assert relay is not None
                     relay.cut(5.0)
                     return  # the server goes on
             self._blow = blow
@@ -170,8 +171,8 @@ def torment(
     running: Network,
     run: Run,
     record: EventLog,
-    blow_after: Callable[[int], str | None] = blow_after,
-    relay: Relay | None = None,
+    blow_after: BlowAfter,
+    relay: Relay,
     seconds: float = inf,
 ) -> None:
     """Until the run is done, or so long. What the machine gave is recorded after each round."""
@@ -213,12 +214,18 @@ def drift(samples: list[dict[str, Any]], name: str) -> float | None:
     return statistics.median(values[-third:]) / statistics.median(values[-2 * third : -third])
 
 
-def chaos(num_rounds: int, num_nodes: int, settings: list[str], home: Path, minutes: float = inf) -> dict[str, Any]:
+def chaos(
+    num_rounds: int,
+    num_nodes: int,
+    settings: Sequence[str],
+    home: Path,
+    minutes: float = inf,
+    blow_after: BlowAfter = blow_after,
+) -> dict[str, Any]:
     """Hurt the run in `home` until it is done, or so long; what has been found so far."""
-    words = [*JOB.split(), f"train.workers={num_nodes}", *settings]
-    job = make_job(
-        load_config("demo", [*words, f"train.rounds={num_rounds}"])
-    )  # reads the text before anything is timed
+    given = dict(word.split("=", 1) for word in [*JOB.split(), f"train.workers={num_nodes}", *settings])
+    words = [f"{key}={value}" for key, value in given.items()]
+    job = make_job(load_config("demo", [*words, f"train.rounds={num_rounds}"]))  # reads the text: that is not timed
     folder, relay, record = RunFolder(home / "run"), Relay(), EventLog(home / "record.jsonl")
 
     def through(address: str, node_config: str) -> list[str]:
@@ -231,7 +238,7 @@ def chaos(num_rounds: int, num_nodes: int, settings: list[str], home: Path, minu
         began = time.monotonic()
         run_ = Run(running, folder, num_rounds, words, record)
         try:
-            torment(running, run_, record, relay=relay, seconds=60 * minutes)
+            torment(running, run_, record, blow_after, relay, 60 * minutes)
         finally:
             run_.stop()
         record.write("seconds", seconds=time.monotonic() - began)
@@ -244,8 +251,8 @@ def result(job: Job, folder: RunFolder, record: EventLog, scratch: Path) -> dict
     if (ended := folder.load()) is None:
         raise SystemExit(f"no round was saved: see {folder.path}")
     events = record.events()
-    begins = [i for i, event in enumerate(events) if event["event"] == "session"]
-    parts = [events[begin:end] for begin, end in pairwise([*begins, None])]
+    begins = [*(i for i, event in enumerate(events) if event["event"] == "session"), None]
+    parts = [events[begin:end] for begin, end in pairwise(begins)]
     sessions = [[event for event in part if event["event"] == "sample"] for part in parts]
     samples = [sample for session in sessions for sample in session]
     rounds = [event for event in folder.events("round") if event["round"] <= ended.round]

@@ -153,6 +153,7 @@ def network(
 
         nursery = Nursery(started.environment) if forked else None
         if nursery:
+            stack.enter_context(nursery.popen)
             stack.callback(stop_tree, nursery.popen)
 
         def start(log: Path, *words: str) -> psutil.Process:

@@ -1,11 +1,12 @@
-"""`benchmarks/chaos.py`. Its parts hurt a real run in tests/federation/test_node.py."""
+"""`benchmarks/chaos.py`, its short form with real processes, too."""
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
-from chaos import BLOWS, blow_after, drift
+from chaos import BLOWS, blow_after, chaos, drift
 
 
 def test_a_node_is_killed_in_most_rounds_and_every_blow_falls() -> None:
@@ -27,3 +28,14 @@ def test_what_grows_is_seen() -> None:
     assert drift(samples(900, 5, 100, 100, 130, 130), "mb") == pytest.approx(1.3)
     assert drift(samples(7, 7, 7), "mb") == 1
     assert drift([{}, *samples(1, 2)], "mb") is None
+
+
+def test_a_run_that_is_hurt_loses_no_round_and_leaves_nothing_behind(tiny: tuple[str, ...], tmp_path: Path) -> None:
+    blows = {1: "node killed", 2: "server killed", 3: "node killed", 4: "disk full"}
+    settings = [word for word in tiny if not word.startswith("train.rounds=")]
+    found = chaos(5, 3, [*settings, "flower.round_timeout=5"], tmp_path / "chaos", blow_after=blows.get)
+    assert (found["rounds_done"], found["each_round_once"], found["processes_left"]) == (5, True, 0)
+    assert found["blows"] == {"node killed": 2, "server killed": 1, "disk full": 1}
+    assert found["ends"] == {"server killed": 1, "disk full": 1}
+    assert found["intervals"] + found["lost_replies"] == 15
+    assert found["lost_replies"] < 8

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,20 @@ def test_a_seal_holds_until_something_changes(sealed: Path) -> None:
     check_seal(sealed)
     (sealed / ".DS_Store").touch()  # a file manager's
     check_seal(sealed)
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda file: file.write_bytes(b"other")])
+def test_what_people_put_beside_a_sealed_model_is_let_be(harm: Callable[[Path], object], tmp_path: Path) -> None:
+    folder = fill(tmp_path / "folder")
+    (folder / "README.md").write_text("mine")
+    check_seal(folder)
+    (folder / "notes.txt").write_text("mine")
+    check_seal(folder, others=True)
+    with pytest.raises(DamagedError, match=r"notes\.txt is not what was written"):
+        check_seal(folder)
+    harm(folder / "model.safetensors")
+    with pytest.raises(DamagedError, match=r"model\.safetensors is not what was written"):
+        check_seal(folder, others=True)
 
 
 @given(data=st.data())

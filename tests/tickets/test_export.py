@@ -390,7 +390,7 @@ def test_a_smaller_ticket_without_its_code_is_an_error_not_a_wrong_model(state: 
 def test_the_folder_holds_the_ticket_and_nothing_else(exported: tuple[Ticket, Path]) -> None:
     ticket, folder = exported
     model_files = {"config.json", "generation_config.json", "model.safetensors", "modeling_subnet.py", "twist.json"}
-    others = {"requirements.txt", "tokenizer.json", "tokenizer_config.json"}
+    others = {"requirements.txt", "tokenizer.json", "tokenizer_config.json", "SHA256SUMS"}
     assert {file.name for file in folder.iterdir()} == model_files | others
     assert (folder / "requirements.txt").read_text() == "torch\ntransformers>=4.46,<6\n"
     header = 8 + int.from_bytes((folder / "model.safetensors").read_bytes()[:8], "little")

@@ -75,7 +75,7 @@ def test_a_format_of_the_users_comes_in_by_the_same_door(
     )
     status, output, _ = run("export", str(trained), "--format", f"{module}:names", "--out", str(tmp_path / "ours"))
     assert (status, output.split(";")[-1].strip()) == (0, "checked in a look")
-    assert {path.name for path in (tmp_path / "ours").iterdir()} == {"ours.txt", "README.md"}
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == {"ours.txt", "README.md", "SHA256SUMS"}
     assert (tmp_path / "ours" / "ours.txt").read_text().endswith("True")
 
 

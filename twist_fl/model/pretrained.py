@@ -171,7 +171,7 @@ def _files(what: str, name: str) -> list[Path]:
     """The model's files of weights."""
     folder = as_folder(Path(name).expanduser())
     if folder.is_dir() and (folder / SEAL).exists():
-        check_seal(folder)
+        check_seal(folder, others=True)
 
     def find(file: str) -> Path | None:
         if folder.is_dir():

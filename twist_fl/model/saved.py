@@ -42,7 +42,7 @@ def open_model(folder: Path, trust_remote_code: bool = False) -> Any:
     its config says.
     """
     if (folder / SEAL).exists():
-        check_seal(folder)
+        check_seal(folder, others=True)
     auto: Any = AutoModelForCausalLM
     if not trust_remote_code:
         config = folder_config(str(folder), folder)

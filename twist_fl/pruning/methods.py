@@ -197,6 +197,6 @@ def save_pruned(job: Job, pruned: Pruned, folder: Path) -> None:
     auto: Any = AutoModelForCausalLM  # untyped in transformers
     model = auto.from_config(job.model_config, dtype=torch.float32)  # a checkpoint in 16 bits was trained further in 32
     load_state(model, pruned.params)
-    with new_folder(folder) as making, no_bars():
+    with new_folder(folder, sealed=True) as making, no_bars():
         model.save_pretrained(making)
         copy_tokenizer(tokenizer_folder, making)

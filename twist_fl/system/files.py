@@ -12,7 +12,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from math import inf, isfinite, nan
 from pathlib import Path
@@ -24,7 +24,7 @@ from twist_fl.system.untrusted import plain
 if TYPE_CHECKING:
     import torch
 
-SEAL = "SHA256SUMS"
+SEAL, CARD = "SHA256SUMS", "README.md"
 
 
 def write_text(text: str, path: Path) -> None:
@@ -159,7 +159,7 @@ def new_folder(path: Path, sealed: bool = False) -> Iterator[Path]:
             making.mkdir()
             yield making
             if sealed:
-                (making / SEAL).write_bytes(_sums(making).encode())
+                (making / SEAL).write_bytes(_sums(making, _names(making)).encode())
             for each in [*making.rglob("*"), making]:
                 _flush(each)
             if path.exists():
@@ -185,31 +185,36 @@ def _exchange(new: Path, old: Path) -> None:
     aside.replace(new)
 
 
-def check_seal(folder: Path) -> None:
-    """Raises DamagedError unless every file of a sealed folder is there, no other is, and all are as written."""
+def check_seal(folder: Path, others: bool = False) -> None:
+    """Raises DamagedError unless every file of a sealed folder is there and as written, and no other is.
+
+    `others`: files that were put beside them are let be. A README.md is anybody's to write.
+    """
     try:
         sealed = (folder / SEAL).read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise DamagedError(
             f"{folder} cannot be checked, its {SEAL} is missing or damaged: remove the folder"
         ) from error
-    if (found := _sums(folder)) != sealed:
+    found = _sums(folder, [name for name in _names(folder) if not others or f"  {name}\n" in sealed])
+    if found != sealed:
         # Where all lines are alike, the seal itself has changed.
         other = sorted(line.partition("  ")[2] for line in set(found.splitlines()) ^ set(sealed.splitlines()))
         name = plain([*other, SEAL][0])
         raise DamagedError(f"{folder / name} is not what was written (see {SEAL} beside it): remove the folder")
 
 
-def _sums(folder: Path) -> str:
-    return "".join(f"{_hash(folder / name)}  {name}\n" for name in _names(folder))
+def _sums(folder: Path, names: Iterable[str]) -> str:
+    return "".join(f"{_hash(folder / name)}  {name}\n" for name in names)
 
 
 def _names(folder: Path) -> list[str]:
-    """Of all files in a folder, relative to it, but the seal and hidden ones, which a file manager may put there."""
+    """Of all files in a folder, relative to it, but the seal, the card, and hidden ones, which a file manager may put
+    there."""
     return sorted(
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
-        if path.is_file() and path.name != SEAL and not path.name.startswith(".")
+        if path.is_file() and path.name not in (SEAL, CARD) and not path.name.startswith(".")
     )
 
 

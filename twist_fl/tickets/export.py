@@ -180,7 +180,7 @@ def export_ticket(ticket: Ticket, folder: Path, tokenizer_folder: Path | None) -
 
     The model code in it is this package's own, and the config names no other: nothing received is executed.
     """
-    with new_folder(folder) as making:
+    with new_folder(folder, sealed=True) as making:
         write_ticket(ticket, making, tokenizer_folder)
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from twist_fl.system.files import new_folder
+from twist_fl.system.files import CARD, new_folder
 from twist_fl.system.plugins import EXPORT_FORMAT
 from twist_fl.system.units import human_bytes
 from twist_fl.tickets.card import Source, model_card
 from twist_fl.tickets.export import Ticket
-
-CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ def export(
     """Raises ConfigError where the format cannot hold the ticket, LaunchError where what it wrote is not the ticket."""
     write = EXPORT_FORMAT.find(format)
     target = Path(folder).expanduser().resolve()
-    with new_folder(target) as making:
+    with new_folder(target, sealed=True) as making:
         checked: str | None = write(ticket, making, tokenizer_folder, dtype)
         num_bytes = sum(file.stat().st_size for file in making.rglob("*") if file.is_file())
         card = model_card(ticket, source, format, dtype, checked, human_bytes(num_bytes))
