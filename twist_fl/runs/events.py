@@ -7,14 +7,14 @@ it, while the run goes on and afterwards; nothing here needs torch.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-from twist_fl.system.files import from_json, to_json, write_text
+from twist_fl.system.files import from_json, new_file, to_json
 
 Event = dict[str, Any]
 
@@ -62,7 +62,13 @@ class EventLog:
 
     def events(self, event: str | None = None) -> list[Event]:
         """Events in order; lines cut off by a crash are left out."""
-        return [entry for entry in EventReader(self.file).read() if event is None or entry["event"] == event]
+        return [entry for entry in self._each() if event is None or entry["event"] == event]
+
+    def _each(self) -> Iterator[Event]:
+        """One at a time: the log of a long run is longer than what a server should hold."""
+        if self.file.exists():
+            with self.file.open("rb") as lines:
+                yield from (found for line in lines if line.endswith(b"\n") and (found := _parse(line)) is not None)
 
     def rewind(self, round_: int, event: str, **fields: Any) -> None:
         """Forget the events after `round_` and how the run ended, which a resumed run writes again; append one, of
@@ -70,9 +76,12 @@ class EventLog:
 
         Both at once: whoever follows the log knows that what stands before the new line is known already.
         """
-        kept = [entry for entry in self.events() if entry.get("round", 0) <= round_ and entry["event"] not in _LAST]
         new = _stamped(event, {"round": round_, **fields})
-        write_text(b"".join(_line(entry) for entry in (*kept, new)).decode(), self.file)
+        with new_file(self.file) as making, making.open("wb") as file:
+            for entry in self._each():
+                if entry.get("round", 0) <= round_ and entry["event"] not in _LAST:
+                    file.write(_line(entry))
+            file.write(_line(new))
         self._tell(new)
 
     def _tell(self, event: Event) -> None:
