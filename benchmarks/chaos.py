@@ -27,6 +27,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import datetime
 from itertools import pairwise
 from math import inf
 from pathlib import Path
@@ -47,10 +48,8 @@ from twist_fl.system.locks import is_locked
 from twist_fl.tickets.evaluate import perplexity
 from twist_fl.training.job import Job, make_job
 
-STUCK = 900.0
-"""Seconds after which something counts as stuck."""
-FULL = 4096
-"""Bytes that a file may have where the disk is full."""
+STUCK = 900.0  # seconds after which something counts as stuck
+FULL = 4096  # bytes that a file may have where the disk is full
 BLOWS = (("server killed", 100, 10), ("disk full", 400, 21), ("network cut", 100, 37), ("SuperLink killed", 200, 33))
 """What happens after each 100th, 200th or 400th round, and after which the first time."""
 KILLED = 0.75
@@ -235,13 +234,12 @@ def chaos(
     record.write("session")
     shutil.rmtree(home / "flower", ignore_errors=True)  # the logs of the session before
     with network(home / "flower", num_nodes, through, forked=True) as running:
-        began = time.monotonic()
         run_ = Run(running, folder, num_rounds, words, record)
         try:
             torment(running, run_, record, blow_after, relay, 60 * minutes)
         finally:
             run_.stop()
-        record.write("seconds", seconds=time.monotonic() - began)
+            record.write("stopped")
     left = psutil.wait_procs(those_of(running.home), timeout=60)[1]  # on a busy machine the last take their time
     return {"processes_left": len(left), **result(job, folder, record, home / "oracle")}
 
@@ -253,6 +251,7 @@ def result(job: Job, folder: RunFolder, record: EventLog, scratch: Path) -> dict
     events = record.events()
     begins = [*(i for i, event in enumerate(events) if event["event"] == "session"), None]
     parts = [events[begin:end] for begin, end in pairwise(begins)]
+    times = [[datetime.fromisoformat(event["time"]) for event in part] for part in parts]
     sessions = [[event for event in part if event["event"] == "sample"] for part in parts]
     samples = [sample for session in sessions for sample in session]
     rounds = [event for event in folder.events("round") if event["round"] <= ended.round]
@@ -263,7 +262,7 @@ def result(job: Job, folder: RunFolder, record: EventLog, scratch: Path) -> dict
         "settings": {"rounds": job.num_rounds, "nodes": job.config.train.workers, "job": JOB.split()},
         "rounds_done": ended.round,
         "sessions": len(sessions),
-        "seconds": sum(event["seconds"] for event in record.events("seconds")),
+        "seconds": sum((each[-1] - each[0]).total_seconds() for each in times),
         "blows": Counter(event["blow"] for event in record.events("blow")),
         "ends": Counter(event["why"] for event in record.events("end")),
         "each_round_once": [event["round"] for event in rounds] == list(range(1, ended.round + 1)),
