@@ -36,7 +36,7 @@ BENCHES = {
     "ticket_speed": "tickets of a real model in torch, onnxruntime and llama.cpp; needs --model FILE.gguf",
     "flight": "what a round costs on a network of nodes, by Flower's messages and by Arrow Flight",
     "flight_line": "the same over a line of 1 Gbit/s and 20 ms; as root",
-    "chaos": "a run whose nodes, server, disk and network fail all the time; needs about 20 minutes",
+    "chaos": "a run whose nodes, server, disk and network fail all the time; 15 minutes at a time",
     "warm_nodes": "what a round costs on a network of nodes, stock and warm",
 }
 EVERY = ("round", "ddp", "growth", "server", "transport", "step")
