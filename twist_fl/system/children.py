@@ -96,11 +96,9 @@ def processes_of(theirs: Callable[[Path], bool]) -> list[psutil.Process]:
 
 def stop_tree(process: subprocess.Popen[bytes]) -> None:
     """Stop `process` and every process below it: politely, then for good."""
-    try:
+    with suppress(psutil.NoSuchProcess):
         tree = psutil.Process(process.pid)
         stop([*tree.children(recursive=True), tree])
-    except psutil.NoSuchProcess:
-        return
     process.wait()
 
 
