@@ -4,8 +4,9 @@ disk is full, the network is cut. What is lost, what grows, and what the model i
 A SuperLink and nodes of `twist-fl node` on this machine; every message goes through a relay that can be cut. After most
 rounds a node is killed with SIGKILL, and a new one starts: forked (nursery.py), or its loading of torch would be what
 is measured. The server is killed by SIGKILL; a limit of 4 kB on what it may write to a file stands for a full disk.
-Whatever ends it, `flwr run` is called again with the same folder, as an operator would. In the end the model is
-compared with that of an undisturbed run with as many successful intervals.
+Whatever ends it, `flwr run` is called again with the same folder, as an operator would. In the end the perplexities of
+its last tenth are compared with those of an undisturbed run with as many successful intervals: a mean over rounds, for
+from one round to the next perplexity moves by 1 to 2 %.
 
 With --folder it goes on where it was when it is called again, with the same --rounds and --nodes.
 
@@ -15,7 +16,6 @@ With --folder it goes on where it was when it is called again, with the same --r
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import resource
 import shutil
@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from itertools import pairwise
 from math import inf
 from pathlib import Path
@@ -37,15 +38,13 @@ import psutil
 from common import save, show
 from loopback import Network, Relay, network, warm_node
 
-from twist_fl.blueprint.drawing import full_blueprint
 from twist_fl.config.schema import load_config
-from twist_fl.rounds import run, start
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.events import EventLog
+from twist_fl.runs.local import train_local
 from twist_fl.runs.story import Follower
 from twist_fl.system.children import stop_tree
 from twist_fl.system.locks import is_locked
-from twist_fl.tickets.evaluate import perplexity
 from twist_fl.training.job import Job, make_job
 
 STUCK = 900.0  # seconds after which something counts as stuck
@@ -60,7 +59,7 @@ KEPT = 400
 """Samples in the result: of a longer run every second, every third, ..."""
 JOB = """
     train.schedule=constant train.warmup=0 train.lr=2e-3 train.interval=4 train.threads=1 train.device=cpu
-    train.optimizer_state=reset flower.round_timeout=10 flower.wait_for_nodes=10 eval.every=0 eval.max_windows=64
+    train.optimizer_state=reset flower.round_timeout=10 flower.wait_for_nodes=10 eval.every=10 eval.max_windows=64
     blueprint.num_sub=6 eval.sizes=[6] eval.tickets=2 checkpoint_every=1
 """
 
@@ -144,20 +143,8 @@ def resources(running: Network, run: Run) -> dict[str, float]:
         for name, process in (("server", run.process), ("superlink", link)):
             found[f"{name}_mb"] = process.memory_info().rss / 1e6
             found[f"{name}_files"] = process.num_fds()
-        found["processes"] = len(those_of(running.home))
+        found["processes"] = len(running.processes())
     return found
-
-
-def those_of(home: Path) -> list[psutil.Process]:
-    """The network's processes; ours knows its home, too."""
-
-    def environment(process: psutil.Process) -> str:
-        try:
-            return " ".join(process.environ().values())
-        except psutil.Error:
-            return ""
-
-    return [each for each in psutil.process_iter() if each.pid != os.getpid() and str(home) in environment(each)]
 
 
 def blow_after(round_: int) -> str | None:
@@ -200,9 +187,20 @@ def torment(
         time.sleep(0.1)
 
 
-def full_perplexity(job: Job, params: Any) -> float:
-    model = job.models().load_sliced(full_blueprint(job.layout), params)
-    return perplexity(model, job.corpus.test[:64], 8)
+def last_perplexities(folder: RunFolder, num_rounds: int) -> list[float]:
+    """Of the full model, in the last tenth of so many rounds, or the last ten."""
+    first = num_rounds - max(10, num_rounds // 10)
+    return [event["full"] for event in folder.events("eval") if first < event["round"] <= num_rounds]
+
+
+def undisturbed(words: Sequence[str], num_rounds: int, home: Path) -> list[float]:
+    """`last_perplexities` of the same run in one process; it goes on where it was, too."""
+    folder = RunFolder(home / f"undisturbed-{num_rounds}")
+    if not folder.job_file.is_file():
+        folder.create(make_job(load_config("demo", [*words, f"train.rounds={num_rounds}"])))
+    if not folder.finished(num_rounds):
+        train_local(folder)
+    return last_perplexities(folder, num_rounds)
 
 
 def drift(samples: list[dict[str, Any]], name: str) -> float | None:
@@ -240,14 +238,14 @@ def chaos(
         finally:
             run_.stop()
             record.write("stopped")
-    left = psutil.wait_procs(those_of(running.home), timeout=60)[1]  # on a busy machine the last take their time
-    return {"processes_left": len(left), **result(job, folder, record, home / "oracle")}
+    left = psutil.wait_procs(running.processes(), timeout=60)[1]  # on a busy machine the last take their time
+    return {"processes_left": len(left), **result(job, folder, record, partial(undisturbed, words, home=home))}
 
 
-def result(job: Job, folder: RunFolder, record: EventLog, scratch: Path) -> dict[str, Any]:
-    """What the run's folder and the record say, and the perplexity of an undisturbed run of the same seed."""
-    if (ended := folder.load()) is None:
-        raise SystemExit(f"no round was saved: see {folder.path}")
+def result(job: Job, folder: RunFolder, record: EventLog, undisturbed: Callable[[int], list[float]]) -> dict[str, Any]:
+    """What the run's folder and the record say, and the perplexities of an undisturbed run of the same seed."""
+    if (ended := folder.load()) is None or not (ours := last_perplexities(folder, ended.round)):
+        raise SystemExit(f"it was stopped before anything was evaluated: go on, or see {folder.path}")
     events = record.events()
     begins = [*(i for i, event in enumerate(events) if event["event"] == "session"), None]
     parts = [events[begin:end] for begin, end in pairwise(begins)]
@@ -256,8 +254,7 @@ def result(job: Job, folder: RunFolder, record: EventLog, scratch: Path) -> dict
     samples = [sample for session in sessions for sample in session]
     rounds = [event for event in folder.events("round") if event["round"] <= ended.round]
     intervals = sum(len(event["answered"]) for event in rounds)
-    undisturbed = run(job, start(job), scratch, round(intervals / job.config.train.workers))
-    ours, theirs = full_perplexity(job, ended.params), full_perplexity(job, undisturbed.params)
+    theirs = undisturbed(round(intervals / job.config.train.workers))
     return {
         "settings": {"rounds": job.num_rounds, "nodes": job.config.train.workers, "job": JOB.split()},
         "rounds_done": ended.round,
@@ -271,9 +268,10 @@ def result(job: Job, folder: RunFolder, record: EventLog, scratch: Path) -> dict
         "lost_replies": sum(len(event["dropped"]) for event in rounds),
         "reasons": Counter(why for event in rounds for why in event["dropped"].values()),
         "median_round": statistics.median(event["seconds"] for event in rounds),
-        "perplexity": ours,
-        "undisturbed": theirs,
-        "ratio": ours / theirs,
+        "perplexity": statistics.mean(ours),
+        "undisturbed": statistics.mean(theirs),
+        "ratio": statistics.mean(ours) / statistics.mean(theirs),
+        "perplexities": {"run": ours, "undisturbed": theirs},
         "drift": {name: drift(max(sessions, key=len), name) for name in MEASURED},
         "samples": samples[:: max(1, len(samples) // KEPT)],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import socket
 import subprocess
@@ -55,6 +56,18 @@ class Network:
     def run_log(self) -> Path:
         """What each `begin_run` has said."""
         return self.home / "run.log"
+
+    def processes(self) -> list[psutil.Process]:
+        """All that belong to it, but this one, which knows its home, too."""
+
+        def environment(process: psutil.Process) -> str:
+            try:
+                return " ".join(process.environ().values())
+            except psutil.Error:
+                return ""
+
+        found = (each for each in psutil.process_iter() if each.pid != os.getpid())
+        return [each for each in found if str(self.home) in environment(each)]
 
     def _words(self, settings: Mapping[str, str], app: Path | None = None) -> list[str]:
         file = simulation.write_settings(settings, self.home / "settings.toml")
