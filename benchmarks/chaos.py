@@ -98,12 +98,14 @@ class Run:
         return self.round >= self._num_rounds and self._follower.story.ended == "done"
 
     def begin(self) -> None:
+        """Until the server has begun, or could not; its lock alone says nothing, it is taken twice."""
         if self._client is not None:
             self._record.write("end", why=self._blow or self._follower.story.state.split(";")[0][:80])
         self.stop()
         self._blow = ""
-        self._client = self._running.begin_run(self._settings)
-        until(lambda: self.alive or self.done, "the server starts")
+        before, client = self._follower.story.start, self._running.begin_run(self._settings)
+        self._client = client
+        until(lambda: self.done or self._follower.story.start is not before or client.poll() is not None, "a server")
 
     def stop(self) -> None:
         if self._client is not None:
@@ -127,11 +129,11 @@ class Run:
             self._blow = blow
 
 
-def until(ready: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + STUCK
+def until(ready: Callable[[], bool], what: str, patience: float = STUCK) -> None:
+    deadline = time.monotonic() + patience
     while not ready():
         if time.monotonic() > deadline:
-            raise SystemExit(f"waited for {STUCK:g} s: {what}")
+            raise SystemExit(f"waited for {patience:g} s: {what}")
         time.sleep(0.1)
 
 

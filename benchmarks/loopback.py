@@ -136,11 +136,17 @@ class Relay:
 
 @contextmanager
 def network(
-    home: Path, num_nodes: int, node_command: NodeCommand, host: str = "127.0.0.1", forked: bool = False
+    home: Path,
+    num_nodes: int,
+    node_command: NodeCommand,
+    host: str = "127.0.0.1",
+    forked: bool = False,
+    begin_with: int | None = None,
 ) -> Iterator[Network]:
     """`num_nodes` nodes with the partition ids 0, 1, ..., a SuperLink on `host`; leaving the block stops everything.
 
-    `forked`: a nursery starts the nodes, whose command must be `warm_node`'s."""
+    `forked`: a nursery starts the nodes, whose command must be `warm_node`'s. `begin_with`: so many of them are
+    started (default: all), the others by whoever calls `start_node`."""
     home.mkdir(parents=True)
     started = Network(home, f"{host}:{simulation.free_port()}")
     simulation.write_connection(home, started.address)
@@ -174,6 +180,6 @@ def network(
 
         started.start_link, started.start_node = start_link, start_node
         start_link()
-        for i in range(num_nodes):
+        for i in range(num_nodes if begin_with is None else begin_with):
             start_node(i)
         yield started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from twist_fl.report.cells import markdown
@@ -255,6 +256,10 @@ def _chaos(found: Row) -> str:
     lost = f"{found['lost_replies']} of {found['lost_replies'] + found['intervals']}"
     again = ", ".join(f"{why}: {number}" for why, number in found["ends"].items())
     grew = ", ".join(f"{name} {value:.2f}" for name, value in drifts.items() if value is not None)
+    ours, theirs, when = f"{found['perplexity']:.2f}", f"{found['undisturbed']:.2f}", "of the last round"
+    if "perplexities" in found:
+        when = "in the last tenth, every tenth round"
+        ours, theirs = (f"{mean(each):.2f} ± {stdev(each):.2f}" for each in found["perplexities"].values())
     rows = {
         "rounds done, of those that were wanted": f"{found['rounds_done']:,} of {found['settings']['rounds']:,}",
         "minutes": f"{found['seconds'] / 60:.0f}",
@@ -265,8 +270,7 @@ def _chaos(found: Row) -> str:
         "replies that did not count": lost,
         "processes left at the end": str(found["processes_left"]),
         "last third / second third": grew or "too short",
-        "perplexity, and undisturbed with as many intervals": f"{found['perplexity']:.2f}, {found['undisturbed']:.2f} "
-        f"({found['ratio']:.3f})",
+        f"perplexity {when}, and undisturbed with as many intervals": f"{ours}, {theirs} ({found['ratio']:.3f})",
     }
     return table([{"what": what, "found": value} for what, value in rows.items()], ("", lambda r: str(r["what"])),
                  ("", lambda r: str(r["found"])))  # fmt: skip
@@ -327,6 +331,7 @@ TABLES: dict[str, dict[str, Callable[[Row], str]]] = {
     "flight": {"flight": _flight},
     "flight_line": {"flight over a line": _flight_line},
     "chaos": {"chaos": _chaos},
+    "chaos_mean": {"chaos, perplexity over rounds": _chaos},
     "scale": {"scale": _scale},
     "ticket_speed": {"a new token": _ticket_speed("token"), "a prompt": _ticket_speed("prompt")},
     "wire": {"wire": _wire},

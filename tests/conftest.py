@@ -41,7 +41,7 @@ torch.set_num_threads(1)
 
 LONGEST = (
     *("test_app.py", "test_resume.py", "test_node.py", "test_network.py", "test_examples.py", "test_readme.py"),
-    "test_reproduce.py",
+    *("test_reproduce.py", "test_come_and_go.py", "test_chaos.py"),
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from uuid import uuid4
 
 import torch
@@ -16,9 +17,10 @@ from flwr.supercore.task_identity import TaskIdentity
 import client_app
 from twist_fl.federation import apps, tensors, wire
 from twist_fl.model.subnet import State
-from twist_fl.rounds import RunState
+from twist_fl.rounds import RoundMean, RunState, dispatch, plan, start
+from twist_fl.training.client_state import MomentShelf
 from twist_fl.training.job import Job
-from twist_fl.training.worker import Reply, Task
+from twist_fl.training.worker import Reply, Task, Worker
 
 # Every message names the task that made it; Flower sets this when it starts an app.
 TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
@@ -179,3 +181,16 @@ def assert_same_run(ours: RunState, theirs: RunState) -> None:
         assert ours.moments.step == theirs.moments.step
         assert ours.moments.values.keys() == theirs.moments.values.keys()
         assert all(same(values, theirs.moments.values[name]) for name, values in ours.moments.values.items())
+
+
+def run_without(job: Job, num_rounds: int, folder: Path, missing: Callable[[Task], bool]) -> tuple[RunState, list[int]]:
+    """`rounds.run` where some do not answer; and how many blocks were owed after each round."""
+    worker, state, owed = Worker(job, MomentShelf(folder)), start(job), []
+    while state.round < num_rounds:
+        mean = RoundMean(job, state, tasks := plan(job, state))
+        for task in tasks:
+            if not missing(task):
+                mean.add(task, worker.train(task, *dispatch(job, state, task)))
+        state = mean.finish()
+        owed.append(len(state.debt))
+    return state, owed

@@ -31,11 +31,11 @@ def test_what_grows_is_seen() -> None:
 
 
 def test_a_run_that_is_hurt_loses_no_round_and_leaves_nothing_behind(tiny: tuple[str, ...], tmp_path: Path) -> None:
-    blows = {1: "node killed", 2: "server killed", 3: "node killed", 4: "disk full"}
+    blows = {1: "node killed", 2: "server killed", 3: "node killed", 4: "disk full", 6: "SuperLink killed"}
     settings = [word for word in tiny if not word.startswith("train.rounds=")]
-    found = chaos(5, 3, [*settings, "flower.round_timeout=5"], tmp_path / "chaos", blow_after=blows.get)
-    assert (found["rounds_done"], found["each_round_once"], found["processes_left"]) == (5, True, 0)
-    assert found["blows"] == {"node killed": 2, "server killed": 1, "disk full": 1}
-    assert found["ends"] == {"server killed": 1, "disk full": 1}
-    assert found["intervals"] + found["lost_replies"] == 15
-    assert found["lost_replies"] < 8
+    found = chaos(7, 3, [*settings, "flower.round_timeout=5"], tmp_path / "chaos", blow_after=blows.get)
+    assert (found["rounds_done"], found["each_round_once"], found["processes_left"]) == (7, True, 0)
+    assert found["blows"] == {"node killed": 2, "server killed": 1, "disk full": 1, "SuperLink killed": 1}
+    assert found["ends"] == {"server killed": 1, "disk full": 1, "SuperLink killed": 1}
+    assert found["intervals"] + found["lost_replies"] == 21
+    assert found["lost_replies"] < 11

@@ -169,12 +169,12 @@ def test_a_document_ends_at_the_first_blank_line_after_2000_characters() -> None
 
 @given(st.lists(st.text("ab \n", max_size=30), max_size=30), st.floats(0.01, 0.99))
 def test_two_documents_give_both_splits(texts: list[str], fraction: float) -> None:
-    def read(longest: int | None) -> Iterator[str]:
-        return iter([text for text in texts if text.strip()])
+    def read(longest: int | None) -> Iterator[tuple[str, str]]:
+        return iter([("a part", text) for text in texts if text.strip()])
 
     held = held_out(read, fraction, Meter())
     assert held.both == (len(set(read(None))) > 1)
-    assert sorted(piece.text for piece in held.pieces()) == sorted(read(None))
+    assert sorted((piece.part, piece.text) for piece in held.pieces()) == sorted(read(None))
 
 
 def test_text_that_changes_while_it_is_read_is_refused() -> None:

@@ -8,15 +8,13 @@ from pathlib import Path
 
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message
-from local_grid import Answer, LocalGrid, assert_same_run, bent
+from local_grid import Answer, LocalGrid, assert_same_run, bent, run_without
 
 from twist_fl.federation.exchange import exchange
 from twist_fl.federation.strategy import TwistStrategy
-from twist_fl.rounds import RoundMean, RunState, dispatch, plan, run, start
+from twist_fl.rounds import run, start
 from twist_fl.runs.story import nodes_text
-from twist_fl.training.client_state import MomentShelf
-from twist_fl.training.job import Job
-from twist_fl.training.worker import Task, Worker
+from twist_fl.training.worker import Task
 
 MakeStrategy = Callable[..., TwistStrategy]
 
@@ -44,19 +42,6 @@ class Leaving(LocalGrid):
     """The round's; set by the test."""
 
 
-def oracle(job: Job, folder: Path, missing: Callable[[Task], bool]) -> tuple[RunState, list[int]]:
-    """`rounds.run` where some do not answer; and how many blocks were owed after each round."""
-    worker, state, owed = Worker(job, MomentShelf(folder)), start(job), []
-    while state.round < job.num_rounds:
-        mean = RoundMean(job, state, tasks := plan(job, state))
-        for task in tasks:
-            if not missing(task):
-                mean.add(task, worker.train(task, *dispatch(job, state, task)))
-        state = mean.finish()
-        owed.append(len(state.debt))
-    return state, owed
-
-
 @pytest.mark.parametrize("share", ["0.04", "0.16"])
 def test_of_a_pool_of_a_hundred_nodes_those_drawn_are_asked(
     share: str, make_strategy: MakeStrategy, tmp_path: Path
@@ -78,7 +63,7 @@ def test_half_of_the_nodes_are_gone_for_ten_rounds(make_strategy: MakeStrategy, 
     grid = Leaving(4, {3: {1, 2}, 13: set()})
     grid.workers = range(4)
     ours = strategy.run(grid)
-    state, owed = oracle(strategy.job, tmp_path, lambda task: task.round == 3 and task.worker in (1, 2))
+    state, owed = run_without(strategy.job, 14, tmp_path, lambda task: task.round == 3 and task.worker in (1, 2))
     assert_same_run(ours, state)
     assert owed[2] > 0 and not any(owed[:2] + owed[3:])
     rounds = strategy.folder.events("round")

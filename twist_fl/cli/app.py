@@ -243,6 +243,20 @@ def reproduce(
 
 
 @app.command()
+def partition(
+    out: options.Parts,
+    workers: Annotated[int, typer.Option(min=1, max=100_000, help="How many files to make.")],
+    alpha: options.Alpha = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of what goes where.")] = 0,
+    words: options.CorpusWords = None,
+) -> None:
+    """Deal a corpus out by document, evenly or unevenly, to one file a worker: what data.private=FOLDER trains on."""
+    from twist_fl.cli import commands
+
+    commands.partition(console, out, workers, alpha, seed, words or [])
+
+
+@app.command()
 def keys(
     words: Annotated[list[str] | None, typer.Argument(help="Only settings with one of these in their names.")] = None,
 ) -> None:

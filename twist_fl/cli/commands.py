@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from rich.console import Console
 
 from twist_fl.cli.progress import waits_for
 from twist_fl.config.finding import finished_runs
-from twist_fl.report.cells import markdown, terminal_table
+from twist_fl.config.schema import load_config
+from twist_fl.report.cells import markdown, terminal_table, uncut_table
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.start import find_start
-from twist_fl.system.errors import LaunchError
+from twist_fl.system.errors import ConfigError, LaunchError
 from twist_fl.system.files import read_json, write_text
 from twist_fl.tickets.device_limits import parse_devices
 from twist_fl.tickets.measuring import measuring
@@ -57,6 +59,20 @@ def publish(console: Console, paths: list[Path], target: Path) -> None:
     write_text("\n".join(parts), target / "table.md")
     figures(runs, target)
     console.print(f"results, table.md and figures: {target.resolve()}")
+
+
+def partition(console: Console, out: Path, workers: int, alpha: float | None, seed: int, words: Sequence[str]) -> None:
+    """A corpus dealt out to workers, what each got, and how to train on it."""
+    if wrong := [word for word in words if not word.startswith("data.") or word.startswith("data.private=")]:
+        raise ConfigError(f"{wrong[0]} changes nothing here: only data.path and others of data.* say what is dealt out")
+    config = load_config(None, words, strict=True).data
+    from twist_fl.data.partition import partition, rows
+    from twist_fl.data.progress import Meter
+
+    shares = partition(config, out, workers, alpha, seed, Meter())
+    console.print(uncut_table([("worker", "characters", "of all", "most of it is"), *rows(shares)]))
+    words = [*words, f"data.private={out}", f"train.workers={workers}"]
+    console.print(f"train on it: twist-fl train demo {' '.join(map(quote, words))}", soft_wrap=True, highlight=False)
 
 
 def deploy(

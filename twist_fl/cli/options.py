@@ -102,6 +102,18 @@ def new_file(text: str) -> Any:
     return typer.Option(dir_okay=False, help=text)
 
 
+Parts = Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to make.")]
+Alpha = Annotated[
+    float | None,
+    typer.Option(
+        help="How evenly each source (a folder of the corpus, or a file) is spread, by a Dirichlet distribution: 0.1 "
+        "to a worker or two, 100 to all. Default: whatever its source, a document goes to any worker."
+    ),
+]
+CorpusWords = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="The corpus: data.path=FOLDER, or another of `twist-fl keys data`."),
+]
 DemoFolder = Annotated[
     Path | None,
     new_folder(

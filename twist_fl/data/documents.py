@@ -29,6 +29,8 @@ class Piece(NamedTuple):
     """A document ends here."""
     train: bool
     """Training text, else test text."""
+    part: str = ""
+    """The file or split that it is of."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,13 @@ def _hash(piece: Piece, digest: hashlib._Hash) -> int:
 
 
 def held_out(
-    documents: Callable[[int | None], Iterator[str]], fraction: float, meter: Meter, total: int | None = None
+    documents: Callable[[int | None], Iterator[tuple[str, str]]],
+    fraction: float,
+    meter: Meter,
+    total: int | None = None,
 ) -> Source:
-    """A share of `documents(longest)` is test text: those whose own hash says so, whatever others come or go.
+    """A share of `documents(longest)`, each with its part's name, is test text: those whose own hash says so, whatever
+    others come or go.
 
     Text of so few documents that one split would be empty is divided into shorter ones; at least one of two is then
     test text, and one training text.
@@ -83,7 +89,7 @@ def held_out(
         text = survey(lambda: _by_rank(documents(longest), bound), meter, total)  # noqa: B023 (read in this turn)
         if text.both or not text.num_bytes:
             return text
-    ranks = [_rank(document) for document in documents(_FINER[-1])]
+    ranks = [_rank(document) for _, document in documents(_FINER[-1])]
     bound = min(max(bound, min(ranks) + 1), max(ranks))
     return survey(lambda: _by_rank(documents(_FINER[-1]), bound), meter)
 
@@ -92,11 +98,11 @@ def _rank(document: str) -> int:
     return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big")
 
 
-def _by_rank(documents: Iterator[str], bound: int) -> Iterator[Piece]:
-    for document in documents:
+def _by_rank(documents: Iterator[tuple[str, str]], bound: int) -> Iterator[Piece]:
+    for part, document in documents:
         train = _rank(document) >= bound
         for text, ends in pieces([document]):
-            yield Piece(text, ends, train)
+            yield Piece(text, ends, train, part)
 
 
 def pieces(chunks: Iterable[str]) -> Iterator[tuple[str, bool]]:

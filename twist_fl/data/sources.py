@@ -61,26 +61,26 @@ def _of_splits(train: Sequence[Part], test: Sequence[Part]) -> Iterator[Piece]:
         for part in parts:
             if part.lines:
                 found = (piece for line in _lines(part) for piece, _ in pieces([line]))
-                yield from (Piece(text, False, is_train) for text in found)
+                yield from (Piece(text, False, is_train, part.name) for text in found)
             else:
                 documents: Iterable[Iterable[str]] = (
                     [part.texts()] if part.running else ([text] for text in part.texts())
                 )
                 for document in documents:
-                    yield from (Piece(text, ends, is_train) for text, ends in pieces(document))
+                    yield from (Piece(text, ends, is_train, part.name) for text, ends in pieces(document))
 
 
 def _lines(part: Part) -> Iterator[str]:
     return lines(part.texts()) if part.running else (text for text in part.texts() if text.strip())
 
 
-def _documents(parts: Sequence[Part], longest: int | None) -> Iterator[str]:
+def _documents(parts: Sequence[Part], longest: int | None) -> Iterator[tuple[str, str]]:
+    """Each with its part's name."""
     for part in parts:
-        if part.running:
-            yield from running_documents(part.texts(), *([longest] if longest else []))
-        else:
-            for text in part.texts():
-                yield from [text] if longest is None else running_documents([text], longest)
+        for text in [part.texts()] if part.running else ([text] for text in part.texts()):
+            whole = longest is None and not part.running
+            found = text if whole else running_documents(text, *([longest] if longest else []))
+            yield from ((part.name, document) for document in found)
 
 
 def _parts(config: DataConfig, meter: Meter) -> list[Part]:
