@@ -4,9 +4,9 @@ disk is full, the network is cut. What is lost, what grows, and what the model i
 A SuperLink and nodes of `twist-fl node` on this machine; every message goes through a relay that can be cut. After most
 rounds a node is killed with SIGKILL, and a new one starts: forked (nursery.py), or its loading of torch would be what
 is measured. The server is killed by SIGKILL; a limit of 4 kB on what it may write to a file stands for a full disk.
-Whatever ends it, `flwr run` is called again with the same folder, as an operator would. In the end the perplexities of
-its last tenth are compared with those of an undisturbed run with as many successful intervals: a mean over rounds, for
-from one round to the next perplexity moves by 1 to 2 %.
+Whatever ends it, `flwr run` is called again with the same folder, as an operator would. In the end it is
+compared with an undisturbed run after as many successful intervals: at every tenth round of its second half, for from
+one to the next perplexity moves by a few percent.
 
 With --folder it goes on where it was when it is called again, with the same --rounds and --nodes.
 
@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import partial
@@ -189,20 +189,30 @@ def torment(
         time.sleep(0.1)
 
 
-def last_perplexities(folder: RunFolder, num_rounds: int) -> list[float]:
-    """Of the full model, in the last tenth of so many rounds, or the last ten."""
-    first = num_rounds - max(10, num_rounds // 10)
-    return [event["full"] for event in folder.events("eval") if first < event["round"] <= num_rounds]
+def perplexities(folder: RunFolder) -> dict[int, float]:
+    """Of the full model, by how many intervals had counted."""
+    counted, found = 0, {}
+    for event in folder.events():
+        counted += len(event["answered"]) if event["event"] == "round" else 0
+        if event["event"] == "eval":
+            found[counted] = event["full"]
+    return found
 
 
-def undisturbed(words: Sequence[str], num_rounds: int, home: Path) -> list[float]:
-    """`last_perplexities` of the same run in one process; it goes on where it was, too."""
+def side_by_side(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[tuple[float, float]]:
+    """Each of our second half beside what the other had after as many intervals, or nearly."""
+    second = {counted: value for counted, value in ours.items() if 2 * counted > max(ours)}
+    return [(value, theirs[min(theirs, key=lambda n: abs(n - counted))]) for counted, value in second.items()]
+
+
+def undisturbed(words: Sequence[str], home: Path, num_rounds: int) -> RunFolder:
+    """The same run in one process; it goes on where it was, too."""
     folder = RunFolder(home / f"undisturbed-{num_rounds}")
     if not folder.job_file.is_file():
         folder.create(make_job(load_config("demo", [*words, f"train.rounds={num_rounds}"])))
     if not folder.finished(num_rounds):
         train_local(folder)
-    return last_perplexities(folder, num_rounds)
+    return folder
 
 
 def drift(samples: list[dict[str, Any]], name: str) -> float | None:
@@ -241,12 +251,12 @@ def chaos(
             run_.stop()
             record.write("stopped")
     left = psutil.wait_procs(running.processes(), timeout=60)[1]  # on a busy machine the last take their time
-    return {"processes_left": len(left), **result(job, folder, record, partial(undisturbed, words, home=home))}
+    return {"processes_left": len(left), **result(job, folder, record, partial(undisturbed, words, home))}
 
 
-def result(job: Job, folder: RunFolder, record: EventLog, undisturbed: Callable[[int], list[float]]) -> dict[str, Any]:
-    """What the run's folder and the record say, and the perplexities of an undisturbed run of the same seed."""
-    if (ended := folder.load()) is None or not (ours := last_perplexities(folder, ended.round)):
+def result(job: Job, folder: RunFolder, record: EventLog, undisturbed: Callable[[int], RunFolder]) -> dict[str, Any]:
+    """What the run's folder and the record say, beside an undisturbed run of the same seed."""
+    if (ended := folder.load()) is None or not (ours := perplexities(folder)):
         raise SystemExit(f"it was stopped before anything was evaluated: go on, or see {folder.path}")
     events = record.events()
     begins = [*(i for i, event in enumerate(events) if event["event"] == "session"), None]
@@ -256,7 +266,7 @@ def result(job: Job, folder: RunFolder, record: EventLog, undisturbed: Callable[
     samples = [sample for session in sessions for sample in session]
     rounds = [event for event in folder.events("round") if event["round"] <= ended.round]
     intervals = sum(len(event["answered"]) for event in rounds)
-    theirs = undisturbed(round(intervals / job.config.train.workers))
+    pairs = side_by_side(ours, perplexities(undisturbed(round(intervals / job.config.train.workers))))
     return {
         "settings": {"rounds": job.num_rounds, "nodes": job.config.train.workers, "job": JOB.split()},
         "rounds_done": ended.round,
@@ -270,10 +280,8 @@ def result(job: Job, folder: RunFolder, record: EventLog, undisturbed: Callable[
         "lost_replies": sum(len(event["dropped"]) for event in rounds),
         "reasons": Counter(why for event in rounds for why in event["dropped"].values()),
         "median_round": statistics.median(event["seconds"] for event in rounds),
-        "perplexity": statistics.mean(ours),
-        "undisturbed": statistics.mean(theirs),
-        "ratio": statistics.mean(ours) / statistics.mean(theirs),
-        "perplexities": {"run": ours, "undisturbed": theirs},
+        "ratio": statistics.geometric_mean(ours / theirs for ours, theirs in pairs),
+        "perplexities": pairs,
         "drift": {name: drift(max(sessions, key=len), name) for name in MEASURED},
         "samples": samples[:: max(1, len(samples) // KEPT)],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from math import log, sqrt
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -256,10 +257,13 @@ def _chaos(found: Row) -> str:
     lost = f"{found['lost_replies']} of {found['lost_replies'] + found['intervals']}"
     again = ", ".join(f"{why}: {number}" for why, number in found["ends"].items())
     grew = ", ".join(f"{name} {value:.2f}" for name, value in drifts.items() if value is not None)
-    ours, theirs, when = f"{found['perplexity']:.2f}", f"{found['undisturbed']:.2f}", "of the last round"
-    if "perplexities" in found:
-        when = "in the last tenth, every tenth round"
-        ours, theirs = (f"{mean(each):.2f} ± {stdev(each):.2f}" for each in found["perplexities"].values())
+    when, error = "of the last round", ""
+    if "perplexity" in found:
+        pairs = [(found["perplexity"], found["undisturbed"])]
+    else:
+        when, pairs = "of every tenth round of the second half, mean", found["perplexities"]
+        error = f" ± {stdev(log(ours / theirs) for ours, theirs in pairs) / sqrt(len(pairs)):.3f}"
+    ours, theirs = map(mean, zip(*pairs, strict=True))
     rows = {
         "rounds done, of those that were wanted": f"{found['rounds_done']:,} of {found['settings']['rounds']:,}",
         "minutes": f"{found['seconds'] / 60:.0f}",
@@ -270,7 +274,8 @@ def _chaos(found: Row) -> str:
         "replies that did not count": lost,
         "processes left at the end": str(found["processes_left"]),
         "last third / second third": grew or "too short",
-        f"perplexity {when}, and undisturbed with as many intervals": f"{ours}, {theirs} ({found['ratio']:.3f})",
+        f"perplexity {when}, and undisturbed with as many intervals": f"{ours:.2f}, {theirs:.2f} "
+        f"({found['ratio']:.3f}{error})",
     }
     return table([{"what": what, "found": value} for what, value in rows.items()], ("", lambda r: str(r["what"])),
                  ("", lambda r: str(r["found"])))  # fmt: skip

@@ -56,6 +56,7 @@ COMMANDS = {
     "report": ("runs", "--out", "--publish"),
     "cost": ("preset", "overrides", "--steps"),
     "status": ("runs", "--follow"),
+    "partition": ("folder", "--workers", "--alpha", "--seed"),
     "keys": (),
     "node": ("--superlink", "--insecure", "--root-certificates", "--auth-supernode-private-key", "--node-config"),
     "reproduce": ("names", "--scale", "--dir", "--out", "--jobs", "--doc", "--dry-run"),

