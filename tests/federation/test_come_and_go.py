@@ -52,7 +52,6 @@ def seen(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Ite
     folder = RunFolder(home / "run")
     with network(home / "flower", 4, warm_node, forked=True, begin_with=3) as running:
         run = Run(running, folder, 1000, [*tiny, *WORDS], EventLog(home / "record.jsonl"))
-        run.begin()
 
         def round_reached(number: int) -> None:
             until(lambda: run.round >= number, f"round {number}", 180)
@@ -78,6 +77,7 @@ def seen(tiny: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Ite
             return max(found().values())
 
         try:
+            run.begin()
             assert ready(3) == 0
             round_reached(2)
             running.start_node(3)
