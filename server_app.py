@@ -1,7 +1,4 @@
-"""Flower's ServerApp: glue. The work is in twist_fl/federation/apps.py and strategy.py.
-
-Loading this file loads no torch: while its thread does, a simulation starts Ray and the workers.
-"""
+"""Flower's ServerApp: glue. The work is in twist_fl/federation/apps.py and strategy.py."""
 
 import shlex
 from pathlib import Path
@@ -9,7 +6,8 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from twist_fl.federation.actors import loading, wait_for_ray
+from twist_fl.federation.apps import mistakes_in_words, open_run, train_run, wait_for
+from twist_fl.federation.deploy import deploy_run
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.resume import at_places
 from twist_fl.system.errors import ConfigError
@@ -20,11 +18,6 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Train, or with mode="deploy" ship tickets of a trained run; see [tool.flwr.app.config] for the keys."""
-    wait_for_ray()
-    with loading():
-        from twist_fl.federation.apps import mistakes_in_words, open_run, train_run, wait_for
-        from twist_fl.federation.deploy import deploy_run
-
     given = context.run_config
     mode, run_dir = str(given["mode"]), str(given["run-dir"])
     wait_for(str(given["wait-for"]))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from twist_fl.federation.simulation import LOADED
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.local import train_local
 from twist_fl.training.job import Job
@@ -90,3 +91,29 @@ def test_a_mistake_loads_nothing_large(finished: Path, tmp_path: Path) -> None:
 
 def test_a_report_loads_what_draws_and_no_more(finished: Path, tmp_path: Path) -> None:
     assert loaded(["report RUN"], finished, tmp_path) == [["report RUN", 0, ["matplotlib"]]]
+
+
+FORKED = f"""
+import importlib, json, sys
+import torch
+
+def asked(*_):
+    raise SystemExit("a GPU was asked, and a process that is forked after that cannot use it")
+
+for name in ("is_available", "device_count", "init", "_lazy_init", "current_device", "get_device_properties"):
+    setattr(torch.cuda, name, asked)
+for name in {LOADED!r}:
+    importlib.import_module(name)
+before = set(sys.modules)
+from twist_fl.federation import apps, client, deploy
+client.warm()
+print(json.dumps([name for name in set(sys.modules) - before if name.partition(".")[0] in {LARGE!r}]))
+"""
+
+
+def test_server_and_workers_of_a_simulation_find_the_large_libraries_loaded() -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    later = json.loads(done.stdout)
+    assert {name.partition(".")[0] for name in later} <= {"transformers"}
+    assert len(later) < 50  # of its thousands: the config and the model's class, which depend on the run

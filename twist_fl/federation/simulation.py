@@ -2,12 +2,15 @@
 
 A private SuperLink on a free loopback port, with its state in memory and its FLWR_HOME inside the run's
 folder, takes one `flwr run` and is stopped with all its children when the run ends, fails or is interrupted. It
-starts while the command loads torch and reads the text; its server and workers load torch too, and then wait.
+starts while the command loads torch and reads the text. Its server and workers are forks of one process that has loaded
+torch for them (`system/forking.py`); they wait until the command has made the run's folder.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import shutil
 import socket
 import ssl
@@ -22,8 +25,9 @@ import httpx
 import psutil
 
 from twist_fl.config.schema import Config, conf_dir
+from twist_fl.federation.actors import SIMULATION
 from twist_fl.runs.checkpoint import RunFolder
-from twist_fl.system import awaiting
+from twist_fl.system import awaiting, forking
 from twist_fl.system.children import clear_stale, ended, flower_home, ray_folder
 from twist_fl.system.cores import usable_cores
 from twist_fl.system.environment import private_environment
@@ -35,12 +39,17 @@ _LOOK_SECONDS = 0.25
 CONNECTION = "twist-fl"
 _BEGIN = "twist_fl: a simulation begins\n"
 _DIED = "twist_fl: the simulation is over: "
+LOADED = ("torch", "transformers.modeling_utils", "flwr.simulation.app")
+"""What server and workers load. Not what is ours, which they find in the app as `flwr run` has installed it, and not
+Ray, whose library reads its environment while it is loaded; it takes a quarter of a second."""
 _PARTS = {
-    "flwr-simulation": "the simulation, with the server in it,",
+    SIMULATION: "the simulation, with the server in it,",
     "raylet": "Ray's raylet",
     "gcs_server": "Ray's gcs_server",
 }
 """Programs that a simulation runs until its end, and how messages call them."""
+_FIRST_WORDS = 4
+"""Of a command in which its program's name stands."""
 
 
 def stage_app(target: Path) -> Path:
@@ -139,7 +148,9 @@ class Simulation:
             for process in self._root.children(recursive=True):
                 for program, what in _PARTS.items():
                     with suppress(psutil.Error):
-                        if what not in self.parts and any(Path(w).name == program for w in process.cmdline()[:2]):
+                        if what not in self.parts and any(
+                            Path(w).name == program for w in process.cmdline()[:_FIRST_WORDS]
+                        ):
                             self.parts[what] = process
 
 
@@ -168,21 +179,40 @@ def flower_run(
                 address = f"127.0.0.1:{free_port()}"
                 write_connection(home, address)
                 environment = private_environment(home) | {"RAY_TMPDIR": str(ray_folder(home))}
+                if sys.platform == "linux":
+                    started.append(_start_forking(home, environment, log))
                 host, port = address.split(":")
                 words = ["flower-superlink", "--insecure", "--simulation", "--host", host, "--port", port]
-                started.append(start(words, environment, log))
+                started.append(superlink := start(words, environment, log))
                 begin = home / "begin"
                 given = {"run-dir": str(folder.path), "wait-for": str(begin), **run_config}
                 settings = write_settings(given, home / "settings.toml")
                 command = [sys.executable, "-P", awaiting.__file__, address]
                 command += ["flwr", "run", str(stage_app(home / "app")), CONNECTION, "--stream"]
                 command += ["--run-config", str(settings), "--federation-config", resources]
-                started.append(start(command, environment, log))
-                yield Simulation(started[0], started[1], log, begin)
+                started.append(run := start(command, environment, log))
+                yield Simulation(superlink, run, log, begin)
         finally:
             for process in started:  # stopped with the home
                 process.wait()
             folder.tidy()
+
+
+def _start_forking(home: Path, environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """The process of which server and workers become forks; `environment` then leads Flower and Ray there."""
+    path, programs = ray_folder(home) / "forking", home / "bin"
+    environment[forking.SOCKET] = str(path)
+    program = shutil.which(SIMULATION, path=environment["PATH"])
+    if program is None:
+        raise LaunchError(f"Flower's {SIMULATION} is not beside this Python, {sys.executable}: install flwr there")
+    programs.mkdir()
+    ours = programs / SIMULATION
+    ours.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", forking.__file__, program])} "$@"\n')
+    ours.chmod(0o700)
+    environment["PATH"] = os.pathsep.join([str(programs), environment["PATH"]])
+    # First a variable that no fork changes: beside it lies the room for a title, such as Ray gives its workers.
+    kept_first = {forking.SOCKET: str(path), **environment}
+    return start([sys.executable, "-P", forking.__file__, "serve", str(path), *LOADED], kept_first, log)
 
 
 def why_it_ended(log: Path) -> str:
