@@ -59,7 +59,7 @@ COMMANDS = {
     "partition": ("folder", "--workers", "--alpha", "--seed"),
     "keys": (),
     "node": ("--superlink", "--insecure", "--root-certificates", "--auth-supernode-private-key", "--node-config"),
-    "reproduce": ("names", "--scale", "--dir", "--out", "--jobs", "--doc", "--dry-run"),
+    "reproduce": ("names", "--scale", "--dir", "--out", "--jobs", "--seeds", "--doc", "--dry-run"),
 }
 
 

@@ -180,6 +180,13 @@ def test_everything_can_be_planned_at_every_scale(scale: str, tmp_path: Path) ->
     assert len({experiment.title for experiment in EXPERIMENTS.values()}) == len(EXPERIMENTS)
 
 
+def test_what_is_repeated_is_repeated_as_often_as_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reproduce(Console(width=100), ["best"], "tiny", [], folder=tmp_path, seeds=2, dry_run=True)
+    trained = [line.split()[0] for line in capsys.readouterr().out.splitlines() if " train " in line]
+    runs = ["finetune-best-twist", "finetune-ddp-4e-3"]
+    assert trained == ["ddp", *(name for run in runs for name in (run, f"{run}-seed-1"))]
+
+
 def test_ctrl_c_leaves_no_process_and_the_same_command_goes_on(micro: list[str], tmp_path: Path) -> None:
     words = [sys.executable, "-m", "twist_fl", "reproduce", "fig6", *micro, "train.rounds=20000"]
     process = subprocess.Popen([*words, "--dir", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

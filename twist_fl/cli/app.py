@@ -228,6 +228,7 @@ def reproduce(
     ] = None,
     out: Annotated[Path | None, options.new_folder("Where tables and figures go. Default: the lab.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Tasks at a time. Default: one a core.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of what is repeated. Default: the scale's.")] = None,
     doc: options.Page = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
 ) -> None:
@@ -239,7 +240,7 @@ def reproduce(
 
     wanted = [name for name in names if "=" not in name]
     overrides = [name for name in names if "=" in name]
-    run(console, wanted, scale, overrides, folder=directory, out=out, jobs=jobs, dry_run=dry_run, doc=doc)
+    run(console, wanted, scale, overrides, folder=directory, out=out, jobs=jobs, seeds=seeds, dry_run=dry_run, doc=doc)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,13 @@ def reproduce(
     folder: Path | None = None,
     out: Path | None = None,
     jobs: int | None = None,
+    seeds: int | None = None,
     dry_run: bool = False,
     doc: Path | None = None,
 ) -> None:
     """Do the experiments `names` at `scale`; tables, figures, JSON and report.html go to `out` (default: the lab).
 
+    `seeds` runs are made of what an experiment repeats (default: the scale's number).
     Raises ConfigError for an unknown name or an impossible setting, LaunchError if a task fails.
     """
     if scale not in SCALES:
@@ -50,7 +53,8 @@ def reproduce(
     if missing := set(SCALES[scale].needs) - {word.partition("=")[0] for word in overrides}:
         raise ConfigError(f"--scale {scale} needs {' '.join(f'{key}=...' for key in sorted(missing))} after the name")
     chosen = [_experiment(name) for name in (EXPERIMENTS if EVERY in names else names)]
-    lab = Lab((folder or Path("runs/reproduce") / scale).resolve(), SCALES[scale], tuple(overrides))
+    wanted = replace(SCALES[scale], seeds=seeds or SCALES[scale].seeds)
+    lab = Lab((folder or Path("runs/reproduce") / scale).resolve(), wanted, tuple(overrides))
     if not lab.base.eval.sizes:
         raise ConfigError("eval.sizes=[] leaves nothing to compare: give at least one size, or leave it out")
     tasks = list({task.name: task for experiment in chosen for task in experiment.tasks(lab)}.values())
