@@ -306,6 +306,17 @@ def _scale(found: Row) -> str:
     )
 
 
+def _start_up(found: Row) -> str:
+    return table(
+        found["rows"],
+        ("`twist-fl train demo`", lambda r: str(r["way"])),
+        ("to the first round, s", lambda r: number(r["seconds"])),
+        ("of before", lambda r: f"{r['of_before']:.2f}"),
+        ("of a core, s", lambda r: number(r["cpu_seconds"])),
+        ("memory, MB", lambda r: number(r["mb"])),
+    )
+
+
 def _ticket_speed(what: str) -> Callable[[Row], str]:
     def made(found: Row) -> str:
         rows = [row | row[what] for row in found["rows"]]
@@ -338,6 +349,7 @@ TABLES: dict[str, dict[str, Callable[[Row], str]]] = {
     "chaos": {"chaos": _chaos},
     "chaos_mean": {"chaos, perplexity over rounds": _chaos},
     "scale": {"scale": _scale},
+    "start_up": {"start-up": _start_up},
     "ticket_speed": {"a new token": _ticket_speed("token"), "a prompt": _ticket_speed("prompt")},
     "wire": {"wire": _wire},
     "step": {"step": _step},
