@@ -1,7 +1,7 @@
 """From a command to the end of its first round: this tree, an earlier one, and without Flower.
 
-Each way trains the demo's model (`twist-fl train demo`, four workers), in turn; the first turn fills caches and does not
-count. A way is over when its log has the first round. Processor time and memory are those of the command and of all
+Each way trains the demo's model (`twist-fl train demo`, four workers), in turn; the first turn fills caches and does
+not count. A way is over when its log has the first round. Processor time and memory are those of the command and of all
 that it has started, by then; memory that several hold together counts once (the proportional set size).
 
     python benchmarks/start_up.py [--against COMMIT] [--turns 5] [--out FILE]
