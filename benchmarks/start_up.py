@@ -28,7 +28,7 @@ from twist_fl.runs.checkpoint import RunFolder
 
 TREE = Path(__file__).resolve().parents[1]
 BEFORE = "449e64b"
-"""The last commit at which every process of a run loaded all by itself, for as long as it took."""
+"""When a shorter start was asked for: every process of a run loaded all by itself."""
 COMMAND = """
 import importlib, sys
 sys.argv[0] = "twist-fl"

@@ -146,12 +146,10 @@ class Simulation:
             return
         with suppress(psutil.Error):
             for process in self._root.children(recursive=True):
-                for program, what in _PARTS.items():
-                    with suppress(psutil.Error):
-                        if what not in self.parts and any(
-                            Path(w).name == program for w in process.cmdline()[:_FIRST_WORDS]
-                        ):
-                            self.parts[what] = process
+                with suppress(psutil.Error):
+                    for word in process.cmdline()[:_FIRST_WORDS]:
+                        if what := _PARTS.get(Path(word).name):
+                            self.parts.setdefault(what, process)
 
 
 @contextmanager
