@@ -84,9 +84,10 @@ def server_share(job: Job, one_segment: bool) -> tuple[float, int]:
         begin, replying = time.perf_counter(), 0.0
         tasks = plan(job, state)
         mean = round_mean(job, state, tasks)
+        of = {0 if one_segment else task.worker: Packing.of(job, task.blueprint).segment_bytes for task in tasks}
+        segments.deal({worker: ("shm", size) for worker, size in of.items()})
         for task in tasks:
-            size = Packing.of(job, task.blueprint).segment_bytes
-            segment = segments.take(0 if one_segment else task.worker, size, "shm")
+            segment = segments.take(0 if one_segment else task.worker)
             wire.task_to_records(job, "", task, state.params, None, segment)
         for task in tasks:
             memory = segments.get(0 if one_segment else task.worker)

@@ -80,8 +80,9 @@ class Round:
         job, clock = self.job, Clock()
         mean = round_mean(job, self.state, self.tasks)
         sent = []
+        self.segments.deal({task.worker: ("shm", Packing.of(job, task.blueprint).segment_bytes) for task in self.tasks})
         for task in self.tasks:  # all before the first reply, which takes the place of the state
-            segment = self.segments.take(task.worker, Packing.of(job, task.blueprint).segment_bytes, "shm")
+            segment = self.segments.take(task.worker)
             with clock("send"):
                 content = wire.task_to_records(job, "", task, self.state.params, None, segment)
             with clock("checksum"):  # again, alone: sending is slicing into the segment, and this

@@ -224,9 +224,10 @@ class RoundMean:
         """The next parameters and moments: the means of what was trained, or DDP's step by the mean gradient."""
         state, moments, outer = self.state, self.state.moments, self.state.outer
         if self.job.config.algorithm == "ddp":
-            assert moments is not None
             rate = learning_rate(self.job.config.train, state.round, self.job.total_batches)
-            return *adam_step(state.params, self._params.finish(), moments, self.job.config.train, rate), None
+            own = state if self._in_place else deepcopy(state)
+            assert own.moments is not None
+            return *adam_step(own.params, self._params.finish(), own.moments, self.job.config.train, rate), None
         if moments is not None:
             longest = max(task.num_batches for task in self.tasks if task.worker in self.report.answered)
             moments = Moments(moments.step + longest, {name: mean.finish() for name, mean in self._moments.items()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -419,13 +420,13 @@ def test_equal_tickets_are_evaluated_once(tiny_job: MakeJob, monkeypatch: pytest
     job = tiny_job("eval.ticket_policy=ordered", "blueprint.policy=ordered")
     calls: list[Blueprint] = []
     models = job.models()
-    load = models.load_sliced
+    lent = models.lent
 
-    def counted(blueprint: Blueprint, state: State) -> object:
+    def counted(blueprint: Blueprint, state: State) -> AbstractContextManager[object]:
         calls.append(blueprint)
-        return load(blueprint, state)
+        return lent(blueprint, state)
 
-    monkeypatch.setattr(models, "load_sliced", counted)
+    monkeypatch.setattr(models, "lent", counted)
     windows, state = job.corpus.test[:4], job.initial_state()
     found = ticket_distribution(models, state, job.division, (2, 2), windows, tickets=5, seed=0, batch_size=4)
     assert len(calls) == 1

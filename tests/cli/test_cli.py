@@ -471,8 +471,15 @@ def test_cost_of_a_run_has_what_it_measured_beside(run: Run, trained: Path) -> N
     assert found["weights sent"] == [sent, sent]
     assert found["moments sent"] == ["0 B", "0 B"]
     assert "2 rounds so far" in output
-    peaks = [max(event[key] for event in folder.events("round")) for key in ("predicted_peak_bytes", "peak_bytes")]
-    assert found["worker's peak memory"] == [human_bytes(peaks[0]), human_bytes(peaks[1]) if peaks[1] else ""]
+    for who, *keys in (
+        ("worker", "predicted_peak_bytes", "peak_bytes"),
+        ("server", "predicted_server_bytes", "server_bytes"),
+    ):
+        peaks = [max(event.get(key, 0) for event in folder.events("round")) for key in keys]
+        assert found[f"{who}'s peak memory"] == [human_bytes(peak) if peak else "" for peak in peaks]
+    ready = human_bytes(folder.events("round")[0]["predicted_bytes"] / 2)
+    needed = human_bytes(folder.events("round")[0]["predicted_server_bytes"])
+    assert f"The server needs {needed} beside its libraries, {ready} of it for what lies" in " ".join(output.split())
     status, _, error = run("cost", trained, "train.lr=1")
     assert status == 2
     assert "is a run, which keeps its settings: leave out train.lr=1" in error

@@ -534,6 +534,27 @@ def test_the_largest_peak_of_those_that_counted_is_logged_beside_the_cost_models
     assert event["predicted_peak_bytes"] == 16 * strategy.job.layout.num_params(largest) + round(0.06 * 2**30)
 
 
+@pytest.mark.parametrize("overrides", [
+    ("train.optimizer_state=server", "blueprint.num_sub=[1,2,3]"),
+    ("train.optimizer_state=factored",),
+    *((f"aggregate.optimizer={name}",) for name in ("momentum", "nesterov", "adam")),
+    ("algorithm=ddp",),
+])  # fmt: skip
+def test_the_memory_that_the_cost_model_gives_a_server_is_what_lies_there(
+    overrides: tuple[str, ...], make_strategy: Callable[..., TwistStrategy]
+) -> None:
+    strategy = make_strategy("train.rounds=1", *overrides)
+    state, job = strategy.state, strategy.job
+    held = [state.params, *(state.outer.values.values() if state.outer else ())]
+    held += [state.params] * bool(state.outer or job.config.algorithm == "ddp")  # as it was before; gradients
+    held += state.moments.values.values() if state.moments else []
+    kept = sum(value.nbytes for each in held for value in each.values())
+    strategy.run(LocalGrid())
+    event = events(strategy, "round")[0]
+    assert event["predicted_server_bytes"] == kept + sum(event["bytes_down"][kind] for kind in ("weights", "moments"))
+    assert event["server_bytes"] > 0
+
+
 # exchange
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
@@ -554,21 +555,51 @@ def test_a_task_whose_process_died_half_way_says_so(job: Job, tmp_path: Path) ->
 
 def test_a_worker_keeps_its_segment_until_it_fails_to_answer() -> None:
     segments = transport.Segments({"shm": partial(transport.create, "run")})
-    first, other = segments.take(0, 100, "shm"), segments.take(1, 100, "shm")
-    assert segments.take(0, 100, "shm") is first is segments.get(0) is not other
-    larger = segments.take(0, 101, "shm")
+    segments.deal(dict.fromkeys((0, 1), ("shm", 100)))
+    first, other = segments.take(0), segments.take(1)
+    assert segments.take(0) is first is segments.get(0) is not other
+    segments.deal({0: ("shm", 101), 1: ("shm", 100)})
+    larger = segments.take(0)
     assert len(larger.memory) == 101
     late = tensors.open_segment(other.handle(), "run", 100)
     segments.drop(1)
     late.memory.fill_(1)  # where nobody reads
     assert segments.get(1) is None
-    assert segments.take(1, 100, "shm").memory.sum() == 0
+    assert segments.take(1).memory.sum() == 0
     for handle in (first.handle(), other.handle()):
         with pytest.raises(SegmentError, match="is gone"):
             tensors.open_segment(handle, "run", 100)
     segments.close()
     with pytest.raises(SegmentError, match="is gone"):
         tensors.open_segment(larger.handle(), "run", 101)
+
+
+@given(st.lists(st.dictionaries(st.integers(0, 4), st.tuples(st.sampled_from(transport.KINDS), st.integers(1, 3)))))
+def test_segments_go_from_worker_to_worker_before_any_is_made(rounds: list[dict[int, tuple[str, int]]]) -> None:
+    made: list[tuple[str, int]] = []
+
+    class Piece(transport.Segment):
+        def __init__(self, kind: str, num_bytes: int) -> None:
+            self.kind, self.name, self.memory = kind, "", torch.zeros(num_bytes)  # type: ignore[misc]
+            made.append((kind, num_bytes))
+
+        def handle(self) -> transport.Handle:
+            raise NotImplementedError
+
+        def close(self) -> None:
+            held.subtract([(self.kind, len(self.memory))])
+
+    segments = transport.Segments({kind: partial(Piece, kind) for kind in transport.KINDS})
+    held: Counter[tuple[str, int]] = Counter()
+    for wanted in rounds:
+        before, there, needed = len(made), held.copy(), Counter(wanted.values())
+        segments.deal(wanted)
+        assert +held == there & needed  # what nobody needs has gone before anything comes
+        found = {worker: segments.take(worker) for worker in wanted}
+        assert {worker: (each.kind, len(each.memory)) for worker, each in found.items()} == wanted
+        assert len({id(each) for each in found.values()}) == len(wanted)
+        assert Counter(made[before:]) == needed - there
+        held.update(made[before:])
 
 
 # Malformed replies

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Callable
 from math import exp, inf, log
+from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 from twist_fl.blueprint.drawing import draw_ticket, full_blueprint
 from twist_fl.data.corpus import Windows
-from twist_fl.model.subnet import State, load_state
+from twist_fl.model.subnet import State, lend_state, load_state, take_back
 from twist_fl.tickets.evaluate import mean_nll, perplexity, subnet_perplexity, ticket_distribution
 from twist_fl.training.interval import next_token_loss
 from twist_fl.training.job import Job
@@ -44,6 +48,40 @@ def losses(model: PreTrainedModel, windows: Windows) -> list[float]:
     rows = [torch.tensor(row[None], dtype=torch.int64) for row in windows]
     with torch.inference_mode():
         return [float(model(input_ids=row, labels=row).loss) for row in rows]
+
+
+def test_a_model_that_is_lent_a_state_holds_no_copy_of_it_and_gives_it_back(
+    job: Job, windows: Windows, random_state: RandomState
+) -> None:
+    state, models = random_state(job.layout), job.models(device="cpu")
+    whole = {value.data_ptr(): value.clone() for value in state.values()}
+    with models.lent(full_blueprint(job.layout), state) as model:
+        assert {parameter.data_ptr() for parameter in model.parameters()} == whole.keys()
+        found = perplexity(model, windows, 4)
+    assert not {parameter.data_ptr() for parameter in model.parameters()} & whole.keys()
+    assert found == perplexity(plain_model(job, state), windows, 4)
+    load_state(model, state)  # it has room of its own again
+    assert all(value.equal(whole[value.data_ptr()]) for value in state.values())
+
+
+def present(tensor: torch.Tensor) -> int:
+    """How many of its pages take up memory."""
+    first, last = -(-tensor.data_ptr() // mmap.PAGESIZE), (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE
+    with Path("/proc/self/pagemap").open("rb") as pages:
+        pages.seek(8 * first)
+        return int((np.frombuffer(pages.read(8 * (last - first)), np.uint64) >> 63).sum())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says which pages are there")
+def test_a_model_that_has_given_back_what_was_lent_takes_up_no_room() -> None:
+    model = nn.ParameterList([torch.empty(2**16) for _ in range(8)])
+    state = {name: torch.ones(2**16) for name, _ in model.named_parameters()}
+    used = [torch.ones(2**16) for _ in range(16)]
+    lend_state(model, state)
+    assert all(map(present, state.values()))
+    del used  # malloc keeps it, and gives it to the next of this size
+    take_back(model)
+    assert not sum(map(present, model))
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 7, 100])

@@ -151,8 +151,8 @@ def test_ddp_steps_by_the_median_gradient(tiny_job: MakeJob, tmp_path: Path) -> 
         mean.add(task, reply)
     middle = {name: torch.stack([each[name] for each in gradients]).median(0).values for name in gradients[0]}
     assert state.moments is not None
-    expected, _ = adam_step(state.params, middle, state.moments, job.config.train, job.config.train.lr)
     found = mean.finish().params
+    expected, _ = adam_step(state.params, middle, state.moments, job.config.train, job.config.train.lr)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 

@@ -37,6 +37,13 @@ def moment_bytes(layouts: Mapping[str, Layout], blueprints: Sequence[Blueprint])
     return sum(round_bytes(layout, blueprints) for layout in layouts.values())
 
 
+def server_bytes(copies: int, layout: Layout, moments: Iterable[Layout], ready: float) -> int:
+    """Memory of the server beside its libraries: what it keeps as large as the model's parameters, `copies` of it; the
+    moments that travel; and the bytes of weights and moments that lie ready for a round's workers, in whose place their
+    replies come."""
+    return copies * state_bytes(layout) + sum(map(state_bytes, moments)) + round(ready)
+
+
 def training_bytes(layout: Layout, blueprint: Blueprint | None = None) -> int:
     """Memory to train: weights, gradients and moments plus the runtime's constant; no activations."""
     return TRAINING_BYTES_PER_PARAM * layout.num_params(blueprint) + round(RUNTIME_GIB * 2**30)

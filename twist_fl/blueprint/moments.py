@@ -14,6 +14,8 @@ from twist_fl.blueprint.blocks import Layout, Param
 
 MOMENTS = FIRST, SQUARES = "exp_avg", "exp_avg_sq"
 """As torch calls them. The second is never negative."""
+OUTER = {"mean": (), "momentum": ("momentum",), "nesterov": ("momentum",), "adam": MOMENTS}
+"""By aggregate.optimizer, what the server keeps for it, each as large as the model."""
 
 
 def moment_layouts(optimizer_state: str, layout: Layout) -> dict[str, Layout]:

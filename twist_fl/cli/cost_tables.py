@@ -11,12 +11,22 @@ from rich.console import Console, RenderableType
 
 from twist_fl.blueprint.architectures import KINDS
 from twist_fl.blueprint.blocks import Layout, make_layout
-from twist_fl.blueprint.cost import PAPER_EXCHANGES, Group, RunCost, groups, run_cost, state_bytes, step_flops
+from twist_fl.blueprint.cost import (
+    BYTES_PER_PARAM,
+    PAPER_EXCHANGES,
+    Group,
+    RunCost,
+    groups,
+    run_cost,
+    server_bytes,
+    state_bytes,
+    step_flops,
+)
 from twist_fl.blueprint.division import Division
 from twist_fl.blueprint.moments import moment_layouts
 from twist_fl.config.hub import expanded, is_path
 from twist_fl.config.schema import Config, ModelConfig, load_config
-from twist_fl.config.sizes import layout_of, make_division, ticket_sizes, workers_per_round
+from twist_fl.config.sizes import layout_of, make_division, server_copies, ticket_sizes, workers_per_round
 from twist_fl.data.gguf_folder import SUFFIX
 from twist_fl.model.hf_config import pretrained_config, scratch_fields
 from twist_fl.report.cells import titled, uncut_table
@@ -99,6 +109,14 @@ def _show(console: Console, title: str, config: Config, model: Mapping[str, Any]
         + ("DDP does." if ddp else f"workers exchange once per interval of {config.train.interval} batches.")
         + " Bytes are both ways. GiB are for training: weights, gradients and two moments of the largest subnet held, "
         "without activations." + ("" if moments or ddp else _of_moments(layout)),
+        highlight=False,
+    )
+    shares = sum(group.workers * (1 + group.cost.moments) * group.cost.subnet_params for group in found)
+    ready = BYTES_PER_PARAM * shares * number / config.train.workers
+    needed = server_bytes(server_copies(config), layout, moments, ready)
+    console.print(
+        f"The server needs {human_bytes(needed)} beside its libraries, {human_bytes(ready)} of it for what lies ready "
+        "for a round's workers. With flower.transport=inline, or 16 bits on the wire, it is more.",
         highlight=False,
     )
     if config.train.distill:
@@ -200,14 +218,17 @@ def _measured(folder: RunFolder, num_moments: int) -> RenderableType:
     weights = sum(each["predicted_bytes"] for each in rounds)
     # A log of before there were factors does not say: each moment that travelled was as large as the weights.
     moments = sum(each.get("predicted_moment_bytes", num_moments * each["predicted_bytes"]) for each in rounds)
-    most = {
-        key: max((each.get(key, 0) for each in rounds), default=0) for key in ("predicted_peak_bytes", "peak_bytes")
-    }
+
+    def most(*keys: str) -> list[str]:
+        found = [max((each.get(key, 0) for each in rounds), default=0) for key in keys]
+        return [human_bytes(value) if value else "" for value in found]
+
     lines = [
         ["weights sent", human_bytes(weights), measured["weights"]],
         ["moments sent", human_bytes(moments), measured["moments"]],
         ["other sent", "", measured["other"]],
-        ["worker's peak memory", *(human_bytes(value) if value else "" for value in most.values())],
+        ["worker's peak memory", *most("predicted_peak_bytes", "peak_bytes")],
+        ["server's peak memory", *most("predicted_server_bytes", "server_bytes")],
     ]
     how = "all workers" if anything or not rounds else "in one process, nothing was sent"
     return _table(f"{count(len(rounds), 'round')} so far, {how}", ["", "cost model", "measured"], lines)

@@ -13,6 +13,7 @@ from typing import Any
 from twist_fl.blueprint.architectures import KINDS, Kind, ModelDict
 from twist_fl.blueprint.blocks import Layout, make_layout
 from twist_fl.blueprint.division import Division, Setting, Sizes
+from twist_fl.blueprint.moments import MOMENTS, OUTER
 from twist_fl.config.schema import BlueprintConfig, Config
 from twist_fl.config.shares import Size, read_size
 from twist_fl.system.errors import ConfigError
@@ -43,6 +44,15 @@ def workers_per_round(config: Config) -> int:
     """Of train.workers, those that train in a round: the hybrid variant's server needs a client."""
     train = config.train
     return min(train.workers, max(2 if train.variant == "hybrid" else 1, round(train.fraction * train.workers)))
+
+
+def server_copies(config: Config) -> int:
+    """How often the server holds what is as large as the model's parameters: they themselves, what they were before
+    the round where the outer optimiser asks for it, and what that keeps; of DDP gradients and Adam's two moments."""
+    if config.algorithm == "ddp":
+        return 2 + len(MOMENTS)
+    kept = OUTER[config.aggregate.optimizer]
+    return 1 + len(kept) + bool(kept)
 
 
 def of_workers(division: Division, workers: Sequence[int]) -> Division:

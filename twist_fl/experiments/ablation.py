@@ -25,7 +25,7 @@ from twist_fl.report.plots import LOG_FROM, NO_LINE, figure_of, log_ticks, looks
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.trained import TrainedRun
 from twist_fl.system.units import human_bytes, perplexity_text, size_label
-from twist_fl.tickets.evaluate import perplexity
+from twist_fl.tickets.evaluate import subnet_perplexity
 from twist_fl.training.job import Job
 
 MIXED = "blueprint.num_sub=[12,6,4,3]"
@@ -96,7 +96,7 @@ def ordered_tickets(folder: RunFolder, *, sizes: list[int]) -> dict[str, Any]:
     for size in sizes:
         chosen = ticket_size(job.layout, division, size)
         ticket = draw_ticket(job.layout, division, chosen.num_sub, config.seed, 0)
-        value = perplexity(models.load_sliced(ticket, state.params), windows, config.eval.batch_size)
+        value = subnet_perplexity(models, state.params, [ticket], windows, config.eval.batch_size)
         rows.append(chosen.row | {"mean": value})
     return {"tickets": rows}
 

@@ -25,7 +25,7 @@ from twist_fl.report.plots import PERPLEXITY, figure_of, looks_of, scale_perplex
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.trained import TrainedRun
 from twist_fl.system.units import perplexity_text
-from twist_fl.tickets.evaluate import Tickets, perplexity
+from twist_fl.tickets.evaluate import Tickets, subnet_perplexity
 
 LOST = [0, 1, 2, 3, 4, 6, 8, 9]
 """Nodes lost, of as many as a layer has blocks."""
@@ -86,8 +86,7 @@ def failure(folder: RunFolder, *, lost: list[int], draws: int) -> dict[str, Any]
                 survivors(job.layout, job.division, chosen) for chosen in choices(nodes, count, draws, config.seed)
             ]
             values = [
-                perplexity(models.load_sliced(each, state.params), windows, config.eval.batch_size)
-                for each in blueprints
+                subnet_perplexity(models, state.params, [each], windows, config.eval.batch_size) for each in blueprints
             ]
             heads, ffn_blocks = blueprints[0].shape
             num_params = job.layout.num_params(blueprints[0])

@@ -22,6 +22,7 @@ from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.recorder import Keeper
 from twist_fl.system.cores import usable_cores
 from twist_fl.system.errors import ConfigError
+from twist_fl.system.memory import Peak
 from twist_fl.training.job import Job
 from twist_fl.training.worker import Task
 
@@ -34,6 +35,7 @@ class RoundLoop(Strategy):
 
     def __init__(self, job: Job, folder: RunFolder) -> None:
         self.job, self.folder = job, folder
+        self._memory = Peak()
         self.state: RunState = folder.load() or start(job)
         self.timeout = job.config.flower.round_timeout
         """Seconds that replies are waited for."""

@@ -17,11 +17,9 @@ import torch
 
 from twist_fl.blueprint.blocks import Layout, Param
 from twist_fl.blueprint.blueprint import Blueprint
-from twist_fl.model.subnet import State
+from twist_fl.model.subnet import ALIGNMENT, State
 from twist_fl.training.job import Job
 
-ALIGNMENT = 64
-"""Bytes of a cache line."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -6,7 +6,7 @@ The hooks are those of Flower's `Strategy`; a subclass may override one and leav
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 
 import torch
@@ -78,16 +78,20 @@ class TwistStrategy(RoundLoop):
         return [task for task in self._planned if task.worker in self.job.clients]
 
     def _messages(
-        self, kind: str, tasks: Iterable[Task], moments: Moments | None, config: ConfigRecord
+        self, kind: str, tasks: Sequence[Task], moments: Moments | None, config: ConfigRecord
     ) -> Iterator[Message]:
         known: KnownArrays = {}
-        params = self.state.params
+        params, segments, trains = self.state.params, self.nodes.segments, kind == MessageType.TRAIN
+        nodes = {task.worker: self.nodes.of(task.worker) for task in tasks}
+        beside = {
+            task.worker: (way, Packing.of(self.job, task.blueprint, trains).segment_bytes)
+            for task in tasks
+            if (way := self.nodes.transports[nodes[task.worker]]) != "inline"
+        }
+        segments.deal(beside)
         for task in tasks:
-            node, group = self.nodes.of(task.worker), str(task.worker)
-            segment = None
-            if (way := self.nodes.transports[node]) != "inline":
-                size = Packing.of(self.job, task.blueprint, kind == MessageType.TRAIN).segment_bytes
-                segment = self.nodes.segments.take(task.worker, size, way)
+            node, group = nodes[task.worker], str(task.worker)
+            segment = segments.take(task.worker) if task.worker in beside else None
             with threads(usable_cores()):  # until the last worker has its part, the round waits for it
                 content = wire.task_to_records(self.job, self.job_json, task, params, moments, segment, known)
             if config:
@@ -170,9 +174,8 @@ class TwistStrategy(RoundLoop):
             "round",
             **asdict(report),
             seconds=time.perf_counter() - self._began,
-            predicted_bytes=self._keeper.predicted_bytes(self._planned),
-            predicted_moment_bytes=self._keeper.predicted_moment_bytes(self._planned),
-            predicted_peak_bytes=self._keeper.predicted_peak_bytes(self._planned),
+            server_bytes=self._memory.num_bytes(),
+            **self._keeper.predicted(self._planned),
             bytes_down=self._down,
             bytes_up=up,
             bytes_via=self._via,

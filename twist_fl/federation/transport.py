@@ -14,8 +14,10 @@ import secrets
 import sys
 import zlib
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -210,18 +212,30 @@ class Segments:
 
     def __init__(self, makers: Mapping[str, Maker]) -> None:
         self.makers = makers
+        self._wanted: Mapping[int, tuple[str, int]] = {}
         self._of: dict[int, Segment] = {}
+
+    def deal(self, wanted: Mapping[int, tuple[str, int]]) -> None:
+        """Before messages to workers that need these kinds and numbers of bytes: what one has and another needs goes
+        over, and what nobody needs is given up, so that no old segment is there beside a new one."""
+        self._wanted, spare = wanted, defaultdict[tuple[str, int], list[Segment]](list)
+        for worker, segment in list(self._of.items()):
+            if (fits := (segment.kind, len(segment.memory))) != wanted.get(worker):
+                spare[fits].append(self._of.pop(worker))
+        for worker in wanted.keys() - self._of.keys():
+            if others := spare[wanted[worker]]:
+                self._of[worker] = others.pop()
+        for segment in chain(*spare.values()):
+            segment.close()
 
     def get(self, worker: int) -> Segment | None:
         return self._of.get(worker)
 
-    def take(self, worker: int, num_bytes: int, kind: str) -> Segment:
-        """The worker's segment, of just this transport and size. Raises OSError if there is no memory for it."""
-        found = self._of.get(worker)
-        if found is not None and (found.kind, len(found.memory)) == (kind, num_bytes):
-            return found
-        self.drop(worker)
-        self._of[worker] = self.makers[kind](num_bytes)
+    def take(self, worker: int) -> Segment:
+        """The segment that the worker needs. Raises OSError if there is no memory for it."""
+        if worker not in self._of:
+            kind, num_bytes = self._wanted[worker]
+            self._of[worker] = self.makers[kind](num_bytes)
         return self._of[worker]
 
     def drop(self, worker: int) -> None:

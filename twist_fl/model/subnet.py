@@ -7,9 +7,11 @@ projection, so the shared output bias is never scaled.
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -28,6 +30,8 @@ from twist_fl.system.errors import ConfigError
 from twist_fl.system.threads import for_each, pieces
 
 State = dict[str, torch.Tensor]
+ALIGNMENT = 64
+"""Bytes of a cache line: torch's own tensors begin at a multiple of it."""
 
 CAUSAL = "sdpa_causal"
 """SDPA without a mask function: whole windows need no mask but the causal one, which the kernel makes itself.
@@ -117,9 +121,14 @@ def take_back(model: nn.Module) -> None:
 
     On a GPU nothing was lent, and nothing changes.
     """
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu":
-            parameter.data = torch.empty_like(parameter.data)
+    lent = [parameter for parameter in model.parameters() if parameter.device.type == "cpu"]
+    if not lent:
+        return
+    # Not torch.empty: where that takes what others have freed, it keeps room that nobody else can have.
+    places = [-(-each.nbytes // ALIGNMENT) * ALIGNMENT for each in lent]
+    fresh = torch.frombuffer(mmap.mmap(-1, sum(places), access=mmap.ACCESS_COPY), dtype=torch.uint8)
+    for parameter, memory in zip(lent, torch.split(fresh, places), strict=True):
+        parameter.data = memory[: parameter.nbytes].view(parameter.dtype).view(parameter.shape)
 
 
 def build_model(
@@ -221,6 +230,15 @@ class ModelCache:
     def load_sliced(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
         """As `load`, from the full state."""
         return self.load(blueprint, slice_state(self.layout, state, blueprint))
+
+    @contextmanager
+    def lent(self, blueprint: Blueprint, state: Mapping[str, torch.Tensor]) -> Iterator[PreTrainedModel]:
+        """As `load_sliced`, to be read only: on a CPU what it holds whole is not copied, and nothing stays."""
+        model = self.load(blueprint, slice_state(self.layout, state, blueprint), in_place=True)
+        try:
+            yield model
+        finally:
+            take_back(model)
 
     def _build(self, blueprint: Blueprint) -> PreTrainedModel:
         model = build_model(self.config, self.layout, blueprint, self.scale, self.device)

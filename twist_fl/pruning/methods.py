@@ -34,7 +34,7 @@ from twist_fl.pruning.names import CALIBRATED, METHODS, TICKETS
 from twist_fl.system.errors import ConfigError
 from twist_fl.system.files import new_folder
 from twist_fl.system.threads import ranges
-from twist_fl.tickets.evaluate import perplexity, ticket_distribution
+from twist_fl.tickets.evaluate import subnet_perplexity, ticket_distribution
 from twist_fl.tickets.export import export_ticket, make_ticket
 from twist_fl.training.importance import block_scores
 from twist_fl.training.job import Job
@@ -143,8 +143,7 @@ def _say_of(matrix: Matrix, say: Say, text: str) -> None:
 def pruned_perplexity(job: Job, pruned: Pruned, windows: Windows, batch_size: int) -> float:
     """Exact perplexity on `windows`: of the full-size model with zeros, or of the subnet of the kept blocks."""
     blueprint = pruned.blueprint or full_blueprint(job.layout)
-    model = job.models(scale=pruned.scale).load_sliced(blueprint, pruned.params)
-    return perplexity(model, windows, batch_size)
+    return subnet_perplexity(job.models(scale=pruned.scale), pruned.params, [blueprint], windows, batch_size)
 
 
 def pruned_perplexities(

@@ -84,9 +84,7 @@ def train_local(folder: RunFolder, eval_threads: int | None = None) -> None:
                 seconds=seconds,
                 bytes_down={},
                 bytes_up={},
-                predicted_bytes=keeper.predicted_bytes(tasks),
-                predicted_moment_bytes=keeper.predicted_moment_bytes(tasks),
-                predicted_peak_bytes=keeper.predicted_peak_bytes(tasks),
+                **keeper.predicted(tasks),
             )
             if not report.answered:
                 keeper.keep(before)

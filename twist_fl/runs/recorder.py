@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from twist_fl.blueprint.blueprint import Blueprint
-from twist_fl.blueprint.cost import moment_bytes, round_bytes, training_bytes
+from twist_fl.blueprint.cost import moment_bytes, round_bytes, server_bytes, training_bytes
 from twist_fl.blueprint.drawing import full_blueprint
+from twist_fl.config.sizes import server_copies
 from twist_fl.rounds import RunState, plan
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.trackers import listen
@@ -31,6 +32,7 @@ class Keeper:
     def begin(self, state: RunState) -> None:
         """Forget what the log says beyond `state`, and write the run's plan."""
         job, tasks = self.job, plan(self.job, state)
+        predicted = self.predicted(tasks)
         listen(job.config, self.folder)
         self.folder.rewind(
             state.round,
@@ -40,25 +42,26 @@ class Keeper:
             num_rounds=job.num_rounds,
             num_params=job.layout.num_params(),
             subnet_params=[job.layout.num_params(task.blueprint) for task in tasks],
-            predicted_round_bytes=self.predicted_bytes(tasks),
-            predicted_moment_bytes=self.predicted_moment_bytes(tasks),
+            predicted_round_bytes=predicted["predicted_bytes"],
+            predicted_moment_bytes=predicted["predicted_moment_bytes"],
         )
 
-    def predicted_bytes(self, tasks: Sequence[Task]) -> int:
-        """What Appendix C says a round moves."""
-        return round_bytes(self.job.layout, self._sent(tasks))
-
-    def predicted_moment_bytes(self, tasks: Sequence[Task]) -> int:
-        """What travels beside it, of the optimiser."""
-        return moment_bytes(self.job.moment_layouts, self._sent(tasks))
-
-    def predicted_peak_bytes(self, tasks: Sequence[Task]) -> int:
-        """What Appendix C says the worker that holds most needs to train."""
-        return max(training_bytes(self.job.layout, self.job.given(t.worker, t.blueprint)) for t in tasks)
-
-    def _sent(self, tasks: Sequence[Task]) -> list[Blueprint]:
-        """What goes to clients and back in a round."""
-        return [self.job.given(t.worker, t.blueprint) for t in tasks if t.worker in self.job.clients]
+    def predicted(self, tasks: Sequence[Task]) -> dict[str, int]:
+        """A round's cost by Appendix C: bytes of weights and of moments moved, and the memory to train of the worker
+        that holds most; and the server's."""
+        job = self.job
+        given = {task.worker: job.given(task.worker, task.blueprint) for task in tasks}
+        sent = [blueprint for worker, blueprint in given.items() if worker in job.clients]
+        weights, moments = round_bytes(job.layout, sent), moment_bytes(job.moment_layouts, sent)
+        ready = (weights + moments) / 2
+        return {
+            "predicted_bytes": weights,
+            "predicted_moment_bytes": moments,
+            "predicted_server_bytes": server_bytes(
+                server_copies(job.config), job.layout, job.moment_layouts.values(), ready
+            ),
+            "predicted_peak_bytes": max(training_bytes(job.layout, blueprint) for blueprint in given.values()),
+        }
 
     def is_due(self, state: RunState, every: int) -> bool:
         """After every `every` intervals, and at the end."""
@@ -93,10 +96,13 @@ class Keeper:
         if not len(self._corpus.test):
             return
         self.folder.log("evaluating", round=state.round)
-        job, size = self.job, self.job.config.eval.batch_size
-        windows = self._corpus.test[: job.config.eval.watch_windows]
-        full = self._models.load_sliced(full_blueprint(job.layout), state.params)
-        fields = {"full": evaluate.perplexity(full, windows, size)}
+        config = self.job.config.eval
+        windows = self._corpus.test[: config.watch_windows]
+        looked_at = {"full": [full_blueprint(self.job.layout)]}
         if not all(blueprint.is_full for blueprint in blueprints):
-            fields["subnets"] = evaluate.subnet_perplexity(self._models, state.params, blueprints, windows, size)
+            looked_at["subnets"] = list(blueprints)
+        fields = {
+            name: evaluate.subnet_perplexity(self._models, state.params, subnets, windows, config.batch_size)
+            for name, subnets in looked_at.items()
+        }
         self.folder.log("eval", round=state.round, windows=len(windows), **fields)

@@ -43,8 +43,8 @@ def final_results(job: Job, state: RunState, folder: RunFolder, threads: int | N
         "tickets": [],
     }
     if len(windows):
-        full = models.load_sliced(full_blueprint(job.layout), state.params)
-        results["full"] = evaluate.perplexity(full, windows, config.eval.batch_size)
+        full = [full_blueprint(job.layout)]
+        results["full"] = evaluate.subnet_perplexity(models, state.params, full, windows, config.eval.batch_size)
     sizes = dict.fromkeys(ticket_size(job.layout, division, size) for size in config.eval.sizes)
     for size in sizes if len(windows) else ():
         on_ticket = partial(folder.log, "ticket", round=state.round, size=size.row["size"])

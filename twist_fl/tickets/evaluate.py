@@ -57,8 +57,12 @@ def subnet_perplexity(
     windows: Windows,
     batch_size: int,
 ) -> float:
-    """The workers' subnets: each with its blocks and scale, test losses averaged over workers (section 4.2)."""
-    return perplexity_of(fmean(mean_nll(models.load_sliced(b, state), windows, batch_size) for b in blueprints))
+    """Of subnets, each with its blocks and scale: test losses averaged over them (section 4.2)."""
+    losses = []
+    for blueprint in blueprints:
+        with models.lent(blueprint, state) as model:
+            losses.append(mean_nll(model, windows, batch_size))
+    return perplexity_of(fmean(losses))
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def ticket_distribution(
     found: dict[Blueprint, float] = {}
     for blueprint in drawn:
         if blueprint not in found:
-            found[blueprint] = perplexity(models.load_sliced(blueprint, state), windows, batch_size)
+            found[blueprint] = subnet_perplexity(models, state, [blueprint], windows, batch_size)
         on_ticket()
     own, held = models.layout.own_keys(drawn[0])
     return Tickets(num_sub, own.num_params(held), tuple(found[blueprint] for blueprint in drawn))

@@ -153,12 +153,12 @@ def batch_gradient(
 def adam_step(
     params: State, gradient: State, moments: Moments, config: TrainConfig, rate: float
 ) -> tuple[State, Moments]:
-    """What the server of DDP does with the workers' mean gradient: one step; what is given stays as it is."""
-    named = {name: nn.Parameter(value.clone()) for name, value in params.items()}
+    """What the server of DDP does with the workers' mean gradient: one step. What is given is moved, all of it."""
+    named = {name: nn.Parameter(value) for name, value in params.items()}
     for name, parameter in named.items():
-        parameter.grad = gradient[name].clone() if config.clip_norm else gradient[name]
+        parameter.grad = gradient[name]
     optimizer = make_optimizer(named.values(), config)
-    _restore(optimizer, named, moments.clone())
+    _restore(optimizer, named, moments)
     _step(optimizer, config, rate)
     return {name: parameter.detach() for name, parameter in named.items()}, _collect(optimizer, named, moments.step + 1)
 

@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 
 from twist_fl.blueprint.blocks import Layout, runs
+from twist_fl.blueprint.moments import OUTER
 from twist_fl.config.schema import AggregateConfig
 from twist_fl.model.subnet import State
 
-STATES = {"mean": (), "momentum": ("momentum",), "nesterov": ("momentum",), "adam": ("exp_avg", "exp_avg_sq")}
 Held = Mapping[str, npt.NDArray[np.bool_]]
 """For each parameter, which of its blocks somebody held in the round; a parameter held whole has one."""
 
@@ -32,7 +32,7 @@ class OuterState:
 
 def new_outer(config: AggregateConfig, layout: Layout, params: State) -> OuterState | None:
     """Of a run that has not begun; None where the mean is all."""
-    names = STATES[config.optimizer]
+    names = OUTER[config.optimizer]
     if not names:
         return None
     return OuterState(
