@@ -38,6 +38,7 @@ BENCHES = {
     "flight_line": "the same over a line of 1 Gbit/s and 20 ms; as root",
     "chaos": "a run whose nodes, server, disk and network fail all the time; 15 minutes at a time",
     "start_up": "from a command to its first round, beside an earlier commit and without Flower",
+    "run_memory": "peak memory of a run's server and workers beside the cost model's; with --model of a real one",
     "warm_nodes": "what a round costs on a network of nodes, stock and warm",
 }
 EVERY = ("round", "ddp", "growth", "server", "transport", "step")

@@ -317,6 +317,17 @@ def _start_up(found: Row) -> str:
     )
 
 
+def _run_memory(found: Row) -> str:
+    return table(
+        found["rows"],
+        ("", lambda r: str(r["way"])),
+        ("server, GB", lambda r: f"{r['server']['bytes'] / 1e9:.2f}"),
+        ("of the counted", lambda r: f"{r['server']['ratio']:.2f}"),
+        ("a worker, GB", lambda r: f"{r['worker']['bytes'] / 1e9:.2f}"),
+        ("of the counted ", lambda r: f"{r['worker']['ratio']:.2f}"),
+    )
+
+
 def _ticket_speed(what: str) -> Callable[[Row], str]:
     def made(found: Row) -> str:
         rows = [row | row[what] for row in found["rows"]]
@@ -350,6 +361,7 @@ TABLES: dict[str, dict[str, Callable[[Row], str]]] = {
     "chaos_mean": {"chaos, perplexity over rounds": _chaos},
     "scale": {"scale": _scale},
     "start_up": {"start-up": _start_up},
+    "run_memory": {"memory of a run": _run_memory},
     "ticket_speed": {"a new token": _ticket_speed("token"), "a prompt": _ticket_speed("prompt")},
     "wire": {"wire": _wire},
     "step": {"step": _step},

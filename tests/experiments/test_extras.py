@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from itertools import combinations
 from math import comb, exp, sqrt
 from pathlib import Path
@@ -31,7 +32,6 @@ from twist_fl.experiments import (
     best,
     failure,
     finetune,
-    pretrained,
     real_cost,
     recipe,
     search,
@@ -43,6 +43,7 @@ from twist_fl.experiments.experiment import Experiment
 from twist_fl.experiments.extras import EXTRAS
 from twist_fl.experiments.lab import SCALES, TRAIN, Lab, Task
 from twist_fl.experiments.measures import MEASURES
+from twist_fl.experiments.pretrained import PRETRAINED, PRETRAINED_BOTH
 from twist_fl.experiments.runs import DDP
 from twist_fl.model.masked import MaskedModel
 from twist_fl.model.subnet import State
@@ -260,13 +261,20 @@ def test_ordered_tickets_hold_the_first_blocks(folder: RunFolder) -> None:
     assert ticket["mean"] == pytest.approx(exp(mean_nll(model, job.corpus.test, 4)), rel=1e-6)
 
 
+def blocks(size: Any) -> int:
+    """Of 12; the experiments name sizes by number, and by share."""
+    return int(Fraction(size) * 12) if "/" in str(size) else int(size)
+
+
 def made_up(task: Task, lab: Lab) -> dict[str, Any]:
     """A result such as the task gives: perplexities 100 + a number for the run + blocks that are missing."""
     given, base = task.arguments, 100.0 + len(task.runs[0] if task.runs else task.name)
     spread = {"std": 1.5, "min": base - 1, "max": base + 2}
     if task.kind == TRAIN:
         config = lab.config(task)
-        tickets = [{"size": size, "of": 12, "mean": base + 12 - int(size), **spread} for size in config.eval.sizes]
+        tickets = [
+            {"size": size, "of": 12, "mean": base + 12 - size, **spread} for size in map(blocks, config.eval.sizes)
+        ]
         return {"config": portable_config(config), "rounds": config.train.rounds, "full": base, "tickets": tickets}
     if task.kind == "failure":
         rows = [{"lost": m, "mean": base * 1.3**m, "min": base * 1.2**m, "max": base * 1.5**m, "perplexities": [base]}
@@ -276,11 +284,11 @@ def made_up(task: Task, lab: Lab) -> dict[str, Any]:
         ratios = [{"kind": kind, "size": size, "of": 12, "mean": (size / 12) ** 0.6, "std": 0.02}
                   for kind in KINDS for size in given["sizes"]]  # fmt: skip
         return {"rows": ratios, "draws": 3, "tokens": 1000, "seed": 0}
-    if task.kind in ("ordered_tickets", "start"):
-        tickets = [{"size": size, "of": 12, "mean": 90.0, "std": 3.0} for size in given["sizes"]]
+    if task.kind in ("ordered_tickets", "start", "tickets"):
+        tickets = [{"size": size, "of": 12, "mean": 90.0, "std": 3.0} for size in map(blocks, given["sizes"])]
         return {"full": 80.0, "tickets": tickets}
     if task.kind == "prune":
-        return {"perplexity": 50.0 + given["size"]}
+        return {"perplexity": 50.0 + blocks(given["size"])}
     assert task.kind == "real_cost"
     sizes = {"num_params": 1000, "file_bytes": 4000, "gzip_bytes": 3600, "ms_per_window": 8.0, "ms_per_token": 2.0}
     full = {"method": "full", "nonzero": 1000, "perplexity": base, "draws": 1, **sizes}
@@ -480,15 +488,20 @@ def test_twist_is_one_checkpoint_and_a_rival_its_best_in_each_column() -> None:
 
 def test_a_pretrained_model_is_compared_with_the_best_pruned_one(lab: Lab) -> None:
     """At tiny it is the lab's DDP run; where the user names one, nothing is trained first."""
-    assert {task.runs for task in pretrained.tasks(lab) if task.kind == TRAIN and task != DDP} == {("ddp",)}
-    named = Lab(lab.folder, SCALES["smollm2"], ("data.path=.", "model.pretrained=."))
-    assert [task.runs for task in pretrained.tasks(named) if task.kind == TRAIN] == [(), (), ()]
-    data = pretrained.collect(lab)
-    assert data["about"]["tokens"] == dict.fromkeys(pretrained.LR, 100 * 4 * 15 * 4 * 16)
-    (table,) = pretrained.tables(data).values()
-    assert table[1] == ["before", "80.00", *["90.00 ± 3.00"] * 4]
-    full = 100 + len("ddp")
-    assert f"3/12: TwIST's random tickets have {(full + 9) / 53:.2f} of the perplexity" in pretrained.notes(data)[-1]
+    runs = [(PRETRAINED, ("twist", "rewired", "fedavg")), (PRETRAINED_BOTH, ("both", "fedavg"))]
+    for experiment, names in runs:
+        trained = [task for task in experiment.tasks(lab) if task.kind == TRAIN and task != DDP]
+        assert {task.name: task.runs for task in trained} == {f"pretrained-{name}": ("ddp",) for name in names}
+        named = Lab(lab.folder, SCALES["smollm2"], ("data.path=.", "model.pretrained=."))
+        assert [task.runs for task in experiment.tasks(named) if task.kind == TRAIN] == [()] * len(names)
+        data = experiment.collect(lab)
+        assert data["about"]["tokens"] == {f"pretrained-{name}": 100 * 4 * 15 * 4 * 16 for name in names}
+        (table,) = experiment.tables(data).values()
+        assert table[1] == ["before" if len(names) > 2 else "before, rewired", "80.00", *["90.00 ± 3.00"] * 4]
+        full = 100 + len("ddp")
+        said = experiment.notes(data)[-1]
+        assert f"3/12: TwIST's random tickets have {(full + 9) / 53:.2f} of the perplexity" in said
+        assert ("without rewiring" in said) == (len(names) > 2)
 
 
 def test_what_a_run_started_from(folder: RunFolder) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from twist_fl import rounds
 from twist_fl.blueprint.division import Setting
 from twist_fl.blueprint.drawing import full_blueprint
+from twist_fl.config.shares import Size
 from twist_fl.config.sizes import ticket_size
 from twist_fl.data.corpus import Windows
 from twist_fl.experiments.ablation import ordered_tickets
@@ -24,14 +25,14 @@ from twist_fl.tickets import evaluate
 from twist_fl.training.job import Job
 
 
-def tickets(folder: RunFolder, *, setting: Setting, sizes: list[int], draws: int) -> dict[str, Any]:
+def tickets(folder: RunFolder, *, setting: Setting, sizes: list[Size], draws: int) -> dict[str, Any]:
     """Perplexity of `draws` random tickets a size; the run may have divided anything else."""
     run = TrainedRun(folder.path)
     job = replace(run.job, division=replace(run.job.division, setting=setting))
     return {"tickets": _tickets(job, run.state.params, run.test, sizes, draws)}
 
 
-def start(folder: RunFolder, *, sizes: list[int], draws: int) -> dict[str, Any]:
+def start(folder: RunFolder, *, sizes: list[Size], draws: int) -> dict[str, Any]:
     """What a run started from: perplexity of the full model and of `draws` random tickets a size."""
     job = folder.job()
     params, windows = rounds.start(job).params, job.corpus.test[: job.config.eval.max_windows]
@@ -40,7 +41,7 @@ def start(folder: RunFolder, *, sizes: list[int], draws: int) -> dict[str, Any]:
     return {"full": perplexity, "tickets": _tickets(job, params, windows, sizes, draws)}
 
 
-def _tickets(job: Job, params: State, windows: Windows, sizes: list[int], draws: int) -> list[dict[str, Any]]:
+def _tickets(job: Job, params: State, windows: Windows, sizes: list[Size], draws: int) -> list[dict[str, Any]]:
     models, eval_ = job.models(), job.config.eval
     found = []
     for size in (ticket_size(job.layout, job.division, wanted) for wanted in sizes):
@@ -58,7 +59,7 @@ def _tickets(job: Job, params: State, windows: Windows, sizes: list[int], draws:
     return found
 
 
-def prune(folder: RunFolder, *, method: str, setting: Setting, size: int, calibration: int) -> dict[str, Any]:
+def prune(folder: RunFolder, *, method: str, setting: Setting, size: Size, calibration: int) -> dict[str, Any]:
     """Perplexity of the run's model pruned after training, and what that cost."""
     run = TrainedRun(folder.path)
     job, state = run.job, run.state
