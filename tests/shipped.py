@@ -25,17 +25,23 @@ def ticket_of(job: Job, blueprint: Blueprint) -> Ticket:
     return make_ticket(job.layout, start(job).params, fields, blueprint, scale)
 
 
-def shipment(job: Job, carry: Carry) -> Shipment:
-    return Shipment(job, DeviceConfig("phone", 3.0), (0, 1), start(job).params, 16, carry)
+def shipment(job: Job) -> Shipment:
+    return Shipment(job, DeviceConfig("phone", 3.0), (0, 1), start(job).params, 16)
 
 
 def ship(job: Job, carry: Carry, blueprint: Blueprint) -> dict[str, Any]:
-    return shipment(job, carry).ship(blueprint, ticket_of(job, blueprint))
+    talk = shipment(job).ship(blueprint, ticket_of(job, blueprint))
+    content = next(talk)
+    while True:
+        try:
+            content = talk.send(carry(content))
+        except StopIteration as end:
+            return dict(end.value)
 
 
 def whole_ticket(job: Job, blueprint: Blueprint) -> RecordDict:
     """One message that has it all."""
     own, held = job.layout.own_keys(blueprint)
-    given = shipment(job, lambda content: content)
+    given = shipment(job)
     parts = take_parts(own, with_copies(own, given.params), [name for name, _ in parts_of(own, held)])
     return given.to_records(blueprint, ticket_of(job, blueprint), "state", parts)

@@ -126,4 +126,4 @@ def test_make_and_flwr_are_given_what_they_know() -> None:
         pairs = [word.partition("=")[::2] for word in shlex.split(found[1])]
         assert {key for key, _ in pairs} <= keys.keys()
         values = dict(pairs)
-        divides(load_config(values["preset"], values["overrides"].split()))
+        divides(load_config(values.get("preset", "demo"), values["overrides"].split()))

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Generator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
+from hypothesis import given
+from hypothesis import strategies as st
+from local_grid import LocalGrid
 from shipped import ship, ticket_of
 
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.blueprint.drawing import draw_ticket
-from twist_fl.federation import shipping
+from twist_fl.federation import deploy, shipping
 from twist_fl.federation.connecting import NoWorkersError
+from twist_fl.rounds import start
+from twist_fl.runs.checkpoint import RunFolder
+from twist_fl.runs.resume import at_places
+from twist_fl.system.errors import ConfigError
 from twist_fl.tickets.edge_client import EdgeReport
 from twist_fl.tickets.export import export_ticket
 from twist_fl.training.job import Job
@@ -132,3 +140,58 @@ def test_query_heads_travel_with_keys_of_their_own(tiny_job: MakeJob, cache: Pat
         blueprint = draw_ticket(job.layout, job.division, (size, size), 0, 0)
         shipped(job, blueprint)
         assert_arrived(job, blueprint, cache, tmp_path)
+
+
+# Many devices
+
+
+@given(
+    nodes=st.lists(st.integers(0, 3), max_size=8),
+    at_once=st.integers(1, 4),
+    lengths=st.lists(st.integers(0, 3), min_size=8, max_size=8),
+    lost=st.sets(st.integers(0, 7)),
+)
+def test_each_device_has_its_talk_and_no_two_on_one_node_at_a_time(
+    nodes: list[int], at_once: int, lengths: list[int], lost: set[int]
+) -> None:
+    said: dict[int, list[int]] = {place: [] for place in range(len(nodes))}
+
+    def serve(place: int) -> Generator[RecordDict, RecordDict, None]:
+        for i in range(lengths[place]):
+            answer = yield RecordDict({"it": ConfigRecord({"place": place, "number": i})})
+            said[place].append(int(answer.config_records["it"]["number"]))  # type: ignore[arg-type]
+        if not lengths[place]:
+            raise ConfigError(f"{place} is too slow")
+
+    def carry(messages: Mapping[int, RecordDict]) -> dict[int, deploy.Answer]:
+        assert 0 < len(messages) <= at_once
+        assert len({nodes[place] for place in messages}) == len(messages)
+        assert all(content.config_records["it"]["place"] == place for place, content in messages.items())
+        return {place: NoWorkersError(f"{place} is away") if place in lost else messages[place] for place in messages}
+
+    failed = deploy._talk(serve, nodes, at_once, carry)
+    served = [place for place in said if lengths[place] and place not in lost]
+    assert said == {place: [*range(lengths[place])] if place in served else [] for place in said}
+    expected = [f"{place} is {'away' if lengths[place] else 'too slow'}" for place in said if place not in served]
+    assert list(map(str, failed)) == expected
+
+
+def test_devices_are_served_each_on_its_node_and_who_is_away_is_named_at_the_end(
+    tiny_job: MakeJob, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create(tiny_job())
+    ended = start(folder.job())
+    folder.save(ended, folder.job().model_config, folder.job().corpus.tokenizer_folder)
+    job = at_places(folder.job(), ["deploy.at_once=2", "deploy.new_tokens=4"])
+    grid = LocalGrid(3, broken=[1])
+    broken = sorted(grid.get_node_ids()).index(next(node for node, place in grid.partitions.items() if place == 1))
+    names = [f"device-{place}" for place in range(5)]
+    with pytest.raises(NoWorkersError) as failed:
+        deploy.deploy_run(grid, folder, job, " ".join(f"{name}=1/2,bfloat16" for name in names))
+    away = [name for place, name in enumerate(names) if place % 3 == broken]
+    assert str(failed.value) == "; ".join(f"device {name} failed: ValueError: no room on this node" for name in away)
+    rows = json.loads((folder.path / "deployed.json").read_text())
+    assert [row["name"] for row in rows] == [name for name in names if name not in away]
+    assert {event["name"] for event in folder.events("device")} == {row["name"] for row in rows}
+    assert not folder.events("deployed")

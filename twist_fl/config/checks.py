@@ -21,7 +21,7 @@ _BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "train.loss_chunk train.clip_norm model.n_layer model.n_head model.n_kv_head model.n_embd model.n_inner "
         "model.n_positions eval.batch_size eval.watch_windows eval.max_windows eval.tickets blueprint.score_windows "
         "checkpoint_every flower.round_timeout flower.poll_interval flower.connect_timeout flower.wait_for_nodes "
-        "flower.cpus_per_worker deploy.new_tokens deploy.windows blueprint.ffn_blocks "
+        "flower.cpus_per_worker deploy.new_tokens deploy.windows deploy.at_once blueprint.ffn_blocks "
         "aggregate.server_lr aggregate.tau",
     ),
     "0 or more": (

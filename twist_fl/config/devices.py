@@ -31,6 +31,9 @@ class DeviceConfig:
 class DeployConfig:
     devices: list[DeviceConfig] = field(default_factory=list)
     """What `twist-fl deploy` serves if it is given none: [{name: phone, memory_mb: 2, latency_ms: 20}]."""
+    at_once: int = 1
+    """Devices that are served at a time: more than one where each is a machine of its own, for else they slow each
+    other down while they measure."""
     new_tokens: int = 32
     """Tokens generated to measure latency."""
     windows: int = 64

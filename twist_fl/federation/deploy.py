@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import cache, partial
 from math import ceil
 from typing import Any
 
@@ -19,7 +19,7 @@ from twist_fl.config.sizes import TicketSize, ticket_sizes
 from twist_fl.federation import wire
 from twist_fl.federation.connecting import NoWorkersError
 from twist_fl.federation.exchange import exchange
-from twist_fl.federation.shipping import TIMES, Shipment, receive
+from twist_fl.federation.shipping import TIMES, Shipment, Talk, receive
 from twist_fl.model.subnet import State
 from twist_fl.rounds import RunState
 from twist_fl.runs.checkpoint import RunFolder
@@ -58,8 +58,9 @@ def devices_of(job: Job, pairs: Iterable[str]) -> list[DeviceConfig]:
     return parse_devices(pairs) or job.config.deploy.devices or default_devices(job)
 
 
-Carry = Callable[[int, DeviceConfig, RecordDict], RecordDict]
-"""Takes a message to the device of that place, and brings its answer."""
+Answer = RecordDict | NoWorkersError
+Carry = Callable[[Mapping[int, RecordDict]], Mapping[int, Answer]]
+"""Takes messages to the devices of these places, and brings their answers."""
 
 
 def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> None:
@@ -73,10 +74,9 @@ def deploy_run(grid: Grid, folder: RunFolder, job: Job, devices: str = "") -> No
         if not nodes:
             raise NoWorkersError("no edge client is connected")
 
-        def carry(place: int, device: DeviceConfig, content: RecordDict) -> RecordDict:
-            return _by_flower(grid, nodes[place % len(nodes)], job, device, content)
-
-        _deploy(folder, job, state, devices_of(job, devices.split()), carry)
+        wanted = devices_of(job, devices.split())
+        of = [nodes[place % len(nodes)] for place in range(len(wanted))]
+        _deploy(folder, job, state, wanted, of, partial(_by_flower, grid, job, wanted, of))
 
 
 def deploy_here(
@@ -84,40 +84,79 @@ def deploy_here(
 ) -> None:
     """`_deploy` to devices that this process plays, by the same messages."""
 
-    def carry(place: int, device: DeviceConfig, content: RecordDict) -> RecordDict:
-        if "params" not in content:
-            say(f"{device.name}: device {place + 1} of {len(devices)} gets its ticket and measures it")
-        return receive(job, content)
+    def carry(messages: Mapping[int, RecordDict]) -> dict[int, Answer]:
+        for place, content in messages.items():
+            if "params" not in content:
+                say(f"{devices[place].name}: device {place + 1} of {len(devices)} gets its ticket and measures it")
+        return {place: receive(job, content) for place, content in messages.items()}
 
     with folder.lock("server"), folder.failures_logged():
-        _deploy(folder, job, state, devices, carry)
+        _deploy(folder, job, state, devices, [0] * len(devices), carry)
 
 
-def _deploy(folder: RunFolder, job: Job, state: RunState, devices: Sequence[DeviceConfig], carry: Carry) -> None:
+def _deploy(
+    folder: RunFolder, job: Job, state: RunState, devices: Sequence[DeviceConfig], nodes: Sequence[int], carry: Carry
+) -> None:
     """For each device: plan, draw, fold, ship, log what it measured; `folder` gets deployed.json and deployed/NAME/.
 
-    Devices are served one after another, so that they do not disturb each other's latency. Raises ConfigError when
-    all have been served, if some are too slow with every ticket.
+    `nodes`: where each device is; of a node's devices one is served at a time, and deploy.at_once of all. When all
+    have been served, raises ConfigError if some are too slow with every ticket, NoWorkersError if some have not
+    answered.
     """
     # All are planned before any is served: an impossible device is refused before anything starts.
-    plans = [(device, plan_device(job, device)) for device in devices]
-    rows, too_slow = [], []
-    for place, (device, tickets) in enumerate(plans):
-        params = {name: tensor.to(getattr(torch, device.dtype)) for name, tensor in state.params.items()}
-        text = (place, len(plans))
-        ship = Shipment(job, device, text, params, _context(job, device), partial(carry, place, device)).ship
-        try:
-            ticket, row = settle(job, params, device, tickets, ship)
-        except ConfigError as error:
-            too_slow.append(str(error))
-            continue
-        rows.append(row)
+    plans = [plan_device(job, device) for device in devices]
+    in_dtype = cache(lambda name: {key: tensor.to(getattr(torch, name)) for key, tensor in state.params.items()})
+    rows: dict[int, dict[str, Any]] = {}
+
+    def serve(place: int) -> Talk[None]:
+        device, text = devices[place], (place, len(devices))
+        params = in_dtype(device.dtype)  # of float32 no copy
+        ship = Shipment(job, device, text, params, _context(job, device)).ship
+        ticket, row = yield from settle(job, params, device, plans[place], ship)
+        rows[place] = row
         export_ticket(ticket, folder.path / "deployed" / device.name, job.corpus.tokenizer_folder)
-        write_json(rows, folder.path / "deployed.json")
+        write_json([rows[place] for place in sorted(rows)], folder.path / "deployed.json")
         folder.log("device", round=state.round, **row)
-    if too_slow:
-        raise ConfigError("; ".join(too_slow))
+
+    if failed := _talk(serve, nodes, job.config.deploy.at_once, carry):
+        raise type(failed[0])("; ".join(map(str, failed)))
     folder.log("deployed", round=state.round)
+
+
+def _talk(
+    serve: Callable[[int], Talk[None]], nodes: Sequence[int], at_once: int, carry: Carry
+) -> list[ConfigError | NoWorkersError]:
+    """Serve the device of every place; what has failed, in the order of the places.
+
+    Up to `at_once` devices, each on a node of its own, get a message at a time; the next go out when all have answered.
+    """
+    waiting, talks = list(range(len(nodes))), dict[int, Talk[None]]()
+    failed: dict[int, ConfigError | NoWorkersError] = {}
+    answers: Mapping[int, Answer] = {}
+    while True:
+        messages = {}
+        for place in (*answers, *waiting):
+            if place not in talks:
+                if len(talks) == at_once or nodes[place] in {nodes[other] for other in talks}:
+                    continue
+                waiting.remove(place)
+                talks[place] = serve(place)
+            answer = answers.get(place)
+            try:
+                if answer is None:
+                    messages[place] = next(talks[place])
+                elif isinstance(answer, NoWorkersError):
+                    talks[place].throw(answer)
+                else:
+                    messages[place] = talks[place].send(answer)
+            except (ConfigError, NoWorkersError) as error:
+                failed[place] = error
+                del talks[place]
+            except StopIteration:
+                del talks[place]
+        if not messages:
+            return [failed[place] for place in sorted(failed)]
+        answers = carry(messages)
 
 
 def plan_device(job: Job, device: DeviceConfig) -> dict[TicketSize, Blueprint]:
@@ -144,8 +183,8 @@ def settle(
     params: State,
     device: DeviceConfig,
     tickets: dict[TicketSize, Blueprint],
-    ship: Callable[[Blueprint, Ticket], dict[str, Any]],
-) -> tuple[Ticket, dict[str, Any]]:
+    ship: Callable[[Blueprint, Ticket], Talk[dict[str, Any]]],
+) -> Talk[tuple[Ticket, dict[str, Any]]]:
     """`ship` the largest of `tickets` and, while the device is slower with it than its limit, a smaller one.
 
     Returns the ticket that stays, and its row. Raises ConfigError if the device is too slow with the smallest, too.
@@ -156,7 +195,8 @@ def settle(
         blueprint = tickets[sizes[0]]
         ticket = make_ticket(job.layout, params, job.model_config.to_dict(), blueprint, job.config.blueprint.scale)
         planned_mb = ticket_memory_bytes(job.layout, blueprint, device.context, device.dtype) / 1e6
-        tried.append({**sizes[0].row, "planned_mb": planned_mb, "digest": ticket.digest, **ship(blueprint, ticket)})
+        measured = yield from ship(blueprint, ticket)
+        tried.append({**sizes[0].row, "planned_mb": planned_mb, "digest": ticket.digest, **measured})
         took = {"latency_ms": tried[-1]["ms_per_token"], "prompt_ms": tried[-1]["ms_per_prompt"]}
         limits = {key: limit for key in TIMES if (limit := getattr(device, key)) is not None}
         slowest = max(limits, key=lambda key: took[key] / limits[key], default=None)
@@ -183,11 +223,22 @@ def _row(device: DeviceConfig, tried: list[dict[str, Any]], limited_by: str | No
     }
 
 
-def _by_flower(grid: Grid, node: int, job: Job, device: DeviceConfig, content: RecordDict) -> RecordDict:
-    message = Message(content, dst_node_id=node, message_type=MESSAGE_TYPE)
-    replies = list(exchange(grid, [message], job.config.flower, job.config.flower.round_timeout))
-    if not replies:
-        raise NoWorkersError(f"device {device.name} did not answer within {job.config.flower.round_timeout:g} s")
-    if replies[0].has_error():
-        raise NoWorkersError(f"device {device.name} failed: {wire.error_of(replies[0])}")
-    return replies[0].content
+def _by_flower(
+    grid: Grid, job: Job, devices: Sequence[DeviceConfig], nodes: Sequence[int], contents: Mapping[int, RecordDict]
+) -> dict[int, Answer]:
+    flower = job.config.flower
+    messages = (
+        Message(content, dst_node_id=nodes[place], message_type=MESSAGE_TYPE, group_id=str(place))
+        for place, content in contents.items()
+    )
+    found: dict[int, Answer] = {
+        place: NoWorkersError(f"device {devices[place].name} did not answer within {flower.round_timeout:g} s")
+        for place in contents
+    }
+    for reply in exchange(grid, messages, flower, flower.round_timeout):
+        place = int(reply.metadata.group_id)
+        if reply.has_error():
+            found[place] = NoWorkersError(f"device {devices[place].name} failed: {wire.error_of(reply)}")
+        else:
+            found[place] = reply.content
+    return found

@@ -7,10 +7,10 @@ transfer that was cut goes on. No message is larger than PIECE_BYTES by more tha
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from flwr.app import ConfigRecord, RecordDict
@@ -31,6 +31,9 @@ from twist_fl.tickets.export import Ticket, export_ticket, fold_ticket, ticket_d
 from twist_fl.tickets.parts import Shelf, parts_of, put_together, take_parts
 from twist_fl.training.job import Job
 
+Found = TypeVar("Found")
+Talk = Generator[RecordDict, RecordDict, Found]
+"""Messages to one device, each of which is sent its answer; and what comes of it."""
 TIMES = ("latency_ms", "prompt_ms")
 """Limits that only the device itself can measure."""
 PIECE_BYTES = 64_000_000
@@ -60,15 +63,13 @@ class Shipment:
     params: State
     """The full model's, in the device's precision."""
     context: int
-    carry: Callable[[RecordDict], RecordDict]
-    """Takes a message to the device, and brings its answer."""
 
     @cached_property
     def _content(self) -> str:
         """Name of the weights, by what is in them."""
         return ticket_digest("", "", self.params)[:32]
 
-    def ship(self, blueprint: Blueprint, ticket: Ticket) -> dict[str, Any]:
+    def ship(self, blueprint: Blueprint, ticket: Ticket) -> Talk[dict[str, Any]]:
         """What the device measured of the ticket, and the bytes it was sent for it. Raises NoWorkersError."""
         own, held = self.job.layout.own_keys(blueprint)
         whole, wanted = with_copies(own, self.params), {name for name, _ in parts_of(own, held)}
@@ -78,7 +79,7 @@ class Shipment:
         while True:
             content = self.to_records(blueprint, ticket, state, parts)
             sent += sum(tensors.num_bytes(content).values())
-            answer = self._answer(self.carry(content), wanted)
+            answer = self._answer((yield content), wanted)
             if isinstance(answer, dict):
                 return _row(answer) | {"bytes_received": sent}
             if len(answer) >= missing:

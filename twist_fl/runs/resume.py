@@ -33,8 +33,9 @@ class FixedError(ConfigError):
 
 
 def at_places(job: Job, overrides: Sequence[str]) -> Job:
-    """`job` with other PLACES, for a command that only looks at the run. Raises ConfigError for any other key."""
-    return _changed(job, overrides, PLACES) if overrides else job
+    """`job` with other PLACES, or settings of deployment, for a command that only looks at the run. Raises ConfigError
+    for any other key."""
+    return _changed(job, overrides, (*PLACES, "deploy.")) if overrides else job
 
 
 @dataclass(frozen=True)
