@@ -463,10 +463,11 @@ def test_the_best_recipe_and_its_rivals_have_one_start_one_budget_and_seeds(lab:
     (table,) = best.tables(data).values()
     rows = {line[0]: line[1:] for line in table[1:]}
     assert {label: len(found) for label, found in data["rows"].items() if len(found) > 1} == dict.fromkeys(
-        (*best.METHODS, "DDP, then SparseGPT"), 3
+        (best.TWIST, best.DDP, "DDP, then SparseGPT"), 3
     )
     assert rows["DDP, then SparseGPT"][0] == rows[best.DDP][0]  # pruned is the model that DDP has fine-tuned
     assert rows["DDP, then Wanda"][0] == f"{data['rows'][best.DDP][0]['full']:.2f}"  # of the first seed
+    assert "division" in best.notes(data)[-1]
     trained = {task.name: task for task in best.tasks(lab) if task.kind == TRAIN and task != DDP}
     assert {task.runs for task in trained.values()} == {("ddp",)}
     configs = {name: lab.config(task) for name, task in trained.items()}

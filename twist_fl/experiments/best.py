@@ -18,16 +18,22 @@ from twist_fl.report.glossary import LOWER
 from twist_fl.system.units import size_label
 
 LR = "4e-3"
-BEFORE, TWIST, DDP = "before: DDP", "TwIST", "DDP"
+BEFORE, TWIST, DDP, FEDAVG = "before: DDP", "TwIST", "DDP", "FedAvg"
 METHODS = {
     TWIST: task_of("best-twist", LR, BOTH, *SHUFFLED, *TOGETHER, "blueprint.rewire=true"),
     DDP: finetune.tried(finetune.DDP)[LR],
+    FEDAVG: task_of("best-fedavg", LR, "algorithm=fedavg", *MOMENTUM, "train.beta2=0.99"),
 }
+
+
+def _runs(lab: Lab, label: str) -> list[Task]:
+    """Over seeds what is claimed and its rival; FedAvg, which says what averaging alone costs, once."""
+    return seeded(lab, METHODS[label])[: 1 if label == FEDAVG else None]
 
 
 def _pruned(lab: Lab) -> dict[str, list[list[Task]]]:
     """By pruner: of each run of DDP one task a size. Only SparseGPT prunes every seed's."""
-    dense = seeded(lab, METHODS[DDP])
+    dense = _runs(lab, DDP)
     return {
         name: [pruned(lab, run, method) for run in (dense if method == "sparsegpt" else dense[:1])]
         for name, method in PRUNERS.items()
@@ -35,13 +41,13 @@ def _pruned(lab: Lab) -> dict[str, list[list[Task]]]:
 
 
 def tasks(lab: Lab) -> list[Task]:
-    trained = [run for task in METHODS.values() for run in seeded(lab, task)]
+    trained = [run for label in METHODS for run in _runs(lab, label)]
     return [runs.DDP, *trained, *(task for each in _pruned(lab).values() for task in chain(*each))]
 
 
 def collect(lab: Lab) -> Data:
     rows = {BEFORE: [row_of(lab, runs.DDP)]}
-    rows |= {label: [row_of(lab, run) for run in seeded(lab, task)] for label, task in METHODS.items()}
+    rows |= {label: [row_of(lab, run) for run in _runs(lab, label)] for label in METHODS}
     for pruner, each in _pruned(lab).items():
         rows[f"{DDP}, then {pruner}"] = [pruned_row(lab, row, task) for row, task in zip(rows[DDP], each, strict=False)]
     return {"about": about(lab), "rows": rows}
@@ -75,12 +81,15 @@ def notes(data: Data) -> list[str]:
     rows = {label: over_seeds(each) for label, each in data["rows"].items()}
     sparse = rows[f"{DDP}, then SparseGPT"]
     of_dense = ", ".join(f"{mean / rows[DDP][0][0]:.3f}" for mean, _ in rows[TWIST])
+    averaged = rows[FEDAVG][0][0] / rows[DDP][0][0]
     of_sparse = ", ".join(f"{mean / sparse[i][0]:.2f}" for i, (mean, _) in enumerate(rows[TWIST]) if i)
     return [
         "All start from the lab's DDP run and train as many batches again, with new optimiser state and "
-        f"{', '.join(finetune.SCHEDULE)}; TwIST with {', '.join(MOMENTUM)}, train.beta2=0.99.",
+        f"{', '.join(finetune.SCHEDULE)}; TwIST and FedAvg with {', '.join(MOMENTUM)}, train.beta2=0.99.",
         "TwIST: workers of 12, 6, 4 and 3 blocks, three common, so that its ticket of 3/12 is always those three.",
         f"TwIST has {of_dense} of DDP's full model, from left to right; {of_sparse} of SparseGPT's model of each size.",
+        f"FedAvg's full model has {averaged:.3f} of DDP's: the price of averaging once a round instead of after "
+        "every batch. What TwIST's has beyond it is the price of the division.",
     ]
 
 
