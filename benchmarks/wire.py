@@ -25,6 +25,7 @@ from common import save, show
 from twist_fl.blueprint.drawing import full_blueprint
 from twist_fl.config.schema import load_config
 from twist_fl.config.sizes import ticket_size
+from twist_fl.experiments.lab import ALIKE
 from twist_fl.federation import wire
 from twist_fl.rounds import RoundMean, RunState, plan, start
 from twist_fl.runs.checkpoint import RunFolder
@@ -70,6 +71,7 @@ def one(args: argparse.Namespace, scratch: Path) -> None:
     """One way, in a process of its own: from the state in `--base` if there is one."""
     torch.set_num_threads(1)
     preset = (f"data.path={args.data.resolve()}", "train.threads=1", "train.device=cpu", f"train.lr={args.lr}")
+    preset += (*ALIKE, "blueprint.num_sub=1/2", "train.beta2=0.95")
     # Twice the rounds, so that the second half trains on other batches than the first.
     budget = (
         f"flower.wire_dtype={args.only.split(',')[0]}",

@@ -46,7 +46,7 @@ ALIKE = (
     *("blueprint.num_sub=4", "blueprint.assign=fixed", "blueprint.common=0", "blueprint.scale=sqrt"),
     *("aggregate.optimizer=mean", "aggregate.momentum=0.9"),
 )
-"""And the paper's workers, all of one size."""
+"""And the paper's workers, all of one size; the two larger scales have half of the blocks."""
 SCALES = {
     scale.name: scale
     for scale in (
@@ -61,7 +61,7 @@ SCALES = {
         Scale(
             "small",
             "wikitext2",
-            ("train.threads=1", *PLAIN),
+            ("train.threads=1", *PLAIN, *ALIKE, "blueprint.num_sub=1/2"),
             20,
             "local",
             "0.8 M parameters from scratch on WikiText-2 (data.path=FOLDER), 3 epochs; a CPU night or a GPU hour",
@@ -72,6 +72,7 @@ SCALES = {
             "wikitext2",
             (
                 *("train.device=cpu", "train.threads=1", "train.rounds=30", "train.interval=5", "train.batch_size=1"),
+                *("train.beta2=0.95", *ALIKE, "blueprint.num_sub=1/2"),
                 *("data.window=512", "blueprint.ffn_blocks=12", "checkpoint_every=3"),
                 *("blueprint.undivided_first=2", "blueprint.undivided_last=2"),
                 *("eval.every=0", "eval.batch_size=4", "eval.max_windows=32", "eval.tickets=5"),
