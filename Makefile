@@ -5,7 +5,11 @@ PYTHON ?= python3
 PIP_ARGS ?=
 BIN = $(VENV)/bin
 
-.PHONY: demo test check install lock clean
+# Many tests wait for other processes: one more at a time than there are cores.
+TESTS_AT_ONCE ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count() + 1)')
+MAKEFLAGS += --jobs=2
+
+.PHONY: demo test pytest check lint types install lock clean
 
 demo: install
 	$(BIN)/twist-fl demo
@@ -19,12 +23,19 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) --no-deps --editable .
 	touch $@
 
-test: check
-	$(BIN)/python -m pytest -n logical --dist loadfile --no-loadscope-reorder
+# mypy takes a minute of one core, and works beside the tests.
+test: types pytest
 
-check: install
+pytest: lint
+	$(BIN)/python -m pytest -n $(TESTS_AT_ONCE) --dist loadfile --no-loadscope-reorder
+
+check: lint types
+
+lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+types: lint
 	$(BIN)/mypy
 
 # Writes the versions that are installed now; run the tests before committing the result.

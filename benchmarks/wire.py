@@ -70,8 +70,10 @@ def perplexities(job: Job, state: RunState) -> dict[str, float]:
 def one(args: argparse.Namespace, scratch: Path) -> None:
     """One way, in a process of its own: from the state in `--base` if there is one."""
     torch.set_num_threads(1)
-    preset = (f"data.path={args.data.resolve()}", "train.threads=1", "train.device=cpu", f"train.lr={args.lr}")
-    preset += (*ALIKE, "blueprint.num_sub=1/2", "train.beta2=0.95")
+    preset = (
+        *(f"data.path={args.data.resolve()}", "train.threads=1", "train.device=cpu", f"train.lr={args.lr}"),
+        *(*ALIKE, "blueprint.num_sub=1/2", "train.beta2=0.95"),
+    )
     # Twice the rounds, so that the second half trains on other batches than the first.
     budget = (
         f"flower.wire_dtype={args.only.split(',')[0]}",

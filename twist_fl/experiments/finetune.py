@@ -25,8 +25,8 @@ SCHEDULE = ("train.schedule=wsd", "train.warmup=0.05", "train.decay=0.3", "train
 BOTH = "blueprint.setting=both"
 BEFORE, DDP, TWIST = "before: DDP", "DDP", "TwIST, 12, 6, 4, 3, two common"
 METHODS = {
-    DDP: ("ddp", ("algorithm=ddp",), ("5e-4", "1e-3", "2e-3", "4e-3")),
-    "FedAvg": ("fedavg", ("algorithm=fedavg",), ("2e-3", "4e-3")),
+    DDP: ("ddp", ("algorithm=ddp",), ("5e-4", "1e-3", "2e-3", "4e-3", "8e-3")),
+    "FedAvg": ("fedavg", ("algorithm=fedavg",), ("2e-3", "4e-3", "8e-3")),
     "TwIST, 6/12 (the paper)": ("both-6", (BOTH, "blueprint.num_sub=6"), ("2e-3", "4e-3")),
     TWIST: ("mixed", (BOTH, COMMON, *SHUFFLED), ("2e-3", "4e-3", "8e-3")),
 }
