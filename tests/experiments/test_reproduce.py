@@ -184,7 +184,8 @@ def test_what_is_repeated_is_repeated_as_often_as_asked(tmp_path: Path, capsys: 
     reproduce(Console(width=100), ["best"], "tiny", [], folder=tmp_path, seeds=2, dry_run=True)
     trained = [line.split()[0] for line in capsys.readouterr().out.splitlines() if " train " in line]
     runs = ["finetune-best-twist", "finetune-ddp-4e-3"]
-    assert trained == ["ddp", *(name for run in runs for name in (run, f"{run}-seed-1"))]
+    repeated = [name for run in runs for name in (run, f"{run}-seed-1")]
+    assert trained == ["ddp", *repeated, "finetune-best-fedavg"]
 
 
 def test_ctrl_c_leaves_no_process_and_the_same_command_goes_on(micro: list[str], tmp_path: Path) -> None:
