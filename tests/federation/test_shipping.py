@@ -23,6 +23,7 @@ from twist_fl.rounds import start
 from twist_fl.runs.checkpoint import RunFolder
 from twist_fl.runs.resume import at_places
 from twist_fl.system.errors import ConfigError
+from twist_fl.tickets.device_limits import parse_devices
 from twist_fl.tickets.edge_client import EdgeReport
 from twist_fl.tickets.export import export_ticket
 from twist_fl.training.job import Job
@@ -172,8 +173,52 @@ def test_each_device_has_its_talk_and_no_two_on_one_node_at_a_time(
     failed = deploy._talk(serve, nodes, at_once, carry)
     served = [place for place in said if lengths[place] and place not in lost]
     assert said == {place: [*range(lengths[place])] if place in served else [] for place in said}
-    expected = [f"{place} is {'away' if lengths[place] else 'too slow'}" for place in said if place not in served]
-    assert list(map(str, failed)) == expected
+    expected = {
+        place: f"{place} is {'away' if lengths[place] else 'too slow'}" for place in said if place not in served
+    }
+    assert {place: str(error) for place, error in failed.items()} == expected
+
+
+@given(nodes=st.lists(st.integers(0, 3), min_size=1, max_size=8), at_once=st.integers(1, 4), silent=st.integers(0, 3))
+def test_a_silent_node_is_waited_for_once(nodes: list[int], at_once: int, silent: int) -> None:
+    asked: list[int] = []
+
+    def serve(place: int) -> Generator[RecordDict, RecordDict, None]:
+        yield RecordDict()
+
+    def carry(messages: Mapping[int, RecordDict]) -> dict[int, deploy.Answer]:
+        asked.extend(messages)
+        return {
+            place: deploy.SilentError(f"{place} is silent") if nodes[place] == silent else messages[place]
+            for place in messages
+        }
+
+    failed = deploy._talk(serve, nodes, at_once, carry)
+    first, *untried = [place for place, node in enumerate(nodes) if node == silent] or [None]
+    assert sorted(asked) == [place for place in range(len(nodes)) if place not in untried]
+    assert {place: error and str(error) for place, error in failed.items()} == {
+        **({} if first is None else {first: f"{first} is silent"}),
+        **dict.fromkeys(untried),
+    }
+
+
+def test_devices_played_here_fail_each_for_itself(
+    tiny_job: MakeJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.create(tiny_job())
+    job, receive = at_places(folder.job(), ["deploy.new_tokens=4"]), deploy.receive
+
+    def without_text(job: Job, content: RecordDict) -> RecordDict:
+        if '"device": "two"' in str(content.config_records["ticket"]["json"]):
+            raise ConfigError("device two has no test text")
+        return receive(job, content)
+
+    monkeypatch.setattr(deploy, "receive", without_text)
+    devices = parse_devices(["one=1/2,0.000001ms", "two=1/2", "three=1/2"])
+    with pytest.raises(ConfigError, match=r"'one': latency_ms=1e-06 is too little.*; device two has no test text$"):
+        deploy.deploy_here(folder, job, start(job), devices, lambda text: None)
+    assert [row["name"] for row in json.loads((folder.path / "deployed.json").read_text())] == ["three"]
 
 
 def test_devices_are_served_each_on_its_node_and_who_is_away_is_named_at_the_end(

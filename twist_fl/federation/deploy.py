@@ -58,7 +58,12 @@ def devices_of(job: Job, pairs: Iterable[str]) -> list[DeviceConfig]:
     return parse_devices(pairs) or job.config.deploy.devices or default_devices(job)
 
 
-Answer = RecordDict | NoWorkersError
+class SilentError(NoWorkersError):
+    """A node has not answered in time."""
+
+
+Failure = ConfigError | NoWorkersError
+Answer = RecordDict | Failure
 Carry = Callable[[Mapping[int, RecordDict]], Mapping[int, Answer]]
 """Takes messages to the devices of these places, and brings their answers."""
 
@@ -85,10 +90,15 @@ def deploy_here(
     """`_deploy` to devices that this process plays, by the same messages."""
 
     def carry(messages: Mapping[int, RecordDict]) -> dict[int, Answer]:
+        found: dict[int, Answer] = {}
         for place, content in messages.items():
             if "params" not in content:
                 say(f"{devices[place].name}: device {place + 1} of {len(devices)} gets its ticket and measures it")
-        return {place: receive(job, content) for place, content in messages.items()}
+            try:
+                found[place] = receive(job, content)
+            except ConfigError as error:
+                found[place] = error
+        return found
 
     with folder.lock("server"), folder.failures_logged():
         _deploy(folder, job, state, devices, [0] * len(devices), carry)
@@ -100,8 +110,8 @@ def _deploy(
     """For each device: plan, draw, fold, ship, log what it measured; `folder` gets deployed.json and deployed/NAME/.
 
     `nodes`: where each device is; of a node's devices one is served at a time, and deploy.at_once of all. When all
-    have been served, raises ConfigError if some are too slow with every ticket, NoWorkersError if some have not
-    answered.
+    have been served, raises NoWorkersError if some have not answered, ConfigError if some are too slow with every
+    ticket or have no text, and names them all.
     """
     # All are planned before any is served: an impossible device is refused before anything starts.
     plans = [plan_device(job, device) for device in devices]
@@ -119,25 +129,27 @@ def _deploy(
         folder.log("device", round=state.round, **row)
 
     if failed := _talk(serve, nodes, job.config.deploy.at_once, carry):
-        raise type(failed[0])("; ".join(map(str, failed)))
+        kind = ConfigError if all(isinstance(error, ConfigError) for error in failed.values()) else NoWorkersError
+        untried = "device {} was not tried: its node has not answered"
+        raise kind("; ".join(str(failed[place] or untried.format(devices[place].name)) for place in sorted(failed)))
     folder.log("deployed", round=state.round)
 
 
 def _talk(
     serve: Callable[[int], Talk[None]], nodes: Sequence[int], at_once: int, carry: Carry
-) -> list[ConfigError | NoWorkersError]:
-    """Serve the device of every place; what has failed, in the order of the places.
+) -> dict[int, Failure | None]:
+    """Serve the device of every place; what has failed, None where it was not tried for a node that is silent.
 
     Up to `at_once` devices, each on a node of its own, get a message at a time; the next go out when all have answered.
     """
     waiting, talks = list(range(len(nodes))), dict[int, Talk[None]]()
-    failed: dict[int, ConfigError | NoWorkersError] = {}
+    failed: dict[int, Failure | None] = {}
     answers: Mapping[int, Answer] = {}
     while True:
         messages = {}
         for place in (*answers, *waiting):
             if place not in talks:
-                if len(talks) == at_once or nodes[place] in {nodes[other] for other in talks}:
+                if place in failed or len(talks) == at_once or nodes[place] in {nodes[other] for other in talks}:
                     continue
                 waiting.remove(place)
                 talks[place] = serve(place)
@@ -145,17 +157,21 @@ def _talk(
             try:
                 if answer is None:
                     messages[place] = next(talks[place])
-                elif isinstance(answer, NoWorkersError):
+                elif isinstance(answer, Failure):
                     talks[place].throw(answer)
                 else:
                     messages[place] = talks[place].send(answer)
             except (ConfigError, NoWorkersError) as error:
                 failed[place] = error
                 del talks[place]
+                if isinstance(error, SilentError):  # it may still be at work, and another would wait as long
+                    untried = [other for other in waiting if nodes[other] == nodes[place]]
+                    failed |= dict.fromkeys(untried)
+                    waiting = [other for other in waiting if other not in untried]
             except StopIteration:
                 del talks[place]
         if not messages:
-            return [failed[place] for place in sorted(failed)]
+            return failed
         answers = carry(messages)
 
 
@@ -232,7 +248,7 @@ def _by_flower(
         for place, content in contents.items()
     )
     found: dict[int, Answer] = {
-        place: NoWorkersError(f"device {devices[place].name} did not answer within {flower.round_timeout:g} s")
+        place: SilentError(f"device {devices[place].name} did not answer within {flower.round_timeout:g} s")
         for place in contents
     }
     for reply in exchange(grid, messages, flower, flower.round_timeout):
