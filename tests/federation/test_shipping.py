@@ -194,11 +194,12 @@ def test_a_silent_node_is_waited_for_once(nodes: list[int], at_once: int, silent
         }
 
     failed = deploy._talk(serve, nodes, at_once, carry)
-    first, *untried = [place for place, node in enumerate(nodes) if node == silent] or [None]
+    there = [place for place, node in enumerate(nodes) if node == silent]
+    first, untried = there[:1], there[1:]
     assert sorted(asked) == [place for place in range(len(nodes)) if place not in untried]
-    assert {place: error and str(error) for place, error in failed.items()} == {
-        **({} if first is None else {first: f"{first} is silent"}),
-        **dict.fromkeys(untried),
+    assert {place: str(error) for place, error in failed.items()} == {
+        **{place: f"{place} is silent" for place in first},
+        **dict.fromkeys(untried, "None"),
     }
 
 
@@ -207,12 +208,12 @@ def test_devices_played_here_fail_each_for_itself(
 ) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.create(tiny_job())
-    job, receive = at_places(folder.job(), ["deploy.new_tokens=4"]), deploy.receive
+    job = at_places(folder.job(), ["deploy.new_tokens=4"])
 
     def without_text(job: Job, content: RecordDict) -> RecordDict:
         if '"device": "two"' in str(content.config_records["ticket"]["json"]):
             raise ConfigError("device two has no test text")
-        return receive(job, content)
+        return shipping.receive(job, content)
 
     monkeypatch.setattr(deploy, "receive", without_text)
     devices = parse_devices(["one=1/2,0.000001ms", "two=1/2", "three=1/2"])

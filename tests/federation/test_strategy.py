@@ -539,6 +539,7 @@ def test_the_largest_peak_of_those_that_counted_is_logged_beside_the_cost_models
     ("train.optimizer_state=factored",),
     *((f"aggregate.optimizer={name}",) for name in ("momentum", "nesterov", "adam")),
     ("algorithm=ddp",),
+    ("train.variant=hybrid",),
 ])  # fmt: skip
 def test_the_memory_that_the_cost_model_gives_a_server_is_what_lies_there(
     overrides: tuple[str, ...], make_strategy: Callable[..., TwistStrategy]
@@ -547,6 +548,7 @@ def test_the_memory_that_the_cost_model_gives_a_server_is_what_lies_there(
     state, job = strategy.state, strategy.job
     held = [state.params, *(state.outer.values.values() if state.outer else ())]
     held += [state.params] * bool(state.outer or job.config.algorithm == "ddp")  # as it was before; gradients
+    held += [state.params] * 4 * (job.config.train.variant == "hybrid")  # weights, gradients and moments of its worker
     held += state.moments.values.values() if state.moments else []
     kept = sum(value.nbytes for each in held for value in each.values())
     strategy.run(LocalGrid())

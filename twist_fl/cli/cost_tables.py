@@ -112,11 +112,12 @@ def _show(console: Console, title: str, config: Config, model: Mapping[str, Any]
         highlight=False,
     )
     shares = sum(group.workers * (1 + group.cost.moments) * group.cost.subnet_params for group in found)
-    ready = BYTES_PER_PARAM * shares * number / config.train.workers
+    first = _first_client(config)
+    ready = BYTES_PER_PARAM * shares * (number - first) / (config.train.workers - first)
     needed = server_bytes(server_copies(config), layout, moments, ready)
     console.print(
         f"The server needs {human_bytes(needed)} beside its libraries, {human_bytes(ready)} of it for what lies ready "
-        "for a round's workers. With flower.transport=inline, or 16 bits on the wire, it is more.",
+        "for a round's workers. With flower.transport=inline, or 16 bits on the wire, it is another sum.",
         highlight=False,
     )
     if config.train.distill:

@@ -48,11 +48,13 @@ def workers_per_round(config: Config) -> int:
 
 def server_copies(config: Config) -> int:
     """How often the server holds what is as large as the model's parameters: they themselves, what they were before
-    the round where the outer optimiser asks for it, and what that keeps; of DDP gradients and Adam's two moments."""
+    the round where the outer optimiser asks for it, and what that keeps; of DDP gradients and Adam's two moments; where
+    the server trains (hybrid), all that training takes."""
     if config.algorithm == "ddp":
         return 2 + len(MOMENTS)
     kept = OUTER[config.aggregate.optimizer]
-    return 1 + len(kept) + bool(kept)
+    trained = 2 + len(MOMENTS) if config.train.variant == "hybrid" else 0
+    return 1 + len(kept) + bool(kept) + trained
 
 
 def of_workers(division: Division, workers: Sequence[int]) -> Division:

@@ -129,6 +129,7 @@ class TwistStrategy(RoundLoop):
         """
         for task in self._planned:
             if task.worker not in self.job.clients:
+                self._memory.num_bytes()  # the worker's own peak starts anew
                 self._worker = self._worker or Worker(self.job, MomentShelf(moment_folder(self.job.run_id)))
                 reply = self._worker.train(task, *dispatch(self.job, self.state, task), in_place=True)
                 torch.set_num_threads(1)

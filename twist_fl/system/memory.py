@@ -20,6 +20,7 @@ class Peak:
 
     def restart(self) -> int:
         """Forget the peak so far; returns the bytes held now."""
+        self._most = 0
         if not self.device.startswith("cuda"):
             return start_peak()
         import torch
@@ -28,12 +29,16 @@ class Peak:
         return torch.cuda.memory_allocated(self.device)
 
     def num_bytes(self) -> int:
-        """0 if less was held than at first."""
+        """0 if less was held than at first. What was seen once counts, though another of this process restarts."""
+        self._most = max(self._most, self._peak() - self._before)
+        return self._most
+
+    def _peak(self) -> int:
         if not self.device.startswith("cuda"):
-            return max(0, peak_bytes() - self._before)
+            return peak_bytes()
         import torch
 
-        return max(0, torch.cuda.max_memory_allocated(self.device) - self._before)
+        return int(torch.cuda.max_memory_allocated(self.device))
 
 
 def start_peak() -> int:
