@@ -285,7 +285,8 @@ def made_up(task: Task, lab: Lab) -> dict[str, Any]:
                   for kind in KINDS for size in given["sizes"]]  # fmt: skip
         return {"rows": ratios, "draws": 3, "tokens": 1000, "seed": 0}
     if task.kind in ("ordered_tickets", "start", "tickets"):
-        tickets = [{"size": size, "of": 12, "mean": 90.0, "std": 3.0} for size in map(blocks, given["sizes"])]
+        held = map(blocks, given["sizes"])
+        tickets = [{"size": size, "of": 12, "mean": 90.0, **spread, "perplexities": [90.0]} for size in held]
         return {"full": 80.0, "tickets": tickets}
     if task.kind == "prune":
         return {"perplexity": 50.0 + blocks(given["size"])}
@@ -498,7 +499,9 @@ def test_a_pretrained_model_is_compared_with_the_best_pruned_one(lab: Lab) -> No
         data = experiment.collect(lab)
         assert data["about"]["tokens"] == {f"pretrained-{name}": 100 * 4 * 15 * 4 * 16 for name in names}
         (table,) = experiment.tables(data).values()
-        assert table[1] == ["before" if len(names) > 2 else "before, rewired", "80.00", *["90.00 ± 3.00"] * 4]
+        assert table[1] == ["before" if len(names) > 2 else "before, rewired", "80.00", *["90.00 ± 1.50"] * 4]
+        pruned = [row for name, row in data["rows"].items() if name.startswith("FedAvg, ")]
+        assert all(ticket.keys() == {"size", "of", "mean", "std"} for row in pruned for ticket in row["tickets"])
         full = 100 + len("ddp")
         said = experiment.notes(data)[-1]
         assert f"3/12: TwIST's random tickets have {(full + 9) / 53:.2f} of the perplexity" in said

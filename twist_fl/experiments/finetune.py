@@ -77,7 +77,8 @@ def row_of(lab: Lab, task: Task) -> Data:
 def pruned_row(lab: Lab, dense: Data, tasks: list[Task]) -> Data:
     """The model of the row `dense` as the tasks have pruned it, one a size."""
     found = [lab.result(task)["perplexity"] for task in tasks]
-    tickets = [ticket | {"mean": mean, "std": None} for ticket, mean in zip(dense["tickets"], found, strict=True)]
+    sizes = [{key: ticket[key] for key in ("size", "of")} for ticket in dense["tickets"]]
+    tickets = [size | {"mean": mean, "std": None} for size, mean in zip(sizes, found, strict=True)]
     return {"full": dense["full"], "tickets": tickets}
 
 

@@ -56,6 +56,8 @@ class Divided:
     setting: Setting
     runs: Mapping[str, tuple[str, tuple[str, ...]]]
     """By the row's label: the run's name and its settings."""
+    before: Sequence[str]
+    """Rows of the model before it was trained."""
     shares: Sequence[Size] = ()
     """Of tickets; eval.sizes of the scale if there are none."""
 
@@ -63,10 +65,10 @@ class Divided:
         return {label: _run(lab, name, self.setting, *words) for label, (name, words) in self.runs.items()}
 
     def starts(self, lab: Lab) -> dict[str, Task]:
-        """What each kind of run starts from."""
-        of = {BEFORE: TWIST, SORTED: REWIRED}
-        twist, settings = self.twist(lab), {"sizes": self._sizes(lab), "draws": FEW_DRAWS}
-        return {label: measure("start", twist[run], **settings) for label, run in of.items() if run in twist}
+        """What runs start from; as it is by FedAvg's settings, which fold the scale factor into tickets."""
+        runs, settings = self.twist(lab), {"sizes": self._sizes(lab), "draws": FEW_DRAWS}
+        of = {label: run for label, run in ((BEFORE, _fedavg(lab)), (SORTED, runs[REWIRED])) if label in self.before}
+        return {label: measure("start", run, **settings) for label, run in of.items()}
 
     def dense(self, lab: Lab) -> Task:
         """FedAvg's random tickets."""
@@ -128,7 +130,8 @@ def notes(data: Data) -> list[str]:
         f"{max(tokens.values()):,} tokens of fine-tuning each, over all workers, in windows of "
         f"{data['about']['window']}; learning rates: {rates}, one try each. One seed: a proof that it works, not a "
         "comparison that is finished.",
-        f"Random tickets before fine-tuning and of FedAvg are means over {FEW_DRAWS} draws a size.",
+        f"Random tickets before fine-tuning and of FedAvg are means over {FEW_DRAWS} draws a size. "
+        "FedAvg's, and those of the model as it was, have the scale factor 1/sqrt(kappa); TwIST was trained without.",
     ]
     ours = [name for name in (REWIRED, TWIST) if name in rows]
     for i, ticket in enumerate(rows[FEDAVG]["tickets"]):
@@ -155,10 +158,11 @@ PRETRAINED = _experiment(
             TWIST: ("pretrained-twist", (*SHUFFLED, *TOGETHER)),
             REWIRED: ("pretrained-rewired", (*SHUFFLED, *TOGETHER, REWIRE)),
         },
+        (BEFORE, SORTED),
     ),
 )
 PRETRAINED_BOTH = _experiment(
     "pretrained-both",
     "A pretrained model, attention and FFN fine-tuned by TwIST",
-    Divided("both", {REWIRED: ("pretrained-both", SHARED_OUT)}, SHARES),
+    Divided("both", {REWIRED: ("pretrained-both", SHARED_OUT)}, (SORTED,), SHARES),
 )
