@@ -286,8 +286,8 @@ def made_up(task: Task, lab: Lab) -> dict[str, Any]:
         return {"rows": ratios, "draws": 3, "tokens": 1000, "seed": 0}
     if task.kind in ("ordered_tickets", "start", "tickets"):
         held = map(blocks, given["sizes"])
-        tickets = [{"size": size, "of": 12, "mean": 90.0, **spread, "perplexities": [90.0]} for size in held]
-        return {"full": 80.0, "tickets": tickets}
+        drawn = {"mean": 90.0, **spread, "perplexities": [90.0]}
+        return {"full": 80.0, "tickets": [{"size": size, "of": 12, **drawn} for size in held]}
     if task.kind == "prune":
         return {"perplexity": 50.0 + blocks(given["size"])}
     assert task.kind == "real_cost"

@@ -79,6 +79,16 @@ def test_a_model_a_file_and_a_run_from_it_are_the_same(
     assert [run.title for run in starts] == ["my-llama", "my-gguf", f"{begun.path}, round 0"]
 
 
+def test_a_model_that_one_holds_is_left_alone_by_evaluations(model: Path, text_folder: Path) -> None:
+    run = TrainedRun(model, (*WORDS, f"data.path={text_folder}"))
+    held = run.model()
+    before = {key: tensor.clone() for key, tensor in held.state_dict().items()}
+    run.tickets("1/1")
+    run.perplexity()
+    assert all(torch.equal(before[key], tensor) for key, tensor in held.state_dict().items())
+    assert run.perplexity() == perplexity(held, run.test, run.job.config.eval.batch_size)
+
+
 def test_query_heads_are_blocks_of_a_model_as_it_is(model: Path, text_folder: Path, tmp_path: Path) -> None:
     """The whole model is the same whatever its blocks are, and what is exported is what was evaluated."""
     words = (*WORDS, f"data.path={text_folder}")

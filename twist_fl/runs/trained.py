@@ -50,6 +50,12 @@ class TrainedRun:
 
     @cached_property
     def models(self) -> ModelCache:
+        """Whose models are lent to evaluations, and keep no weights."""
+        return self.job.models()
+
+    @cached_property
+    def _opened(self) -> ModelCache:
+        """Whose models are the caller's."""
         return self.job.models()
 
     @property
@@ -76,7 +82,7 @@ class TrainedRun:
 
         Blueprints of one shape share one model: the next call of the same shape changes its weights.
         """
-        return self.models.load_sliced(blueprint or self.blueprint(), self.state.params)
+        return self._opened.load_sliced(blueprint or self.blueprint(), self.state.params)
 
     def tokenizer(self) -> Any:
         """The checkpoint's own: where the text is does not matter."""
@@ -94,10 +100,10 @@ class TrainedRun:
 
     def perplexity(self, blueprint: Blueprint | None = None, windows: Windows | None = None) -> float:
         """Of one ticket, or of the full model, on `test` or other windows."""
-        from twist_fl.tickets.evaluate import perplexity
+        from twist_fl.tickets.evaluate import subnet_perplexity
 
-        found = self.test if windows is None else windows
-        return perplexity(self.model(blueprint), found, self.job.config.eval.batch_size)
+        found, chosen = self.test if windows is None else windows, [blueprint or self.blueprint()]
+        return subnet_perplexity(self.models, self.state.params, chosen, found, self.job.config.eval.batch_size)
 
     def tickets(self, size: Size, draws: int | None = None, windows: Windows | None = None) -> Tickets:
         """Perplexities of `draws` random tickets of one size (eval.tickets); the same ones for every run of one seed.
