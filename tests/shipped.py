@@ -9,7 +9,7 @@ from flwr.app import RecordDict
 
 from twist_fl.blueprint.blueprint import Blueprint
 from twist_fl.config.devices import DeviceConfig
-from twist_fl.federation.shipping import Shipment
+from twist_fl.federation.shipping import Shipment, Weights
 from twist_fl.model.shared_keys import with_copies
 from twist_fl.rounds import start
 from twist_fl.tickets.export import Ticket, make_ticket
@@ -26,7 +26,7 @@ def ticket_of(job: Job, blueprint: Blueprint) -> Ticket:
 
 
 def shipment(job: Job) -> Shipment:
-    return Shipment(job, DeviceConfig("phone", 3.0), (0, 1), start(job).params, 16)
+    return Shipment(job, DeviceConfig("phone", 3.0), (0, 1), Weights(start(job).params, "float32"), 16)
 
 
 def ship(job: Job, carry: Carry, blueprint: Blueprint) -> dict[str, Any]:
@@ -43,5 +43,5 @@ def whole_ticket(job: Job, blueprint: Blueprint) -> RecordDict:
     """One message that has it all."""
     own, held = job.layout.own_keys(blueprint)
     given = shipment(job)
-    parts = take_parts(own, with_copies(own, given.params), [name for name, _ in parts_of(own, held)])
+    parts = take_parts(own, with_copies(own, given.weights.params), [name for name, _ in parts_of(own, held)])
     return given.to_records(blueprint, ticket_of(job, blueprint), "state", parts)

@@ -8,7 +8,6 @@ from functools import cache, partial
 from math import ceil
 from typing import Any
 
-import torch
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
@@ -19,7 +18,7 @@ from twist_fl.config.sizes import TicketSize, ticket_sizes
 from twist_fl.federation import wire
 from twist_fl.federation.connecting import NoWorkersError
 from twist_fl.federation.exchange import exchange
-from twist_fl.federation.shipping import TIMES, Shipment, Talk, receive
+from twist_fl.federation.shipping import TIMES, Shipment, Talk, Weights, receive
 from twist_fl.model.subnet import State
 from twist_fl.rounds import RunState
 from twist_fl.runs.checkpoint import RunFolder
@@ -115,14 +114,14 @@ def _deploy(
     """
     # All are planned before any is served: an impossible device is refused before anything starts.
     plans = [plan_device(job, device) for device in devices]
-    in_dtype = cache(lambda name: {key: tensor.to(getattr(torch, name)) for key, tensor in state.params.items()})
+    weights = cache(partial(Weights, state.params))
     rows: dict[int, dict[str, Any]] = {}
 
     def serve(place: int) -> Talk[None]:
         device, text = devices[place], (place, len(devices))
-        params = in_dtype(device.dtype)  # of float32 no copy
-        ship = Shipment(job, device, text, params, _context(job, device)).ship
-        ticket, row = yield from settle(job, params, device, plans[place], ship)
+        sent = weights(device.dtype)
+        ship = Shipment(job, device, text, sent, _context(job, device)).ship
+        ticket, row = yield from settle(job, sent.params, device, plans[place], ship)
         rows[place] = row
         export_ticket(ticket, folder.path / "deployed" / device.name, job.corpus.tokenizer_folder)
         write_json([rows[place] for place in sorted(rows)], folder.path / "deployed.json")

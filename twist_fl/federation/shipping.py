@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -52,6 +51,16 @@ _REPORT = {
 }
 
 
+class Weights:
+    """The full model's in one precision, for every device that wants them: made and read once."""
+
+    def __init__(self, params: State, dtype: str) -> None:
+        """Of float32 no copy."""
+        self.params: State = {key: tensor.to(getattr(torch, dtype)) for key, tensor in params.items()}
+        self.name = ticket_digest("", "", self.params)[:32]
+        """By what is in them: a device keeps what it was sent under it."""
+
+
 @dataclass(frozen=True)
 class Shipment:
     """What goes to one device."""
@@ -60,20 +69,14 @@ class Shipment:
     device: DeviceConfig
     text: tuple[int, int]
     """The device's place among all, and their number: each has its own test text."""
-    params: State
-    """The full model's, in the device's precision."""
+    weights: Weights
     context: int
-
-    @cached_property
-    def _content(self) -> str:
-        """Name of the weights, by what is in them."""
-        return ticket_digest("", "", self.params)[:32]
 
     def ship(self, blueprint: Blueprint, ticket: Ticket) -> Talk[dict[str, Any]]:
         """What the device measured of the ticket, and the bytes it was sent for it. Raises NoWorkersError."""
         own, held = self.job.layout.own_keys(blueprint)
-        whole, wanted = with_copies(own, self.params), {name for name, _ in parts_of(own, held)}
-        state = f"{self._content}-{own.sizes['kv_heads']}"
+        whole, wanted = with_copies(own, self.weights.params), {name for name, _ in parts_of(own, held)}
+        state = f"{self.weights.name}-{own.sizes['kv_heads']}"
         parts: State = {}
         sent, missing = 0, len(wanted) + 1
         while True:
